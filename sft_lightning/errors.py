@@ -1,0 +1,8 @@
+"""The one exception that stands for a mistake of the user's."""
+
+
+class UserError(ValueError):
+    """A mistake in a config, a path or a data file: one line that names the field, the value and the fix.
+
+    The command line prints it without a traceback and exits with code 2. From Python it is a ``ValueError``.
+    """
