@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2. From Python it is a ``ValueError``.
     """
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of an optimizer step is NaN or infinite; the step was not taken."""

@@ -14,6 +14,7 @@ predicted by the hidden state at position t:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class MicroBatch:
         loss_weights: Shape [M], float64. The step's loss is ``sum(loss_weights * nll)`` over all its micro-batches; 0
             on the dummy label of an empty micro-batch.
         sources: ``file:line`` of each row; empty for an empty micro-batch.
+        num_tokens: Input tokens that are no padding.
+        rng_seed: Seeds the model's random numbers (dropout) for this micro-batch.
     """
 
     __slots__ = (
@@ -57,6 +60,8 @@ class MicroBatch:
         "label_rows",
         "labels",
         "loss_weights",
+        "num_tokens",
+        "rng_seed",
         "sources",
     )
 
@@ -70,6 +75,8 @@ class MicroBatch:
         label_rows: Tensor,
         loss_weights: Tensor,
         sources: tuple[str, ...],
+        num_tokens: int,
+        rng_seed: int = 0,
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
@@ -78,6 +85,8 @@ class MicroBatch:
         self.label_rows = label_rows
         self.loss_weights = loss_weights
         self.sources = sources
+        self.num_tokens = num_tokens
+        self.rng_seed = rng_seed
 
     @property
     def num_rows(self) -> int:
@@ -102,16 +111,20 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        tensors = {name: getattr(self, name) for name in self.__slots__ if name != "sources"}
-        return MicroBatch(**{name: function(tensor) for name, tensor in tensors.items()}, sources=self.sources)
+        values: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            values[name] = function(value) if isinstance(value, Tensor) else value
+        return MicroBatch(**values)
 
 
 def collate_padded(
     examples: Sequence[Example],
-    label_weights: Sequence[float],
+    label_weights: Sequence[float] | np.ndarray,
     *,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
+    rng_seed: int = 0,
 ) -> MicroBatch:
     """Returns the examples as one right-padded micro-batch, or an empty one that carries a dummy token of weight 0.
 
@@ -120,9 +133,10 @@ def collate_padded(
         label_weights: For each row, the loss weight of each of its labels.
         pad_token_id: Fills the positions after a row's end. Masks go by position, so it may equal EOS.
         pad_to_multiple_of: Rounds T up, which GPU kernels and ``torch.compile`` like.
+        rng_seed: Travels with the micro-batch.
     """
     if not examples:
-        return _empty_micro_batch(pad_token_id)
+        return _empty_micro_batch(pad_token_id, rng_seed)
     # The last token of a row predicts nothing, so it is a label only and never an input.
     lengths = np.array([len(example.tokens) - 1 for example in examples])
     width = int(lengths.max())
@@ -132,7 +146,9 @@ def collate_padded(
     for row, example in enumerate(examples):
         input_ids[row, : lengths[row]] = example.tokens[:-1]
     positions = [row * width + np.arange(e.prompt_length - 1, lengths[row]) for row, e in enumerate(examples)]
-    labels = np.concatenate([example.tokens[example.prompt_length :] for example in examples]).astype(np.int64)
+    labels = np.concatenate([example.tokens[example.prompt_length :] for example in examples]).astype(
+        np.int64
+    )
     num_labels = [example.num_labels for example in examples]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -142,10 +158,12 @@ def collate_padded(
         label_rows=torch.from_numpy(np.repeat(np.arange(len(examples)), num_labels)),
         loss_weights=torch.from_numpy(np.repeat(np.asarray(label_weights, dtype=np.float64), num_labels)),
         sources=tuple(example.source for example in examples),
+        num_tokens=int(lengths.sum()),
+        rng_seed=rng_seed,
     )
 
 
-def _empty_micro_batch(pad_token_id: int) -> MicroBatch:
+def _empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
     zero = torch.zeros(1, dtype=torch.int64)
     return MicroBatch(
         input_ids=torch.full((1, 1), pad_token_id, dtype=torch.int64),
@@ -155,4 +173,6 @@ def _empty_micro_batch(pad_token_id: int) -> MicroBatch:
         label_rows=zero.clone(),
         loss_weights=torch.zeros(1, dtype=torch.float64),
         sources=(),
+        num_tokens=0,
+        rng_seed=rng_seed,
     )

@@ -1,0 +1,39 @@
+# Needs python3 (3.11 to 3.13) with pip and venv; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint types check format
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+quickstart: $(INSTALLED)  ## train a tiny model on made-up arithmetic and print the table before/after
+	$(BIN)/sft-lightning prepare quickstart --output data/quickstart
+	$(BIN)/sft-lightning fit --config configs/quickstart.yaml --overwrite
+
+test: $(INSTALLED)  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)  ## run the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## check types
+	$(BIN)/mypy
+
+check: lint types test  ## everything that CI runs
+
+format: $(INSTALLED)  ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Touched last, so that an installation that broke off is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@

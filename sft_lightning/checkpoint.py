@@ -1,0 +1,292 @@
+"""HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import __version__ as lightning_version
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sft_lightning import checkpoint_folder as folders
+from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat import (
+    datamodule_of,
+    is_dry_run,
+    is_optimizer_step,
+    resume_path,
+    run_validation,
+    set_loop_position,
+    start_epoch_afresh,
+    validation_is_due,
+)
+from sft_lightning.metrics_csv import MetricsCSVLogger
+from sft_lightning.modeling import save_model
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS_PREFIX = "model."
+
+
+class HFCheckpoint(ModelCheckpoint):
+    """Saves ``checkpoint-<step>`` folders that ``from_pretrained`` loads and ``ckpt_path`` resumes, and ``final``.
+
+    Args:
+        dirpath: Folder of the run; on the command line output_dir, unless given.
+        every_n_train_steps: Save after every so many optimizer steps, and at the end of training.
+        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best one are kept as best.
+        mode: Whether the best is the max or the min of monitor.
+        keep_last: Keep the newest so many checkpoints, beside best and last; all of them where it is not given.
+        overwrite: Start a new run in a folder that holds another one, whose files are deleted.
+    """
+
+    FILE_EXTENSION = ""
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_train_steps: int = 500,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        keep_last: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if every_n_train_steps < 1:
+            raise UserError(f"checkpoint.every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        if keep_last is not None and keep_last < 1:
+            raise UserError(f"checkpoint.keep_last must be at least 1, got {keep_last}; leave it out to keep all")
+        super().__init__(
+            dirpath="checkpoints/sft" if dirpath is None else dirpath,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=-1 if monitor is None else 1,
+            every_n_train_steps=every_n_train_steps,
+        )
+        self.keep_last = keep_last
+        self.overwrite = overwrite
+        self._every = every_n_train_steps
+        self._last_step_saved = 0
+        self._validation_pending = False
+
+    find = staticmethod(lambda run, word="auto": _as_text(folders.find(Path(run), word)))
+
+    @property
+    def state_key(self) -> str:
+        return "HFCheckpoint"
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.dirpath))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = HFCheckpointIO(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_dry_run(trainer) or not trainer.is_global_zero:
+            return
+        if resume_path(trainer) is None:
+            claim_run_folder(self.run, overwrite=self.overwrite)
+        folders.remove_unfinished(self.run)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        set_loop_position(
+            checkpoint["loops"]["fit_loop"],
+            global_step=checkpoint["global_step"],
+            steps_per_epoch=datamodule_of(trainer).steps_per_epoch,
+            accumulate=trainer.accumulate_grad_batches,
+        )
+        self._last_step_saved = checkpoint["global_step"]
+        self._validation_pending = checkpoint["validation_pending"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        start_epoch_afresh(trainer)
+        for each in trainer.loggers:
+            if isinstance(each, MetricsCSVLogger):
+                each.start_after(trainer.global_step)
+        if self._validation_pending:
+            # The checkpoint was written just before a validation that the run then may not have lived to see.
+            run_validation(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validation_pending"] = self._validation_pending
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        step = trainer.global_step
+        if is_optimizer_step(trainer) and step % self._every == 0 and step != self._last_step_saved:
+            self._validation_pending = validation_is_due(trainer)
+            self._save_step(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves nothing: steps decide."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_pending = False
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or is_dry_run(trainer):
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"checkpoint.monitor '{self.monitor}' was not logged; there is {logged}")
+        if self._improves(value):
+            self.best_model_score = value.detach().cpu()
+            self.best_model_path = str(self.run / f"checkpoint-{trainer.global_step}")
+            if self._last_step_saved != trainer.global_step:
+                self._save_step(trainer)
+            if trainer.is_global_zero:
+                folders.point(self.run / "best", Path(self.best_model_path))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_dry_run(trainer):
+            return
+        if self._last_step_saved != trainer.global_step:
+            self._save_step(trainer)
+        weights = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            folders.publish(
+                self.run / "final",
+                lambda folder: _write_model(trainer, folder, weights),
+                {"step": trainer.global_step},
+            )
+        trainer.strategy.barrier("HFCheckpoint.on_train_end")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves nothing: what failed may have left half a step behind, and the last checkpoint is good."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best_model_score": self.best_model_score,
+            "best_model_name": Path(self.best_model_path).name if self.best_model_path else "",
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_model_score = state_dict["best_model_score"]
+        name = state_dict["best_model_name"]
+        self.best_model_path = str(self.run / name) if name else ""
+
+    def _improves(self, value: Tensor) -> bool:
+        if value.isnan():
+            return False
+        best = self.best_model_score
+        return best is None or bool(value.cpu() > best if self.mode == "max" else value.cpu() < best)
+
+    def _save_step(self, trainer: Trainer) -> None:
+        if is_dry_run(trainer):
+            return
+        step = trainer.global_step
+        folder = self.run / f"checkpoint-{step}"
+        self._last_step_saved = step
+        self.last_model_path = str(folder)
+        trainer.save_checkpoint(folder, storage_options=self._about(trainer))
+        if trainer.is_global_zero:
+            folders.point(self.run / "last", folder)
+            if self.keep_last is not None:
+                folders.prune(self.run, self.keep_last)
+
+    def _about(self, trainer: Trainer) -> dict[str, Any]:
+        about: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        data_state = datamodule_of(trainer).state_dict()
+        about["digest"] = data_state.get("decides_steps", {})
+        if (
+            self.monitor is not None
+            and self.best_model_path == self.last_model_path
+            and self.best_model_score is not None
+        ):
+            about[self.monitor] = float(self.best_model_score)
+        return about
+
+
+class HFCheckpointIO(CheckpointIO):
+    """Writes Lightning's checkpoint as a model folder plus ``trainer_state.ckpt``, and puts it together again."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        state = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+
+        def write(folder: Path) -> None:
+            _write_model(self._trainer, folder, checkpoint["state_dict"])
+            torch.save(state, folder / folders.TRAINER_STATE)
+
+        folders.publish(Path(path), write, storage_options or {"step": checkpoint["global_step"]})
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Returns Lightning's checkpoint. Loads tensors and plain values only, whatever the arguments say."""
+        folder = Path(path).resolve()
+        fitting = self._trainer.state.fn == "fit"
+        if not folder.is_dir():
+            raise UserError(
+                f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step> folder, last, best or auto"
+            )
+        has_state = (folder / folders.TRAINER_STATE).is_file()
+        if (folder / folders.MANIFEST).is_file() or has_state:
+            folders.verify(folder)
+        if fitting and not has_state:
+            raise UserError(
+                f"--ckpt_path '{path}' holds a model and no {folders.TRAINER_STATE}, so there is nothing to resume; "
+                f"to train from these weights pass --model.model_path '{path}'"
+            )
+        plain = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning_version, "loops": None}
+        state = torch.load(folder / folders.TRAINER_STATE, map_location="cpu", weights_only=True) if fitting else plain
+        return {**state, "state_dict": _read_weights(self._trainer, folder)}
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        folders.remove(Path(path))
+
+
+def claim_run_folder(run: Path, *, overwrite: bool) -> None:
+    """Makes way for a new run in a folder.
+
+    Raises:
+        UserError: If the folder holds a run already and ``overwrite`` is False, or cannot be written.
+    """
+    if run.exists() and folders.is_run(run):
+        if not overwrite:
+            raise UserError(
+                f"output_dir '{run}' holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace "
+                "it, or name another folder"
+            )
+        folders.clear(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".write-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
+
+
+def _write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> None:
+    datamodule = datamodule_of(trainer)
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    supervised_stop = tokenizer.eos_token_id if tokenizer is not None and datamodule.append_eos else None
+    own = {name.removeprefix(_WEIGHTS_PREFIX): w for name, w in weights.items() if name.startswith(_WEIGHTS_PREFIX)}
+    model: Any = trainer.lightning_module.model
+    save_model(model, tokenizer, folder, state_dict=own, eos_token_id=supervised_stop)
+
+
+def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
+    """Returns the module's state dict. A tied weight stands once on disk and under each of its names here."""
+    stored = {name: w for path in sorted(folder.glob("*.safetensors")) for name, w in load_file(path).items()}
+    own = trainer.lightning_module.state_dict()
+    by_storage = {
+        own[_WEIGHTS_PREFIX + name].data_ptr(): w for name, w in stored.items() if _WEIGHTS_PREFIX + name in own
+    }
+    weights = {_WEIGHTS_PREFIX + name: w for name, w in stored.items()}
+    for name, parameter in own.items():
+        if name not in weights and parameter.data_ptr() in by_storage:
+            weights[name] = by_storage[parameter.data_ptr()]
+    return weights
+
+
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,224 @@
+"""Checkpoint folders on disk: written whole or not at all, verified before use, found by a word.
+
+checkpoints/sft/
+  checkpoint-500/    a Hugging Face model folder, trainer_state.ckpt, manifest.json (written last)
+  last -> checkpoint-1500    best -> checkpoint-1000
+  final/             a model folder
+  run_files.json     what else the run wrote here, so that --overwrite deletes that and nothing more
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sft_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.ckpt"
+RUN_FILES = "run_files.json"
+_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+_SET_ASIDE = ".replaced"
+
+
+def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
+    """Writes a folder so that it appears complete or not at all, whatever dies in between.
+
+    Args:
+        folder: The final place. A folder that stands there is replaced.
+        write: Fills the empty folder that it is given.
+        about: Goes into the manifest beside the size and sha256 of each file.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        write(unfinished)
+        files = {path.relative_to(unfinished).as_posix(): _describe(path) for path in _files(unfinished)}
+        manifest = unfinished / MANIFEST
+        manifest.write_text(json.dumps({**about, "files": files}, indent=2), encoding="utf-8")
+        _sync(manifest)
+        _sync(unfinished)
+        _swap_in(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns a folder's manifest. Raises UserError if it has none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        assert isinstance(manifest["files"], dict)
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"checkpoint '{folder}' has no readable {MANIFEST}: {type(error).__name__}") from None
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError that names the first file of a folder that is missing, cut short or altered."""
+    for name, expected in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint '{folder}' is damaged: {name} is missing")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(
+                f"checkpoint '{folder}' is damaged: {name} has {path.stat().st_size} of {expected['size']} bytes"
+            )
+        if _describe(path) != expected:
+            raise UserError(f"checkpoint '{folder}' is damaged: {name} does not match its sha256")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Returns the step folders of a run, oldest first. Puts back what a crash left set aside."""
+    for aside in run.glob(f".checkpoint-*{_SET_ASIDE}"):
+        home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
+        if home.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(home)
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _STEP_FOLDER.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def is_run(run: Path) -> bool:
+    """Returns whether a folder holds a run: a saved config or a checkpoint."""
+    return (run / "config.yaml").exists() or bool(checkpoints(run))
+
+
+def find(run: Path, word: str) -> Path | None:
+    """Returns the checkpoint that ``auto``, ``last`` or ``best`` stands for; None if ``auto`` finds none.
+
+    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not.
+
+    Raises:
+        UserError: If ``last`` or ``best`` names no good checkpoint.
+    """
+    if word == "auto":
+        for folder in reversed(checkpoints(run)):
+            try:
+                verify(folder)
+            except UserError as error:
+                logger.warning("%s; trying the one before it", error)
+            else:
+                return folder
+        return None
+    link = run / word
+    if not link.exists():
+        raise UserError(f"--ckpt_path {word}: there is no '{link}'; use auto to start fresh where there is none")
+    return link.resolve()
+
+
+def point(link: Path, target: Path) -> None:
+    """Makes a link in a run folder stand for one of its checkpoints, without a moment in which it stands for none."""
+    unfinished = link.with_name(f".{link.name}.tmp-{os.getpid()}")
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(target.name, target_is_directory=True)
+    unfinished.replace(link)
+    _sync(link.parent)
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Deletes all but the newest checkpoints of a run, never those that ``last`` and ``best`` stand for."""
+    protected = {(run / name).resolve() for name in ("last", "best")}
+    for folder in checkpoints(run)[:-keep_last]:
+        if folder.resolve() not in protected:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder; from the first moment on it no longer passes for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Deletes what processes that died left unfinished in a run folder."""
+    for path in run.glob(".*.tmp-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def claim(run: Path, name: str) -> None:
+    """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
+    run.mkdir(parents=True, exist_ok=True)
+    names = _claimed(run)
+    if name not in names:
+        _replace_text(run / RUN_FILES, json.dumps([*names, name], indent=2))
+
+
+def clear(run: Path) -> None:
+    """Deletes a run: the files that its manifests name, and folders that are empty then. Anything else stays."""
+    remove_unfinished(run)
+    for folder in [*checkpoints(run), run / "final"]:
+        if (folder / MANIFEST).is_file():
+            for name in [*read_manifest(folder)["files"], MANIFEST]:
+                (folder / name).unlink(missing_ok=True)
+            _remove_empty(folder)
+    for name in _claimed(run):
+        (run / name).unlink(missing_ok=True)
+        _remove_empty((run / name).parent, below=run)
+    for name in ("last", "best"):
+        if (run / name).is_symlink():
+            (run / name).unlink()
+    (run / RUN_FILES).unlink(missing_ok=True)
+
+
+def _claimed(run: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads((run / RUN_FILES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        return []
+
+
+def _replace_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _remove_empty(folder: Path, below: Path | None = None) -> None:
+    while folder.is_dir() and folder != below and not any(folder.iterdir()):
+        folder.rmdir()
+        if below is None:
+            return
+        folder = folder.parent
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    _sync(path)
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap_in(unfinished: Path, folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}{_SET_ASIDE}")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    unfinished.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""Loaders: planned micro-batches, collated from the token store, from any point of an epoch on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from sft_lightning.data.batch import MicroBatch, collate_padded
+from sft_lightning.data.cache import TokenStore
+from sft_lightning.data.plan import EpochPlan, PlannedMicroBatch
+
+
+class MicroBatches(Dataset):
+    """Micro-batch i of one replica, collated when asked for. Picklable, so that worker processes can hold it.
+
+    Args:
+        store: The tokenised examples.
+        planned: Micro-batch i's rows and weights.
+        length: Micro-batches there are.
+        pad_token_id: Fills rows up.
+        pad_to_multiple_of: Rounds row lengths up.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        planned: Callable[[int], PlannedMicroBatch],
+        length: int,
+        *,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None,
+    ) -> None:
+        self._store = store
+        self._planned = planned
+        self._length = length
+        self._pad_token_id = pad_token_id
+        self._pad_to_multiple_of = pad_to_multiple_of
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        planned = self._planned(index)
+        return collate_padded(
+            [self._store[int(example)] for example in planned.examples],
+            planned.label_weights,
+            pad_token_id=self._pad_token_id,
+            pad_to_multiple_of=self._pad_to_multiple_of,
+            rng_seed=planned.rng_seed,
+        )
+
+
+class TrainingShare:
+    """One replica's micro-batches of an epoch, as :class:`MicroBatches` asks for them."""
+
+    def __init__(self, plan: EpochPlan, replica: int) -> None:
+        self._plan = plan
+        self._replica = replica
+
+    def __call__(self, index: int) -> PlannedMicroBatch:
+        return self._plan.micro_batch(self._replica, index)
+
+
+class ValidationShare:
+    """One replica's batches of a validation set; every label weighs 1, so that sums are sums over tokens."""
+
+    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+        self._batches = batches
+
+    def __call__(self, index: int) -> PlannedMicroBatch:
+        examples = self._batches[index]
+        return PlannedMicroBatch(examples=examples, label_weights=np.ones(len(examples)), rng_seed=0)
+
+
+class PlannedLoader:
+    """Iterates over micro-batches, each time from where ``open_epoch`` says.
+
+    Deliberately no DataLoader: into one of those Lightning injects a sampler that repeats rows under several devices,
+    and it restores a position of its own on resume, which it gets wrong in five ways.
+
+    Args:
+        length: Micro-batches of a whole epoch.
+        open_epoch: Called at the start of each iteration; returns the epoch's micro-batches and the first to yield.
+        num_workers: Processes that collate; 0 collates in this one.
+        pin_memory: Copy into page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self, length: int, open_epoch: Callable[[], tuple[MicroBatches, int]], *, num_workers: int, pin_memory: bool
+    ) -> None:
+        self._length = length
+        self._open_epoch = open_epoch
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        micro_batches, start = self._open_epoch()
+        return iter(
+            DataLoader(
+                micro_batches,
+                batch_size=None,
+                sampler=range(start, len(micro_batches)),
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the position follows from the loop counters. Tells Lightning that this loader resumes."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing, see ``state_dict``."""

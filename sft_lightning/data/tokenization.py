@@ -1,0 +1,223 @@
+"""Tokenisation: text to token ids, in one place for training, evaluation and generation.
+
+Prompt and response are tokenised apart and joined, because that is what generation sees. What a tokenizer does to the
+text between special tokens is its own business; which special tokens stand at the ends is decided here:
+
+- at the front one BOS, if the tokenizer puts one there by default;
+- at the end of a response one EOS, if asked for;
+- text of the data that spells a special token becomes that token, as everywhere in transformers, so that prompts
+  rendered with a chat template work. A prompt that begins with BOS, or a response that ends with EOS, gets no second.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sft_lightning.data.records import Record, SkippedRows
+from sft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlength: TypeAlias = Literal["drop", "error", "truncate_prompt"]
+
+_RECORDS_AT_ONCE = 1024
+
+
+@dataclass
+class LeftOut:
+    """Account of what tokenisation left out."""
+
+    bad_rows: SkippedRows = field(default_factory=SkippedRows)
+    overlength_rows: SkippedRows = field(default_factory=SkippedRows)
+    truncated_prompts: int = 0
+
+    def __str__(self) -> str:
+        parts = []
+        if self.bad_rows.count:
+            parts.append(f"{self.bad_rows.count} bad rows skipped ({self.bad_rows})")
+        if self.overlength_rows.count:
+            parts.append(f"{self.overlength_rows.count} rows over max_length dropped ({self.overlength_rows})")
+        if self.truncated_prompts:
+            parts.append(f"{self.truncated_prompts} prompts cut from the left to max_length")
+        return ", ".join(parts)
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer of a local folder, which never touches the network, or of a model on the hub.
+
+    Raises:
+        UserError: If there is none, or one without a vocabulary.
+    """
+    from transformers import AutoTokenizer  # takes seconds: only who loads a tokenizer waits for it
+
+    if Path(path).is_file():
+        raise UserError(f"tokenizer path '{path}' is a file; give the folder that holds it")
+    local = Path(path).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        place = "in the folder" if local else "under that name: it is no folder here, and the hub did not give it"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no tokenizer '{path}' {place} ({type(error).__name__}: {reason})") from None
+    # transformers makes an empty tokenizer out of a folder that holds nothing but a model's config.json.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"tokenizer path '{path}' holds no vocabulary; give a folder with tokenizer files")
+    return tokenizer
+
+
+def wants_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Returns whether the tokenizer puts a BOS in front of a text by default."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+
+
+def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Returns the id that fills padding: PAD, else EOS, else 0. Masks go by position, so it may be any."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
+def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
+    """Returns each prompt's token ids, with one BOS in front where the tokenizer wants one."""
+    rows = _encode(tokenizer, prompts)
+    if not wants_bos(tokenizer):
+        return rows
+    bos = tokenizer.bos_token_id
+    return [row if row[:1] == [bos] else [bos, *row] for row in rows]
+
+
+def encode_responses(
+    tokenizer: "PreTrainedTokenizerBase", responses: Sequence[str], *, append_eos: bool
+) -> list[list[int]]:
+    """Returns each response's token ids, with one EOS at the end if ``append_eos``.
+
+    Raises:
+        UserError: If an EOS is asked for and the tokenizer has none.
+    """
+    rows = _encode(tokenizer, responses)
+    if not append_eos:
+        return rows
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no EOS token for data.append_eos; set it in its files, or append_eos: false")
+    return [row if row[-1:] == [eos] else [*row, eos] for row in rows]
+
+
+def tokenise_records(
+    records: Iterator[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    overlength: Overlength,
+    append_eos: bool,
+    left_out: LeftOut,
+) -> Iterator[tuple[Record, list[int], list[int]]]:
+    """Yields each record that fits into ``max_length`` tokens with its prompt ids and its response ids.
+
+    Args:
+        records: Read in chunks, so that memory stays flat.
+        tokenizer: Makes the ids.
+        max_length: The most tokens of prompt, response and EOS together.
+        overlength: What becomes of a longer row, as for ``load_or_build_tokens``.
+        append_eos: Ends each response with EOS.
+        left_out: Is told of every row that does not come out, or not whole.
+
+    Raises:
+        UserError: At the end, if ``overlength`` is ``error`` and there are longer rows.
+    """
+    while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
+        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
+        responses = encode_responses(tokenizer, [record.response for record in chunk], append_eos=append_eos)
+        for record, prompt, response in zip(chunk, prompts, responses, strict=True):
+            if not prompt or not response:
+                name = "response" if prompt else "prompt"
+                left_out.bad_rows.add(record.source, f"the tokenizer makes no token of the {name}")
+                continue
+            kept = prompt
+            if overlength == "truncate_prompt":
+                kept = truncate_prompt(tokenizer, prompt, max_length - len(response))
+            if len(kept) + len(response) > max_length:
+                left_out.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
+                continue
+            left_out.truncated_prompts += len(kept) < len(prompt)
+            yield record, kept, response
+    if overlength == "error" and left_out.overlength_rows.count:
+        raise UserError(
+            f"{left_out.overlength_rows.count} rows are longer than data.max_length {max_length}: "
+            f"{left_out.overlength_rows}; raise it, or set data.overlength to drop or truncate_prompt"
+        )
+
+
+def truncate_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], num_tokens: int) -> list[int]:
+    """Returns the last tokens of a prompt, behind its BOS if it has one: ``num_tokens`` of them, or all if fewer.
+
+    One token beside the BOS always stays, so that the result may be longer than ``num_tokens``.
+    """
+    num_front = int(prompt[:1] == [tokenizer.bos_token_id])
+    num_cut = min(len(prompt) - num_tokens, len(prompt) - num_front - 1)
+    return prompt[:num_front] + prompt[num_front + max(num_cut, 0) :]
+
+
+def tokenize_prompt_and_output(
+    prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Tensor]:
+    """Returns prompts and outputs as right-padded tensors, shifted so that position t predicts label t.
+
+    No EOS is added. T is one less than the longest row: inputs lack the last token, labels the first.
+
+    Returns:
+        ``input_ids``: Shape [B, T], int64.
+        ``labels``: Shape [B, T], int64, ``input_ids`` shifted left by one.
+        ``response_mask``: Shape [B, T], bool, True where the label is a token of the output.
+
+    Raises:
+        UserError: If the two lists are empty or differ in length.
+    """
+    if not prompt_strs or len(prompt_strs) != len(output_strs):
+        raise UserError(
+            f"got {len(prompt_strs)} prompt_strs and {len(output_strs)} output_strs; give at least one, and a pair each"
+        )
+    prompts = encode_prompts(tokenizer, prompt_strs)
+    outputs = encode_responses(tokenizer, output_strs, append_eos=False)
+    rows = [torch.tensor(prompt + output, dtype=torch.int64) for prompt, output in zip(prompts, outputs, strict=True)]
+    full = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id(tokenizer))
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    label_positions = torch.arange(1, full.shape[1])
+    return {
+        "input_ids": full[:, :-1].contiguous(),
+        "labels": full[:, 1:].contiguous(),
+        "response_mask": (label_positions >= starts) & (label_positions < ends),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns a sha256, in hex, of everything that decides which ids a text gets here."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer.to_str()
+        # What stands before is the padding and truncation that somebody's last call left behind; ours use neither.
+        backend = backend[backend.index('"added_tokens"') :]
+    else:
+        backend = type(tokenizer).__qualname__ + json.dumps(sorted(tokenizer.get_vocab().items()))
+    ends = [wants_bos(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.split_special_tokens]
+    return hashlib.sha256((json.dumps(ends) + backend).encode()).hexdigest()
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # length is judged by the over-length policy, not by a warning
+    )["input_ids"]

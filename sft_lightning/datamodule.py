@@ -1,0 +1,267 @@
+"""SFTDataModule: records -> template -> tokens -> plan -> micro-batches. Wires the data rooms, computes nothing."""
+
+import os
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+from sft_lightning.data.cache import TokenStore, load_or_build_tokens
+from sft_lightning.data.loader import MicroBatches, PlannedLoader, TrainingShare, ValidationShare
+from sft_lightning.data.plan import EpochPlan, LossNormalization, StepShape, num_steps, validation_batches
+from sft_lightning.data.records import Record, read_records
+from sft_lightning.data.templates import Template
+from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
+from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat import fit_position, repeats_one_epoch, replicas
+
+_DEFAULT_SEED = 42
+
+
+class SFTDataModule(LightningDataModule):
+    """Prompt/response data for supervised fine-tuning, in exactly planned optimizer steps.
+
+    Args:
+        train_path: JSONL or Parquet: a file, a folder or a glob. Rows have prompt and response, or question and answer.
+        val_path: The same, for validation.
+        test_path: The same, for test and predict; val_path where it is not given.
+        tokenizer_path: Folder or hub name of the tokenizer; on the command line the model's, unless given.
+        template: auto chooses by each file's keys; or a template class such as R1Zero.
+        columns: Our name to the file's, for other column names, e.g. {prompt: instruction, response: output}.
+        batch_size: Rows of a micro-batch, at the most.
+        max_length: Tokens of prompt and response together.
+        overlength: drop, error or truncate_prompt (from the left) for longer rows. A response is never cut.
+        append_eos: End each response with the tokenizer's EOS, supervised.
+        max_bad_rows: Unreadable rows to skip; one more stops the run before a model is loaded.
+        max_train_examples: Train on the first so many rows in file order, after filtering.
+        loss_normalization: token (mean over the step's response tokens), sequence, constant or micro_batch.
+        normalize_constant: Divides the loss of each row in the mode constant, instead of its token count.
+        pad_to_multiple_of: Rounds padded row lengths up.
+        cache_dir: Where tokens are kept, by default in the user's cache folder.
+        num_workers: Processes that collate batches.
+        seed: Of the data order, by default that of seed_everything.
+    """
+
+    def __init__(
+        self,
+        train_path: str | None = None,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        tokenizer_path: str | None = None,
+        template: Literal["auto"] | Template = "auto",
+        columns: dict[str, str] | None = None,
+        batch_size: int = 4,
+        max_length: int = 2048,
+        overlength: Literal["drop", "error", "truncate_prompt"] = "drop",
+        append_eos: bool = True,
+        max_bad_rows: int = 0,
+        max_train_examples: int | None = None,
+        loss_normalization: LossNormalization = "token",
+        normalize_constant: float = 1.0,
+        pad_to_multiple_of: int | None = None,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "max_train_examples": max_train_examples,
+            "pad_to_multiple_of": pad_to_multiple_of,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        if normalize_constant <= 0:
+            raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
+        self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
+        self.tokenizer_path = tokenizer_path
+        self.template = None if template == "auto" else template
+        self.columns = columns
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
+        self.append_eos = append_eos
+        self.max_bad_rows = max_bad_rows
+        self.max_train_examples = max_train_examples
+        self.loss_normalization: LossNormalization = loss_normalization
+        self.normalize_constant = normalize_constant
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._stores: dict[str, TokenStore] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            if self.tokenizer_path is None:
+                raise UserError(
+                    "data.tokenizer_path is not set: name the folder or the hub name of the model's tokenizer"
+                )
+            self._tokenizer = load_tokenizer(self.tokenizer_path)
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        # Called on one rank before the others set up: it tokenises, and they find the cache.
+        self.setup("")
+
+    def setup(self, stage: str) -> None:
+        for name in self._sets_of_run():
+            if name not in self._stores:
+                self._stores[name] = self._load_tokens(name)
+
+    def train_dataloader(self) -> PlannedLoader:
+        return PlannedLoader(
+            self._epoch_plan(0, limited=False).num_micro_batches,
+            self._open_training_epoch,
+            num_workers=self.num_workers,
+            pin_memory=self._pin_memory,
+        )
+
+    def val_dataloader(self) -> PlannedLoader | list:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> PlannedLoader | list:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> list[list[Record]]:
+        num_replicas, replica = replicas(self._running_trainer)
+        mine = self.evaluation_records("test")[replica::num_replicas]
+        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+
+    def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:
+        """Returns the records whose prompts are to be answered, in file order."""
+        path = self.paths[name]
+        if path is None:
+            raise UserError(f"data.{name}_path is not set: there is nothing to generate answers for")
+        return list(read_records(path, template=self.template, columns=self.columns, max_bad_rows=self.max_bad_rows))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch, under the Trainer's limits."""
+        return self._epoch_plan(0).num_steps
+
+    @property
+    def training_tokens(self) -> TokenStore:
+        """The tokenised training set."""
+        return self._stores["train"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decides_steps": self._what_decides_steps()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._running_trainer.state.fn != "fit":
+            return
+        saved, own = state_dict["decides_steps"], self._what_decides_steps()
+        for name in own:
+            if saved.get(name) != own[name]:
+                raise UserError(
+                    f"cannot resume: {name} is {own[name]!r}, the checkpoint was trained with {saved.get(name)!r}; "
+                    "set it back, or start from the checkpoint's weights with --model.model_path"
+                )
+
+    def _what_decides_steps(self) -> dict[str, Any]:
+        """Returns what the tokens and the steps of a run follow from, by name."""
+        return {
+            **self.training_tokens.fingerprint,
+            "data.max_train_examples": self.max_train_examples,
+            "data.seed": self.seed,
+            "data.loss_normalization": self.loss_normalization,
+            "data.normalize_constant": self.normalize_constant,
+            "examples per step (batch_size x accumulate_grad_batches x devices)": self._step_shape.examples_per_step,
+            "optimizer steps per epoch": self.steps_per_epoch,
+        }
+
+    @property
+    def _running_trainer(self) -> Trainer:
+        assert self.trainer is not None, "SFTDataModule works inside a Trainer"
+        return self.trainer
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self._running_trainer.strategy.root_device.type == "cuda"
+
+    @property
+    def _step_shape(self) -> StepShape:
+        num_replicas, _ = replicas(self._running_trainer)
+        return StepShape(self.batch_size, self._running_trainer.accumulate_grad_batches, num_replicas)
+
+    def _sets_of_run(self) -> list[str]:
+        """Returns which sets this run reads, after making sure that it has them."""
+        function = self._running_trainer.state.fn
+        assert function is not None
+        needed, optional = {
+            "fit": (["train"], ["val"]),
+            "validate": (["val"], []),
+            "test": (["test"], []),
+            "predict": ([], []),
+        }[function.value]
+        for name in needed:
+            if self.paths[name] is None:
+                raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
+        return needed + [name for name in optional if self.paths[name] is not None]
+
+    def _load_tokens(self, name: str) -> TokenStore:
+        path = self.paths[name]
+        assert path is not None
+        store = load_or_build_tokens(
+            path,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            columns=self.columns,
+            max_length=self.max_length,
+            overlength=self.overlength,
+            append_eos=self.append_eos,
+            max_bad_rows=self.max_bad_rows,
+            cache_dir=self.cache_dir,
+        )
+        return store.first(self.max_train_examples) if name == "train" and self.max_train_examples else store
+
+    def _epoch_plan(self, epoch: int, *, limited: bool = True) -> EpochPlan:
+        store, shape = self.training_tokens, self._step_shape
+        limit = self._running_trainer.limit_train_batches if limited else None
+        if isinstance(limit, float):
+            limit = int(limit * num_steps(len(store), shape) * shape.num_micro_batches) if limit < 1.0 else None
+        return EpochPlan(
+            store.total_lengths,
+            store.label_lengths,
+            store.weights,
+            shape=shape,
+            seed=self.seed,
+            epoch=epoch,
+            normalization=self.loss_normalization,
+            normalize_constant=self.normalize_constant,
+            max_micro_batches=limit,
+        )
+
+    def _open_training_epoch(self) -> tuple[MicroBatches, int]:
+        epoch, done = fit_position(self._running_trainer)
+        if repeats_one_epoch(self._running_trainer):
+            epoch = 0  # the same examples in every epoch
+        plan = self._epoch_plan(epoch)
+        _, replica = replicas(self._running_trainer)
+        return self._micro_batches("train", TrainingShare(plan, replica), plan.num_micro_batches), done
+
+    def _evaluation_loader(self, name: str) -> PlannedLoader | list:
+        if name not in self._stores:
+            return []
+        num_replicas, replica = replicas(self._running_trainer)
+        lengths = self._stores[name].total_lengths
+        batches = validation_batches(lengths, self.batch_size, num_replicas, replica)
+        micro_batches = self._micro_batches(name, ValidationShare(batches), len(batches))
+        return PlannedLoader(
+            len(batches), lambda: (micro_batches, 0), num_workers=self.num_workers, pin_memory=self._pin_memory
+        )
+
+    def _micro_batches(self, name: str, share: TrainingShare | ValidationShare, length: int) -> MicroBatches:
+        return MicroBatches(
+            self._stores[name],
+            share,
+            length,
+            pad_token_id=pad_token_id(self.tokenizer),
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )

@@ -1,0 +1,113 @@
+"""Every touch of a private or fragile Lightning name. tests/test_lightning_compat.py fails when Lightning changes one.
+
+Seen in Lightning 2.6; see DECISIONS.md for what each works around.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from sft_lightning.errors import UserError
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """Returns the data module that a run was started with, or None. Lightning attaches it without declaring it."""
+    return getattr(trainer, "datamodule", None)
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Returns whether this is a ``fast_dev_run``, which leaves nothing on disk."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def repeats_one_epoch(trainer: Trainer) -> bool:
+    """Returns whether every epoch shall have the same examples, as ``overfit_batches`` asks."""
+    return bool(getattr(trainer, "overfit_batches", 0))
+
+
+def replicas(trainer: Trainer) -> tuple[int, int]:
+    """Returns (number of data-parallel replicas, the rank of this process among them)."""
+    kwargs = trainer.distributed_sampler_kwargs
+    return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
+
+
+def total_optimizer_steps(trainer: Trainer) -> int:
+    """Returns the optimizer steps of the whole run, from the data's plan and the Trainer's limits.
+
+    Lightning's ``estimated_stepping_batches`` would load the training data a second time, and too early.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * datamodule_of(trainer).steps_per_epoch)
+    if not limits:
+        raise UserError("trainer.max_epochs is -1 and trainer.max_steps is -1: a run needs one of the two")
+    return max(min(limits), 1)
+
+
+def is_optimizer_step(trainer: Trainer) -> bool:
+    """Returns whether the micro-batch that just ran ended its accumulation window."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def fit_position(trainer: Trainer) -> tuple[int, int]:
+    """Returns (epoch, micro-batches of it that are done), at the moment a train loader is asked for its iterator."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Returns whether Lightning will validate right after the micro-batch that just ran."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validates now, inside fit, as the training loop itself would."""
+    first_loop_iter = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_loop_iter
+
+
+def resume_path(trainer: Trainer) -> str | None:
+    """Returns the checkpoint that this run goes on from."""
+    path = trainer._checkpoint_connector._ckpt_path
+    return None if path is None else str(path)
+
+
+def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:
+    """Rewrites saved loop counters so that Lightning goes on after ``global_step`` optimizer steps.
+
+    Lightning counts micro-batches. A step of the same examples may be split otherwise after a resume, and a state that
+    was saved at an epoch's last batch restarts with its epoch counters one apart; so the counters are made from the
+    one number that matters.
+
+    Args:
+        loops: ``checkpoint["loops"]["fit_loop"]``, changed in place.
+        global_step: Optimizer steps done.
+        steps_per_epoch: Of the resumed run, the same as of the saved one.
+        accumulate: Micro-batches a step in the resumed run.
+    """
+    epoch, step = divmod(global_step, steps_per_epoch)
+    started = epoch + 1 if step else epoch
+    epochs = {"ready": started, "started": started, "processed": epoch, "completed": epoch}
+    loops["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
+    before = epoch * steps_per_epoch * accumulate
+    batches = loops["epoch_loop.batch_progress"]
+    for key, offset in (("total", before), ("current", 0)):
+        done = offset + step * accumulate
+        # In mid-epoch the state is that of `on_train_batch_end`, which Lightning itself counts up on restart.
+        batches[key] = {"ready": done, "started": done, "processed": done, "completed": done - 1 if step else done}
+    batches["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - 1 if step else global_step
+
+
+def start_epoch_afresh(trainer: Trainer) -> None:
+    """To be called in ``on_train_start`` of a run that resumes between two epochs.
+
+    Otherwise the epoch loop takes itself for one that stopped after a batch, and skips its first turn.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if trainer.fit_loop.restarting and epoch_loop.batch_progress.current.ready == 0:
+        epoch_loop.restarting = False

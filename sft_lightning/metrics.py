@@ -1,0 +1,46 @@
+"""Exact corpus metrics of next-token prediction."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# Apple's GPUs have no float64; everywhere else sums over millions of tokens are kept exact enough to compare runs.
+_SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
+class TokenMetrics(Metric):
+    """Loss, perplexity and accuracy over all label tokens of a set, whatever the batches or replicas were.
+
+    Sums first, one division last: the result does not depend on how rows were batched.
+    """
+
+    full_state_update = False
+    nll_sum: Tensor
+    num_correct: Tensor
+    num_tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll_sum", torch.zeros((), dtype=_SUM_DTYPE), dist_reduce_fx="sum")
+        self.add_state("num_correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, correct: Tensor) -> None:
+        """Adds label tokens.
+
+        Args:
+            nll: Shape [M], negative log-likelihood of each label, in nats.
+            correct: Shape [M], bool, whether the most likely token is the label.
+        """
+        self.nll_sum += nll.to(_SUM_DTYPE).sum()
+        self.num_correct += correct.sum()
+        self.num_tokens += nll.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns ``loss`` in nats per label token, ``perplexity`` and ``token_accuracy``; NaN over an empty set."""
+        loss = self.nll_sum / self.num_tokens
+        return {
+            "loss": loss,
+            "perplexity": loss.exp(),
+            "token_accuracy": self.num_correct.to(_SUM_DTYPE) / self.num_tokens,
+        }

@@ -1,0 +1,249 @@
+"""SFTModule: the training and validation steps, the optimizer, the non-finite guard and what is logged."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from sft_lightning.data.batch import MicroBatch
+from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.lightning_compat import datamodule_of, replicas, total_optimizer_steps
+from sft_lightning.loss import token_nll
+from sft_lightning.metrics import TokenMetrics
+from sft_lightning.modeling import AttentionChoice, Initialization, check_vocabulary, label_logits, load_model
+from sft_lightning.optim import Schedule, build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
+
+_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+_HALF_PRECISIONS = {"bf16-true", "bf16-mixed", "16-true", "16-mixed"}
+# What must not change between a checkpoint and the run that goes on from it, unless resume_override is set.
+_OPTIMIZER_SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "betas",
+    "eps",
+    "lr_schedule",
+    "warmup_steps",
+    "warmup_ratio",
+    "min_lr_factor",
+)
+
+
+class SFTModule(LightningModule):
+    """Response-masked supervised fine-tuning of a Hugging Face causal language model.
+
+    Each optimizer step minimises ``sum(weight * nll)`` over the label tokens of the step's examples; the weights come
+    with the micro-batches, so the gradient does not depend on how the step was split.
+
+    Args:
+        model_path: Folder of a Hugging Face causal language model, or its hub name.
+        init: pretrained loads the weights; random builds the model from config.json with random weights.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay of matrices; embeddings, norms and biases have none.
+        betas: AdamW's averaging coefficients.
+        eps: AdamW's epsilon.
+        lr_schedule: constant, cosine or linear (to min_lr_factor of the peak), stepped per optimizer step.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0, in every schedule.
+        warmup_ratio: The same as a share of all optimizer steps; set one of the two.
+        min_lr_factor: Where cosine and linear end, as a share of the peak.
+        attn_implementation: auto takes FlashAttention 2 where it is installed and can run, else sdpa.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        init: Initialization = "pretrained",
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        lr_schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        min_lr_factor: float = 0.0,
+        attn_implementation: AttentionChoice = "auto",
+        gradient_checkpointing: bool = False,
+        resume_override: bool = False,
+    ) -> None:
+        super().__init__()
+        if learning_rate < 0:
+            raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
+        resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+        self.save_hyperparameters(ignore=["resume_override"])
+        self.resume_override = resume_override
+        self.model: PreTrainedModel | None = None
+        self.token_metrics = TokenMetrics()
+        self._step_parts: list[tuple[Tensor, MicroBatch]] = []
+        self._gradient_norm: Tensor | None = None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        precision = str(self.trainer.precision)
+        if precision == "bf16-true":
+            rank_zero_warn(
+                "precision bf16-true keeps the parameters in bfloat16: at a learning rate of 5e-5 an AdamW step rounds "
+                "away for about half of the weights. bf16-mixed keeps them in float32 for twice the memory."
+            )
+        self.model = load_model(
+            self.hparams["model_path"],
+            init=self.hparams["init"],
+            dtype=_PARAMETER_DTYPES.get(precision, torch.float32),
+            attn_implementation=self.hparams["attn_implementation"],
+            device_type=self.trainer.strategy.root_device.type,
+            half_precision=precision in _HALF_PRECISIONS,
+            gradient_checkpointing=self.hparams["gradient_checkpointing"],
+        )
+        tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
+        if tokenizer is not None:
+            check_vocabulary(self.model, tokenizer)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        assert self.model is not None
+        hparams = self.hparams
+        optimizer = build_adamw(
+            self.model,
+            learning_rate=hparams["learning_rate"],
+            weight_decay=hparams["weight_decay"],
+            betas=tuple(hparams["betas"]),
+            eps=hparams["eps"],
+            # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
+            fused=self.trainer.precision != "16-mixed",
+        )
+        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws
+        # the same ones as an uninterrupted one.
+        torch.manual_seed(batch.rng_seed)
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+        nll, _ = self._label_nll(batch)
+        self._step_parts.append((nll.detach(), batch))
+        # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
+        return _weighted_sum(nll, batch) * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step's exact loss, and stops the run before a non-finite step reaches the weights."""
+        parts, self._step_parts = self._step_parts, []
+        own_loss = torch.stack([_weighted_sum(nll, batch) for nll, batch in parts]).sum()
+        loss = self.trainer.strategy.reduce(own_loss, reduce_op="sum")
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        loss_value, norm_value = torch.stack([loss.double(), self._gradient_norm.double()]).tolist()
+        scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
+        if not _is_finite(loss_value) or not (_is_finite(norm_value) or scaler_decides):
+            raise NonFiniteError(_describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))
+        self.log("train/loss", loss_value, prog_bar=True)
+        self.log("train/grad_norm", norm_value)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self._log_step(self.trainer.global_step + 1)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            assert self._gradient_norm is not None
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        nll, correct = self._label_nll(batch)
+        if batch.num_rows:
+            self.token_metrics.update(nll, correct)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_token_metrics("val")
+        self._log_step(self.trainer.global_step)
+
+    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_token_metrics("test")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":
+            return
+        saved = checkpoint["hyper_parameters"]
+        for name in _OPTIMIZER_SETTINGS:
+            old, new = saved.get(name), self.hparams[name]
+            if (list(old) != list(new) if name == "betas" else old != new) and not self.resume_override:
+                raise UserError(
+                    f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
+                    "or pass --resume_override to go on with the new one"
+                )
+        self._adopt_optimizer_settings(checkpoint)
+
+    def _adopt_optimizer_settings(self, checkpoint: dict[str, Any]) -> None:
+        """Puts this run's settings into the saved optimizer and schedule: total steps may differ, and so the factor."""
+        peak = self.hparams["learning_rate"]
+        (schedule,) = checkpoint["lr_schedulers"]
+        schedule["base_lrs"] = [peak] * len(schedule["base_lrs"])
+        factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
+        assert self.model is not None
+        own_groups = parameter_groups(self.model, self.hparams["weight_decay"])
+        for group, own in zip(checkpoint["optimizer_states"][0]["param_groups"], own_groups, strict=True):
+            group.update(lr=peak * factor, initial_lr=peak, betas=tuple(self.hparams["betas"]), eps=self.hparams["eps"])
+            group["weight_decay"] = own["weight_decay"]
+
+    def _label_nll(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        assert self.model is not None
+        logits = label_logits(self.model, batch)
+        return token_nll(logits, batch.labels), logits.detach().argmax(-1) == batch.labels
+
+    def _log_token_metrics(self, stage: str) -> None:
+        metrics = self.token_metrics.compute()
+        self.token_metrics.reset()
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
+
+    def _log_step(self, step: int) -> None:
+        # Loggers take a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
+        self.log("step", float(step))
+
+    def _schedule_settings(self) -> dict[str, Any]:
+        total = total_optimizer_steps(self.trainer)
+        warmup = {name: self.hparams[name] for name in ("warmup_steps", "warmup_ratio")}
+        return {
+            "schedule": self.hparams["lr_schedule"],
+            "total_steps": total,
+            "warmup_steps": resolve_warmup_steps(total, **warmup),
+            "min_factor": self.hparams["min_lr_factor"],
+        }
+
+
+def _weighted_sum(nll: Tensor, batch: MicroBatch) -> Tensor:
+    return (batch.loss_weights.to(nll.dtype) * nll).sum()
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) != float("inf") and value == value
+
+
+def _describe_non_finite(step: int, loss: float, norm: float, parts: list[tuple[Tensor, MicroBatch]]) -> str:
+    """Names the rows whose own loss is not finite, or every row of the step when only the gradient is not."""
+    named = [
+        batch.sources[row]
+        for nll, batch in parts
+        for row in batch.label_rows[~nll.isfinite()].unique().tolist()
+        if batch.sources
+    ]
+    rows = named or [source for _, batch in parts for source in batch.sources]
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return (
+        f"loss {loss} and gradient norm {norm} in optimizer step {step + 1}: stopped before the step, the weights and "
+        f"the last checkpoint are untouched. Examples: {shown}"
+    )

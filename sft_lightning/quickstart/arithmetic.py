@@ -1,0 +1,137 @@
+"""The embedded data set: arithmetic word problems with worked thoughts, made from a seed."""
+
+import json
+import operator
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft_lightning.data.templates import R1Zero
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The wording of a problem. ``operations`` are applied from left to right to the numbers a, b and c."""
+
+    question: str
+    operations: str
+
+
+STORIES = (
+    Story("{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?", "+"),
+    Story("There are {a} {things} on a table and {b} in a drawer. How many {things} are there in all?", "+"),
+    Story("{name} has {a} {things} and gives {b} to {other}. How many {things} does {name} keep?", "-"),
+    Story("{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?", "-"),
+    Story("{name} loses {b} of {a} {things}. How many {things} are left?", "-"),
+    Story("{name} fills {a} boxes with {b} {things} each. How many {things} are in the boxes?", "*"),
+    Story("{name} gives {b} {things} to each of {a} friends. How many {things} does {name} give away?", "*"),
+    Story("{name} finds {a} {things}, then {b}, then {c}. How many {things} does {name} find in all?", "++"),
+    Story("{name} has {a} {things}, {other} {b} and Grandma {c}. How many {things} do they have?", "++"),
+    Story("{name} has {a} {things}, buys {b} and gives {c} to {other}. How many {things} are left?", "+-"),
+    Story("A shop has {a} {things}. It gets {b} more and sells {c}. How many {things} does it have now?", "+-"),
+    Story("{name} has {a} {things}, loses {b} and finds {c}. How many {things} does {name} have now?", "-+"),
+    Story("Of {a} {things}, {name} sells {b} and {other} sells {c}. How many {things} are left?", "--"),
+    Story("{name} has {a} bags of {b} {things} and {c} {things} more. How many {things} are that in all?", "*+"),
+    Story("{name} opens {a} packs of {b} {things} and drops {c}. How many {things} are left?", "*-"),
+    Story("There are {b} {things} on each of {a} shelves. {name} takes {c}. How many {things} stay?", "*-"),
+)
+NAMES = tuple(
+    "Ada Ben Cleo Dan Ella Finn Gita Hugo Iris Jon Kira Leo Mia Noah Olga Paul Rosa Sam Tara Uma Vera Will".split()
+)
+THINGS = tuple(
+    "apples beads books buttons cards coins cups eggs flags keys lemons marbles nuts pears pens plums "
+    "ribbons seeds shells spoons stamps stickers stones toys".split()
+)
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One word problem. Two with the same calculation differ only in whom and what they are about."""
+
+    story: Story
+    numbers: tuple[int, ...]
+    name: str
+    other: str
+    things: str
+
+    @property
+    def calculation(self) -> tuple[Story, tuple[int, ...]]:
+        return self.story, self.numbers
+
+    @property
+    def question(self) -> str:
+        numbers = dict(zip("abc", self.numbers, strict=False))
+        return self.story.question.format(name=self.name, other=self.other, things=self.things, **numbers)
+
+    @property
+    def solution(self) -> str:
+        """The worked steps and then ``#### answer``, as GSM8K writes it."""
+        results = _running_results(self.story, self.numbers)
+        steps = [
+            f"{before} {operation} {number} = {after}"
+            for before, operation, number, after in zip(
+                results, self.story.operations, self.numbers[1:], results[1:], strict=False
+            )
+        ]
+        thought = steps[0] if len(steps) == 1 else f"First {steps[0]}. Then {steps[1]}"
+        return f"{thought}.\n#### {results[-1]}"
+
+
+def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Returns training and held-out problems, the same for the same arguments.
+
+    No problem occurs twice, and no held-out calculation (a story with its numbers) occurs in training.
+    """
+    generator = random.Random(seed)
+    heldout: dict[tuple[Story, tuple[int, ...]], Problem] = {}
+    while len(heldout) < num_heldout:
+        problem = _draw_problem(generator)
+        heldout[problem.calculation] = problem
+    train: dict[Problem, None] = {}
+    while len(train) < num_train:
+        problem = _draw_problem(generator)
+        if problem.calculation not in heldout:
+            train[problem] = None
+    return list(train), list(heldout.values())
+
+
+def write_arithmetic(
+    output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0
+) -> None:
+    """Writes ``train.jsonl`` and ``heldout.jsonl`` in r1_zero form: rows of prompt, response and ground_truth.
+
+    Equal arguments give equal bytes. Files of these names are replaced.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, heldout = make_problems(num_train=num_train, num_heldout=num_heldout, seed=seed)
+    for name, problems in (("train", train), ("heldout", heldout)):
+        rows = (R1Zero().render({"question": p.question, "answer": p.solution}) for p in problems)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _draw_problem(generator: random.Random) -> Problem:
+    story = generator.choice(STORIES)
+    numbers = _draw_numbers(generator, story)
+    name, other = generator.sample(NAMES, 2)
+    return Problem(story, numbers, name, other, generator.choice(THINGS))
+
+
+def _draw_numbers(generator: random.Random, story: Story) -> tuple[int, ...]:
+    """Returns numbers from 2 to 20, factors from 2 to 9, with every result on the way at least 1."""
+    while True:
+        largest = 9 if story.operations[0] == "*" else 20
+        factors = [generator.randint(2, largest) for _ in range(2)]
+        others = [generator.randint(2, 20) for _ in story.operations[1:]]
+        numbers = (*factors, *others)
+        if min(_running_results(story, numbers)) >= 1:
+            return numbers
+
+
+def _running_results(story: Story, numbers: tuple[int, ...]) -> list[int]:
+    results = [numbers[0]]
+    for operation, number in zip(story.operations, numbers[1:], strict=True):
+        results.append(_APPLY[operation](results[-1], number))
+    return results

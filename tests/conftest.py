@@ -1,0 +1,107 @@
+"""Shared fixtures: a tiny tokenizer and model made in-process, prompt/response files, and the real GSM8K."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CORPUS = [
+    "User: What is 2+2? Assistant: <think> two and two is four </think> <answer> 4 </answer>",
+    "the quick brown fox jumps over the lazy dog, again and again, 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps token caches out of the user's home, and results independent of the machine's cores."""
+    monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "token-cache"))
+    torch.set_num_threads(1)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def make_model(vocabulary_size: int, dropout: float = 0.0) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        attention_dropout=dropout,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A tiny Qwen2 with tied weights and its tokenizer, as `from_pretrained` loads them."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dropout_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The same with dropout in its attention."""
+    folder = tmp_path_factory.mktemp("dropout-model")
+    make_model(len(tokenizer), dropout=0.2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, num_rows: int, first: int = 0) -> str:
+    """Writes prompt/response rows of widely differing lengths."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(first, first + num_rows):
+            words = " ".join(str(number) for number in range(row % 7 + 1))
+            answer = f" {words} </think> <answer> {row} </answer>"
+            record = {"prompt": f"Count to {row % 7}: " * (1 + row % 3), "response": answer, "ground_truth": str(row)}
+            file.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """42 rows: with 8 rows a step, five full steps and a last one of two rows."""
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 42)
+
+
+@pytest.fixture(scope="session")
+def val_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("data") / "val.jsonl", 11, first=100)
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    folder = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
+    if not (folder / "train.jsonl").is_file():
+        pytest.skip(f"no GSM8K in {folder}; set SFT_GSM8K_DIR to a folder with train.jsonl and test.jsonl")
+    return folder

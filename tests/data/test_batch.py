@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+
+from sft_lightning.data.batch import Example, MicroBatch, collate_padded
+
+# Row 0: prompt 11 12 13, response 14 15. Row 1: prompt 21, response 22 23.
+EXAMPLES = [
+    Example(np.array([11, 12, 13, 14, 15], dtype=np.int32), prompt_length=3, source="a.jsonl:1"),
+    Example(np.array([21, 22, 23], dtype=np.int32), prompt_length=1, source="a.jsonl:2"),
+]
+
+
+def collated(**options):
+    return collate_padded(EXAMPLES, [0.25, 0.5], pad_token_id=0, **options)
+
+
+def assert_tensor(tensor, values, dtype=torch.int64):
+    assert tensor.dtype == dtype
+    assert torch.equal(tensor, torch.tensor(values, dtype=dtype)), tensor
+
+
+def test_an_example_counts_its_labels():
+    assert [example.num_labels for example in EXAMPLES] == [2, 2]
+
+
+def test_rows_are_padded_on_the_right_and_end_before_their_last_token():
+    batch = collated()
+    assert_tensor(batch.input_ids, [[11, 12, 13, 14], [21, 22, 0, 0]])
+    assert_tensor(batch.attention_mask, [[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def test_labels_are_the_responses_and_stand_one_position_after_what_predicts_them():
+    batch = collated()
+    # Token 13 at position 2 predicts 14, 14 at 3 predicts 15; in row 1, which begins at 4, 21 predicts 22, 22 predicts 23.
+    assert_tensor(batch.labels, [14, 15, 22, 23])
+    assert_tensor(batch.label_positions, [2, 3, 4, 5])
+    assert_tensor(batch.label_rows, [0, 0, 1, 1])
+    assert_tensor(batch.input_ids.flatten()[batch.label_positions], [13, 14, 21, 22])
+
+
+def test_each_label_has_the_weight_of_its_row_in_float64():
+    assert_tensor(collated().loss_weights, [0.25, 0.25, 0.5, 0.5], torch.float64)
+
+
+def test_counts_and_sources():
+    batch = collated(rng_seed=5)
+    assert (batch.num_rows, batch.num_label_tokens, batch.num_tokens, batch.rng_seed) == (2, 4, 6, 5)
+    assert batch.sources == ("a.jsonl:1", "a.jsonl:2")
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 4), (1, 4), (4, 4), (3, 6), (8, 8)])
+def test_width_is_rounded_up_and_positions_follow(multiple, width):
+    batch = collated(pad_to_multiple_of=multiple)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (2, width)
+    assert_tensor(batch.label_positions, [2, 3, width, width + 1])
+    assert batch.attention_mask.sum() == 6
+
+
+def test_an_eos_that_is_also_the_padding_stays_a_label_and_an_input():
+    rows = [Example(np.array([5, 6, 9], dtype=np.int32), 1), Example(np.array([5, 9, 6, 7, 9], dtype=np.int32), 2)]
+    batch = collate_padded(rows, [1.0, 1.0], pad_token_id=9)
+    assert_tensor(batch.labels, [6, 9, 6, 7, 9])
+    assert_tensor(batch.attention_mask, [[1, 1, 0, 0], [1, 1, 1, 1]])
+
+
+def test_an_empty_micro_batch_carries_one_dummy_label_of_weight_zero():
+    batch = collate_padded([], [], pad_token_id=3)
+    assert_tensor(batch.input_ids, [[3]])
+    assert_tensor(batch.attention_mask, [[1]])
+    assert_tensor(batch.labels, [3])
+    assert_tensor(batch.label_positions, [0])
+    assert_tensor(batch.label_rows, [0])
+    assert_tensor(batch.loss_weights, [0.0], torch.float64)
+    assert (batch.num_rows, batch.num_label_tokens, batch.num_tokens) == (0, 0, 0)
+
+
+def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
+    moved = collated(rng_seed=5).to(torch.device("meta"))
+    tensors = [getattr(moved, name) for name in MicroBatch.__slots__ if torch.is_tensor(getattr(moved, name))]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
+    assert moved.loss_weights.dtype == torch.float64
+    assert (moved.sources, moved.num_tokens, moved.rng_seed) == (("a.jsonl:1", "a.jsonl:2"), 6, 5)
+
+
+def test_a_precision_plugin_that_casts_collections_leaves_the_weights_alone():
+    # What Lightning's bf16-true does to a batch before training_step.
+    from lightning.fabric.plugins.precision.half import HalfPrecision
+
+    batch = HalfPrecision("bf16-true").convert_input(collated())
+    assert batch.loss_weights.dtype == torch.float64
+
+
+def test_collate_does_not_write_to_read_only_tokens():
+    tokens = np.array([1, 2, 3], dtype=np.int32)
+    tokens.setflags(write=False)
+    batch = collate_padded([Example(tokens, 1)], [1.0], pad_token_id=0)
+    batch.labels += 1
+    batch.input_ids += 1
+    assert tokens.tolist() == [1, 2, 3]

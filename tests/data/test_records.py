@@ -1,0 +1,323 @@
+import json
+import logging
+import os
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from sft_lightning.data.records import Record, SFTDataset, read_records, resolve_files
+from sft_lightning.data.templates import Plain, R1Zero
+from sft_lightning.errors import UserError
+
+GSM8K = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[3] / "shared" / "gsm8k"))
+GOOD = b'{"prompt": "a", "response": "b"}\n'
+
+
+def write(file, content):
+    file.write_bytes(content)
+    return file
+
+
+def read(path, **options):
+    return list(read_records(path, **options))
+
+
+def error_of(path, **options):
+    with pytest.raises(UserError) as error:
+        read(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Reading
+
+
+def test_rows_in_file_order_with_their_lines(tmp_path):
+    file = write(
+        tmp_path / "a.jsonl",
+        b'{"prompt": "1+1=", "response": "2", "ground_truth": 2, "weight": 0.5}\n'
+        b'{"prompt": "2+2=", "response": "4", "ground_truth": ["4", 4.0], "extra": null}\n',
+    )
+    assert read(file) == [
+        Record("1+1=", "2", 2, 0.5, f"{file}:1"),
+        Record("2+2=", "4", ["4", 4.0], 1.0, f"{file}:2"),
+    ]
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path):
+    content = b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.strip()
+    file = write(tmp_path / "a.jsonl", content)
+    assert [(record.prompt, record.source) for record in read(file)] == [("a", f"{file}:1"), ("a", f"{file}:3")]
+    write(file, GOOD + b"\n  \n")
+    assert len(read(file)) == 1
+
+
+def test_unicode_line_separators_end_no_line(tmp_path):
+    row = {"prompt": "a\u2028b\x85c", "response": "\U0001f600"}
+    file = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False).encode() + b"\n" + GOOD)
+    assert [record.prompt for record in read(file)] == ["a\u2028b\x85c", "a"]
+    assert read(file)[0].response == "\U0001f600"
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path):
+    table = {"question": ["1+1?", "2+2?"], "answer": ["t\n#### 2", "u\n#### 4"], "weight": [None, 0.5]}
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table(table), file)
+    lines = [json.dumps({key: values[row] for key, values in table.items()}) for row in (0, 1)]
+    jsonl = write(tmp_path / "a.jsonl", "\n".join(lines).encode())
+    assert [r.source for r in read(file)] == [f"{file}:1", f"{file}:2"]
+    assert [(r.prompt, r.response, r.ground_truth, r.weight) for r in read(file)] == [
+        (r.prompt, r.response, r.ground_truth, r.weight) for r in read(jsonl)
+    ]
+
+
+def test_parquet_rows_are_numbered_across_row_groups_and_batches(tmp_path):
+    responses = ["b"] * 2500
+    responses[2100] = None
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"] * 2500, "response": responses}), file, row_group_size=700)
+    assert error_of(file).endswith(f"{file}:2101: field 'response' is missing")
+
+
+def test_a_parquet_value_that_is_not_utf8_is_one_bad_row(tmp_path):
+    values = pyarrow.array([b"x", b"y\xff", b"z"]).view(pyarrow.string())
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": values, "response": ["b"] * 3}), file)
+    assert error_of(file).endswith(f"{file}:2: not UTF-8: byte 0xff at position 2")
+    assert [record.prompt for record in read(file, max_bad_rows=1)] == ["x", "z"]
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    file = write(tmp_path / "a.parquet", GOOD)
+    assert error_of(file).startswith(f"cannot read '{file}' as Parquet: ")
+
+
+# Finding files
+
+
+def test_a_folder_gives_its_data_files_sorted(tmp_path):
+    for name in ("b.jsonl", "a.parquet", "c.txt", "d.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.jsonl").mkdir()
+    assert resolve_files(tmp_path) == [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
+
+
+def test_a_glob_gives_its_files_sorted_and_a_file_is_taken_literally(tmp_path):
+    for name in ("part-2.jsonl", "part-1.jsonl", "other.jsonl", "part-[1].jsonl"):
+        (tmp_path / name).touch()
+    assert resolve_files(f"{tmp_path}/part-?.jsonl") == [tmp_path / "part-1.jsonl", tmp_path / "part-2.jsonl"]
+    assert resolve_files(f"{tmp_path}/part-[1].jsonl") == [tmp_path / "part-[1].jsonl"]
+
+
+def test_several_files_are_read_one_after_the_other_each_with_its_template(tmp_path):
+    write(tmp_path / "b.jsonl", GOOD)
+    write(tmp_path / "a.jsonl", b'{"question": "q", "answer": "t\\n#### 1"}\n')
+    assert [record.response for record in read(tmp_path)] == [" t </think> <answer> 1 </answer>", "b"]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl"])
+def test_a_path_that_leads_nowhere(tmp_path, name):
+    assert error_of(tmp_path / name).startswith(f"data path '{tmp_path / name}' is no file, no folder and matches none")
+
+
+def test_a_folder_without_data(tmp_path):
+    assert error_of(tmp_path).startswith(f"data folder '{tmp_path}' holds no .jsonl and no .parquet file")
+
+
+# Bad rows
+
+BAD_ROWS = [
+    (b"{oops}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    (b'{"prompt": "a", "resp', "not JSON: Unterminated string starting at at column 17"),
+    (b"[1]", "not a JSON object, but list"),
+    (b"null", "not a JSON object, but NoneType"),
+    (b'{"prompt": "a\xff", "response": "b"}', "not UTF-8: byte 0xff at position 14"),
+    (b'{"prompt": "a"}', "field 'response' is missing"),
+    (b'{"prompt": null, "response": "b"}', "field 'prompt' is missing"),
+    (b'{"prompt": "", "response": "b"}', "field 'prompt' is empty"),
+    (b'{"prompt": "a", "response": " \\n"}', "field 'response' is empty"),
+    (b'{"prompt": ["a"], "response": "b"}', "field 'prompt' must be text, got list"),
+    (b'{"prompt": "a", "response": 4}', "field 'response' must be text, got int"),
+    (
+        b'{"prompt": "a", "response": "\\ud83d"}',
+        "field 'response' holds half a surrogate pair, which is no character: surrogates not allowed",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "weight": -1}',
+        "field 'weight' must be a finite number, at least 0, got -1",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "weight": NaN}',
+        "field 'weight' must be a finite number, at least 0, got nan",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "weight": 1e999}',
+        "field 'weight' must be a finite number, at least 0, got inf",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "weight": true}',
+        "field 'weight' must be a finite number, at least 0, got True",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "weight": "1"}',
+        "field 'weight' must be a finite number, at least 0, got '1'",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "ground_truth": {"x": 1}}',
+        "field 'ground_truth' must be text, a number or a list of those, got {'x': 1}",
+    ),
+    (
+        b'{"prompt": "a", "response": "b", "ground_truth": ["1", null]}',
+        "field 'ground_truth' must be text, a number or a list of those, got None",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, row, reason):
+    file = write(tmp_path / "bad.jsonl", GOOD + row + b"\r\n" + GOOD)
+    assert error_of(file) == f"data.max_bad_rows is 0, and 1 rows are bad: {file}:2: {reason}"
+    assert [record.source for record in read(file, max_bad_rows=1)] == [f"{file}:1", f"{file}:3"]
+
+
+@pytest.mark.parametrize("row", [b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"])
+def test_json_that_python_refuses_is_a_bad_row_too(tmp_path, row):
+    file = write(tmp_path / "bad.jsonl", GOOD + row + b"\n")
+    assert f"{file}:2: not JSON that can be read: " in error_of(file)
+
+
+def test_a_bad_first_row_does_not_choose_the_template(tmp_path):
+    file = write(tmp_path / "bad.jsonl", b'{"prompt": "a"}\n' + GOOD)
+    assert error_of(file).endswith(f"{file}:1: field 'response' is missing")
+    assert len(read(file, max_bad_rows=1)) == 1
+
+
+def test_what_a_template_refuses_is_a_bad_row(tmp_path):
+    file = write(tmp_path / "bad.jsonl", b'{"question": "q", "answer": "no number"}\n')
+    assert error_of(file).endswith(f"{file}:1: field 'answer' must be a worked solution that ends with '#### <number>'")
+
+
+def test_an_empty_rendered_response_is_a_bad_row(tmp_path):
+    class Silent(Plain):
+        def render(self, row):
+            return {"prompt": row["prompt"], "response": ""}
+
+    file = write(tmp_path / "a.jsonl", GOOD)
+    assert error_of(file, template=Silent()).endswith(f"{file}:1: rendered response is empty")
+
+
+def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
+    file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" * 7 + GOOD)
+    message = error_of(file, max_bad_rows=6)
+    assert message.startswith(f"data.max_bad_rows is 6, and 7 rows are bad: {file}:2: not JSON")
+    assert f"{file}:6: " in message
+    assert f"{file}:7: " not in message
+    assert message.endswith("; and 2 more")
+
+
+def test_no_record_comes_after_one_bad_row_too_many(tmp_path):
+    file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" + GOOD)
+    records = read_records(file)
+    assert next(records).source == f"{file}:1"
+    with pytest.raises(UserError):
+        next(records)
+
+
+def test_skipped_rows_are_warned_of(tmp_path, caplog):
+    file = write(tmp_path / "bad.jsonl", GOOD + b"7\n")
+    with caplog.at_level(logging.WARNING):
+        read(file, max_bad_rows=3)
+    assert caplog.messages == [f"skipped 1 bad rows: {file}:2: not a JSON object, but int"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file(tmp_path, content):
+    file = write(tmp_path / "a.jsonl", content)
+    assert error_of(file) == f"data path '{file}' has no usable row: it is empty"
+
+
+def test_nothing_but_bad_rows_is_an_error_however_many_may_be(tmp_path):
+    file = write(tmp_path / "a.jsonl", b"1\n2\n")
+    assert error_of(file, max_bad_rows=9).startswith(f"data path '{file}' has no usable row: {file}:1: not a JSON object")
+
+
+# Columns and templates
+
+
+def test_columns_map_our_names_to_the_files(tmp_path):
+    row = b'{"instruction": "a", "output": "b", "prompt": "not this", "label": "c"}\n'
+    file = write(tmp_path / "a.jsonl", row)
+    columns = {"prompt": "instruction", "response": "output", "ground_truth": "label"}
+    assert read(file, columns=columns) == [Record("a", "b", "c", 1.0, f"{file}:1")]
+
+
+def test_columns_can_swap_and_use_one_twice(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD)
+    columns = {"prompt": "response", "response": "prompt", "ground_truth": "prompt"}
+    assert read(file, columns=columns) == [Record("b", "a", "a", 1.0, f"{file}:1")]
+
+
+def test_a_mapped_column_counts_by_our_name_only(tmp_path):
+    file = write(tmp_path / "a.jsonl", b'{"prompt": "q", "response": "t\\n#### 1"}\n')
+    record = read(file, columns={"question": "prompt", "answer": "response"})[0]
+    assert record.response == " t </think> <answer> 1 </answer>"
+
+
+def test_a_mapped_column_that_a_row_lacks_is_named(tmp_path):
+    file = write(tmp_path / "a.jsonl", GOOD + b'{"prompt": "x", "response": "y"}\n')
+    message = error_of(file, template=Plain(), columns={"prompt": "instruction"}, max_bad_rows=1)
+    assert f"{file}:1: field 'prompt' (column 'instruction') is missing" in message
+
+
+def test_keys_that_fit_no_template_are_listed_with_the_place(tmp_path):
+    file = write(tmp_path / "a.jsonl", b'{"in": "a", "out": "b"}\n' * 3)
+    assert error_of(file).startswith(f"{file}:1: found the keys ['in', 'out'], expected 'prompt' and 'response'")
+
+
+def test_a_named_template_wins_over_the_keys(tmp_path):
+    row = b'{"prompt": "a", "response": "b", "question": "q", "answer": "t #### 1"}\n'
+    file = write(tmp_path / "a.jsonl", row)
+    assert read(file, template=R1Zero())[0].ground_truth == "1"
+
+
+# The guide's dataset
+
+
+def test_sft_dataset_gives_dictionaries(tmp_path):
+    file = write(
+        tmp_path / "a.jsonl",
+        GOOD + b'{"prompt": "c", "response": "d", "ground_truth": 0, "weight": 2}\nnot read\n',
+    )
+    dataset = SFTDataset(file, max_examples=2)
+    assert len(dataset) == 2
+    assert list(dataset) == [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "c", "response": "d", "ground_truth": 0, "weight": 2.0},
+    ]
+    assert len(SFTDataset(file, max_examples=9, max_bad_rows=1)) == 2
+
+
+def test_sft_dataset_refuses_to_be_empty(tmp_path):
+    with pytest.raises(UserError, match="max_examples is 0; give at least 1"):
+        SFTDataset(write(tmp_path / "a.jsonl", GOOD), max_examples=0)
+
+
+def test_the_real_gsm8k_training_file_has_no_bad_row():
+    file = GSM8K / "train.jsonl"
+    if not file.is_file():
+        pytest.skip("no GSM8K here: set SFT_GSM8K_DIR to a folder with train.jsonl")
+    records = read(file)
+    assert len(records) == 7473
+    assert records[0].ground_truth == "72"
+    assert records[0].response == (
+        " Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
+        " </think> <answer> 72 </answer>"
+    )
+    assert records[-1].source == f"{file}:7473"
+    for record in records:
+        assert record.prompt.endswith("\nAssistant: <think>")
+        assert "<<" not in record.response
+        assert record.response.endswith(f" </think> <answer> {record.ground_truth} </answer>")
+        float(record.ground_truth)

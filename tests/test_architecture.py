@@ -1,0 +1,247 @@
+"""The layers and the sizes that DESIGN section 2 and CONTRIBUTING promise, read off the source with ast."""
+
+import ast
+import importlib
+import inspect
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sft_lightning"
+
+# Top to bottom. A file may import from its own layer and from those below it. A name stands for a file or a folder.
+LAYERS = (
+    {"__init__", "__main__", "cli", "trainer_cli"},
+    {"datamodule", "module", "callbacks", "checkpoint", "metrics_csv"},
+    {"lightning_compat"},
+    {"modeling", "attention", "optim", "evaluation", "loss", "metrics", "checkpoint_folder", "quickstart"},
+    {"data"},
+    {"data.batch"},
+    {"errors"},
+)
+LIGHTNING_LAYER = {"cli", "trainer_cli"} | LAYERS[1] | LAYERS[2]
+# They meet in the batch and on the command line.
+STRANGERS = {"datamodule", "module", "callbacks"}
+
+# Third-party package -> the files or folders that may import it. Imports for annotations only are free.
+MAY_IMPORT = {
+    "lightning": LIGHTNING_LAYER,
+    "pytorch_lightning": set(),
+    "lightning_fabric": set(),
+    "transformers": {
+        "modeling",
+        "attention",
+        "data.tokenization",
+        "evaluation.generation",
+        "checkpoint",
+        "quickstart.tiny_model",
+    },
+    "flash_attn": {"attention"},
+    "math_verify": {"evaluation.grading"},
+}
+# What the Trainer keeps for itself, although it has no underscore in front.
+TRAINER_INTERNALS = {"fit_loop", "validate_loop", "test_loop", "predict_loop", "epoch_loop", "batch_progress"}
+
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 60
+WITHOUT_TEST_FILE = {"__init__.py", "__main__.py", "errors.py"}
+
+
+def module_name(path):
+    """Returns a source file's dotted name inside the package: data/batch.py is data.batch, data/__init__.py is data."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = {name: path.read_text("utf-8") for name, path in PATHS.items()}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+class WithoutAnnotationImports(ast.NodeTransformer):
+    def visit_If(self, node):
+        return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def imported_names(tree):
+    """Yields every imported name in full, wherever it stands: `from a.b import c` is a.b.c."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=aliases):
+                yield from (alias.name for alias in aliases)
+            case ast.ImportFrom(names=aliases, module=module, level=level):
+                yield from (f"{'.' * level}{module or ''}.{alias.name}" for alias in aliases)
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                if ast.unparse(function) in ("importlib.import_module", "import_module", "__import__"):
+                    yield name
+
+
+def own_imports(tree):
+    """Returns the package's own files that a file imports; a name that belongs to none stays as it is."""
+    imports = set()
+    for imported in imported_names(tree):
+        package, _, name = imported.partition(".")
+        if package == "sft_lightning" and name != "__version__":
+            imports.add(next((file for file in (name, name.rpartition(".")[0]) if file in TREES), imported))
+    return imports
+
+
+def within(name, places):
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def layer_of(name):
+    """Returns the lowest layer that a file belongs to: data.batch is in that of data.batch and not in that of data."""
+    return max((depth for depth, layer in enumerate(LAYERS) if within(name, layer)), default=-1)
+
+
+def attribute_chain(node):
+    """Returns the names in `a.b(x).c` from the left: a, b, c."""
+    return re.findall(r"[A-Za-z_]\w*", re.sub(r"\([^()]*\)|\[[^\[\]]*\]", "", ast.unparse(node)))
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def touches_of_lightning_internals(tree):
+    """Yields imports of private Lightning names, and attributes of trainers and loops that are not for everyone."""
+    for imported in imported_names(tree):
+        if within(imported, {"lightning"}) and any(map(is_private, imported.split("."))):
+            yield imported
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            *owners, attribute = attribute_chain(node)
+            of_trainer = any("trainer" in owner or "loop" in owner for owner in owners)
+            if attribute in TRAINER_INTERNALS or (of_trainer and is_private(attribute)):
+                yield ast.unparse(node)
+
+
+def test_the_rules_see_what_they_are_meant_to_see():
+    tree = ast.parse(
+        "from lightning.pytorch.cli import _private\n"
+        "from sft_lightning.data import batch\n"
+        "if TYPE_CHECKING:\n"
+        "    import transformers\n"
+        "def f():\n"
+        "    from sft_lightning.loss import token_nll\n"
+        "    importlib.import_module('math_verify')\n"
+        "    self.trainer.strategies(a.b)[0]._x + trainer.fit_loop.run + self._own + os._exit + trainer.__dict__\n"
+    )
+    names = {
+        "lightning.pytorch.cli._private",
+        "sft_lightning.data.batch",
+        "transformers",
+        "sft_lightning.loss.token_nll",
+        "math_verify",
+    }
+    assert set(imported_names(tree)) == names
+    assert own_imports(tree) == {"data.batch", "loss"}
+    assert sorted(touches_of_lightning_internals(tree)) == [
+        "lightning.pytorch.cli._private",
+        "self.trainer.strategies(a.b)[0]._x",
+        "trainer.fit_loop",
+    ]
+    assert set(imported_names(WithoutAnnotationImports().visit(tree))) == names - {"transformers"}
+    assert [layer_of(name) for name in ("cli", "data.records", "data.batch", "stray")] == [0, 4, 5, -1]
+    assert {"__init__", "data", "data.batch", "loss"} <= TREES.keys()
+
+
+def test_every_file_stands_in_a_layer():
+    wrong = [name for name in TREES if layer_of(name) < 0]
+    assert not wrong, f"{wrong}: add them to LAYERS, and to the map in CONTRIBUTING"
+
+
+def test_imports_point_downwards():
+    wrong = []
+    for name, tree in TREES.items():
+        for target in own_imports(tree):
+            if target not in TREES:
+                wrong.append(f"{name} -> {target}: no file; import a name from where it lives")
+            elif layer_of(target) < layer_of(name):
+                wrong.append(f"{name} -> {target}: upwards")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_imports_make_no_circle():
+    graph = {name: own_imports(tree) - {name} for name, tree in TREES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle in it
+
+
+def test_imports_are_absolute():
+    wrong = [
+        (name, imported) for name, tree in TREES.items() for imported in imported_names(tree) if imported[0] == "."
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_datamodule_module_and_callbacks_never_import_each_other():
+    wrong = []
+    for name, tree in TREES.items():
+        room = name.split(".")[0]
+        if room in STRANGERS:
+            wrong += [(name, target) for target in own_imports(tree) if within(target, STRANGERS - {room})]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_evaluation_knows_one_data_room_only():
+    wrong = []
+    for name, tree in TREES.items():
+        if within(name, {"evaluation"}):
+            known = {target for target in own_imports(tree) if within(target, {"data"})}
+            wrong += [(name, target) for target in known - {"data.tokenization"}]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_third_party_packages_stay_in_their_rooms():
+    wrong = []
+    for name, source in SOURCES.items():
+        for imported in imported_names(WithoutAnnotationImports().visit(ast.parse(source))):
+            rooms = MAY_IMPORT.get(imported.split(".")[0])
+            if rooms is not None and not within(name, rooms):
+                wrong.append((name, imported))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_only_lightning_compat_touches_private_names_of_lightning():
+    wrong = {name: list(touches_of_lightning_internals(TREES[name])) for name in TREES.keys() - {"lightning_compat"}}
+    assert {name: touches for name, touches in wrong.items() if touches} == {}
+
+
+def test_no_class_shares_a_private_name_with_a_lightning_base():
+    """Not to use Lightning's, and not by accident either: it would overwrite it."""
+    private_name = re.compile(r"(?:\bself\.|\bsuper\(\)\.|\bdef )(_[a-z]\w*)")
+    wrong = []
+    for name in TREES.keys() - {"lightning_compat", "__main__"}:
+        if not within(name, LIGHTNING_LAYER):
+            continue
+        module = importlib.import_module(f"sft_lightning.{name}")
+        for own in vars(module).values():
+            if not inspect.isclass(own) or own.__module__ != module.__name__:
+                continue
+            for base in own.__mro__:
+                if base.__module__.startswith("lightning."):
+                    shared = set(private_name.findall(inspect.getsource(own)))
+                    shared &= set(private_name.findall(inspect.getsource(base)))
+                    wrong += [(own.__qualname__, base.__qualname__, shared)] if shared else []
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_files_and_functions_are_short():
+    wrong = []
+    for name, source in SOURCES.items():
+        if len(source.splitlines()) > MAX_FILE_LINES:
+            wrong.append(f"{name}: {len(source.splitlines())} lines")
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                num_lines = node.end_lineno - node.lineno + 1
+                if num_lines > MAX_FUNCTION_LINES:
+                    wrong.append(f"{name}.{node.name}: {num_lines} lines")
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_every_source_file_has_its_test_file():
+    sources = [path.relative_to(PACKAGE) for path in PATHS.values() if path.name not in WITHOUT_TEST_FILE]
+    mirrors = [Path("tests") / path.with_name(f"test_{path.name}") for path in sources]
+    missing = [str(mirror) for mirror in mirrors if not (ROOT / mirror).is_file()]
+    assert not missing, "\n".join(missing)
