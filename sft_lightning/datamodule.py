@@ -1,10 +1,10 @@
 """SFTDataModule: records -> template -> tokens -> plan -> micro-batches. Wires the data rooms, computes nothing."""
 
 import os
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
-from transformers import PreTrainedTokenizerBase
 
 from sft_lightning.data.cache import TokenStore, load_or_build_tokens
 from sft_lightning.data.loader import MicroBatches, PlannedLoader, TrainingShare, ValidationShare
@@ -14,6 +14,9 @@ from sft_lightning.data.templates import Template
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import fit_position, repeats_one_epoch, replicas
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _DEFAULT_SEED = 42
 
@@ -95,7 +98,7 @@ class SFTDataModule(LightningDataModule):
         self._stores: dict[str, TokenStore] = {}
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             if self.tokenizer_path is None:
@@ -128,9 +131,9 @@ class SFTDataModule(LightningDataModule):
     def test_dataloader(self) -> PlannedLoader | list:
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> list[list[Record]]:
+    def predict_dataloader(self) -> list[list[dict[str, Any]]]:
         num_replicas, replica = replicas(self._running_trainer)
-        mine = self.evaluation_records("test")[replica::num_replicas]
+        mine = [asdict(record) for record in self.evaluation_records("test")[replica::num_replicas]]
         return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
 
     def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:

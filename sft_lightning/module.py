@@ -1,7 +1,7 @@
 """SFTModule: the training and validation steps, the optimizer, the non-finite guard and what is logged."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,15 +10,18 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.evaluation.generation import Generator, TransformersGenerator
 from sft_lightning.lightning_compat import datamodule_of, replicas, total_optimizer_steps
 from sft_lightning.loss import token_nll
 from sft_lightning.metrics import TokenMetrics
 from sft_lightning.modeling import AttentionChoice, Initialization, check_vocabulary, label_logits, load_model
 from sft_lightning.optim import Schedule, build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _HALF_PRECISIONS = {"bf16-true", "bf16-mixed", "16-true", "16-mixed"}
@@ -54,6 +57,7 @@ class SFTModule(LightningModule):
         min_lr_factor: Where cosine and linear end, as a share of the peak.
         attn_implementation: auto takes FlashAttention 2 where it is installed and can run, else sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        generator: Writes the answers of predict, by default TransformersGenerator.
         resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
     """
 
@@ -71,13 +75,15 @@ class SFTModule(LightningModule):
         min_lr_factor: float = 0.0,
         attn_implementation: AttentionChoice = "auto",
         gradient_checkpointing: bool = False,
+        generator: Generator | None = None,
         resume_override: bool = False,
     ) -> None:
         super().__init__()
         if learning_rate < 0:
             raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
-        self.save_hyperparameters(ignore=["resume_override"])
+        self.save_hyperparameters(ignore=["generator", "resume_override"])
+        self.generator = generator
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
         self.token_metrics = TokenMetrics()
@@ -174,6 +180,24 @@ class SFTModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_token_metrics("test")
+
+    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
+        """Returns a row for each record: prompt, response, ground_truth and why the answer ended."""
+        generator = self.generator or TransformersGenerator()
+        tokenizer = datamodule_of(self.trainer).tokenizer
+        assert self.model is not None
+        answers = generator.generate(self.model, tokenizer, [record["prompt"] for record in batch])
+        return [
+            {
+                "prompt": record["prompt"],
+                "response": answer.text,
+                "ground_truth": record["ground_truth"],
+                "stop_reason": answer.stop_reason,
+                "num_tokens": answer.num_tokens,
+                "source": record["source"],
+            }
+            for record, answer in zip(batch, answers, strict=True)
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":

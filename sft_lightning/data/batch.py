@@ -146,9 +146,7 @@ def collate_padded(
     for row, example in enumerate(examples):
         input_ids[row, : lengths[row]] = example.tokens[:-1]
     positions = [row * width + np.arange(e.prompt_length - 1, lengths[row]) for row, e in enumerate(examples)]
-    labels = np.concatenate([example.tokens[example.prompt_length :] for example in examples]).astype(
-        np.int64
-    )
+    labels = np.concatenate([example.tokens[example.prompt_length :] for example in examples]).astype(np.int64)
     num_labels = [example.num_labels for example in examples]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),

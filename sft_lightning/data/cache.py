@@ -168,7 +168,7 @@ def _build(
         num_rows = _write_rows(temporary, rows, files)
         check_bad_rows(left_out.bad_rows, max_bad_rows)
         if not num_rows:
-            raise UserError(f"no row of the data is left: {left_out}; see data.max_length, {fingerprint['max_length']}")
+            raise UserError(f"no row is left. {left_out}. Raise data.max_length ({fingerprint['max_length']})")
         if _data_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, left_out)

@@ -168,9 +168,7 @@ def label_weights(
     return np.full(len(own), 1.0 / (num_non_empty * max(own.sum(), 1.0)))
 
 
-def validation_batches(
-    total_lengths: np.ndarray, batch_size: int, num_replicas: int, replica: int
-) -> list[np.ndarray]:
+def validation_batches(total_lengths: np.ndarray, batch_size: int, num_replicas: int, replica: int) -> list[np.ndarray]:
     """Returns one replica's share of a set, each example in exactly one replica's share.
 
     Longest first. Every replica gets the same number of batches, the last ones possibly empty: a model that is wrapped

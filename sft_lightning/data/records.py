@@ -67,7 +67,7 @@ class SkippedRows:
 def check_bad_rows(bad_rows: SkippedRows, max_bad_rows: int) -> None:
     """Raises UserError if there are more bad rows than ``max_bad_rows``."""
     if bad_rows.count > max_bad_rows:
-        raise UserError(f"data.max_bad_rows is {max_bad_rows}, and {bad_rows.count} rows are bad: {bad_rows}")
+        raise UserError(f"too many bad rows ({bad_rows.count}, data.max_bad_rows is {max_bad_rows}): {bad_rows}")
 
 
 def resolve_files(path: str | Path) -> list[Path]:
@@ -133,7 +133,7 @@ def read_records(
     if not num_good:
         raise UserError(f"data path '{path}' has no usable row: {found if found.count else 'it is empty'}")
     if found.count and bad_rows is None:
-        logger.warning("skipped %d bad rows: %s", found.count, found)
+        logger.warning("bad rows skipped (%d): %s", found.count, found)
 
 
 def template_of(file: Path, columns: Mapping[str, str] | None = None) -> Template:
@@ -257,8 +257,8 @@ def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | ValueError
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
+            text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            if text:
                 yield number, _parse_json(text)
 
 
@@ -268,7 +268,7 @@ def _parse_json(line: bytes) -> Mapping[str, Any] | ValueError:
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
+        return ValueError(f"not JSON: {error.msg} (column {error.colno})")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON that can be read: {error}")
     return row if isinstance(row, dict) else ValueError(f"not a JSON object, but {type(row).__name__}")

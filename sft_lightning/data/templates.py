@@ -114,6 +114,14 @@ def template_for(keys: set[str]) -> Template:
     )
 
 
+def template_named(name: str) -> Template:
+    """Returns a template of this file by its class name. Raises UserError if there is none."""
+    for template in (Plain, R1Zero):
+        if template.__name__ == name:
+            return template()
+    raise UserError(f"template '{name}' is unknown; choose auto, Plain or R1Zero")
+
+
 def _read_prompt_text(template_path: str) -> str:
     path = Path(template_path)
     if not path.is_file():

@@ -42,12 +42,12 @@ class LeftOut:
     def __str__(self) -> str:
         parts = []
         if self.bad_rows.count:
-            parts.append(f"{self.bad_rows.count} bad rows skipped ({self.bad_rows})")
+            parts.append(f"bad rows skipped ({self.bad_rows.count}): {self.bad_rows}")
         if self.overlength_rows.count:
-            parts.append(f"{self.overlength_rows.count} rows over max_length dropped ({self.overlength_rows})")
+            parts.append(f"rows over data.max_length dropped ({self.overlength_rows.count}): {self.overlength_rows}")
         if self.truncated_prompts:
-            parts.append(f"{self.truncated_prompts} prompts cut from the left to max_length")
-        return ", ".join(parts)
+            parts.append(f"prompts cut from the left to data.max_length ({self.truncated_prompts})")
+        return ". ".join(parts)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
@@ -151,8 +151,8 @@ def tokenise_records(
             yield record, kept, response
     if overlength == "error" and left_out.overlength_rows.count:
         raise UserError(
-            f"{left_out.overlength_rows.count} rows are longer than data.max_length {max_length}: "
-            f"{left_out.overlength_rows}; raise it, or set data.overlength to drop or truncate_prompt"
+            f"rows over data.max_length {max_length} ({left_out.overlength_rows.count}): {left_out.overlength_rows}. "
+            "Raise it, or set data.overlength to drop or truncate_prompt"
         )
 
 

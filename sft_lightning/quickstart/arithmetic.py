@@ -96,9 +96,7 @@ def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[
     return list(train), list(heldout.values())
 
 
-def write_arithmetic(
-    output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0
-) -> None:
+def write_arithmetic(output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0) -> None:
     """Writes ``train.jsonl`` and ``heldout.jsonl`` in r1_zero form: rows of prompt, response and ground_truth.
 
     Equal arguments give equal bytes. Files of these names are replaced.

@@ -32,7 +32,7 @@ def test_rows_are_padded_on_the_right_and_end_before_their_last_token():
 
 def test_labels_are_the_responses_and_stand_one_position_after_what_predicts_them():
     batch = collated()
-    # Token 13 at position 2 predicts 14, 14 at 3 predicts 15; in row 1, which begins at 4, 21 predicts 22, 22 predicts 23.
+    # Row 0: 13 at position 2 predicts 14, and 14 predicts 15. Row 1 begins at 4: 21 predicts 22, and 22 predicts 23.
     assert_tensor(batch.labels, [14, 15, 22, 23])
     assert_tensor(batch.label_positions, [2, 3, 4, 5])
     assert_tensor(batch.label_rows, [0, 0, 1, 1])

@@ -129,8 +129,8 @@ def test_a_folder_without_data(tmp_path):
 # Bad rows
 
 BAD_ROWS = [
-    (b"{oops}", "not JSON: Expecting property name enclosed in double quotes at column 2"),
-    (b'{"prompt": "a", "resp', "not JSON: Unterminated string starting at at column 17"),
+    (b"{oops}", "not JSON: Expecting property name enclosed in double quotes (column 2)"),
+    (b'{"prompt": "a", "resp', "not JSON: Unterminated string starting at (column 17)"),
     (b"[1]", "not a JSON object, but list"),
     (b"null", "not a JSON object, but NoneType"),
     (b'{"prompt": "a\xff", "response": "b"}', "not UTF-8: byte 0xff at position 14"),
@@ -178,7 +178,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
 def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, row, reason):
     file = write(tmp_path / "bad.jsonl", GOOD + row + b"\r\n" + GOOD)
-    assert error_of(file) == f"data.max_bad_rows is 0, and 1 rows are bad: {file}:2: {reason}"
+    assert error_of(file) == f"too many bad rows (1, data.max_bad_rows is 0): {file}:2: {reason}"
     assert [record.source for record in read(file, max_bad_rows=1)] == [f"{file}:1", f"{file}:3"]
 
 
@@ -211,7 +211,7 @@ def test_an_empty_rendered_response_is_a_bad_row(tmp_path):
 def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
     file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" * 7 + GOOD)
     message = error_of(file, max_bad_rows=6)
-    assert message.startswith(f"data.max_bad_rows is 6, and 7 rows are bad: {file}:2: not JSON")
+    assert message.startswith(f"too many bad rows (7, data.max_bad_rows is 6): {file}:2: not JSON")
     assert f"{file}:6: " in message
     assert f"{file}:7: " not in message
     assert message.endswith("; and 2 more")
@@ -229,7 +229,7 @@ def test_skipped_rows_are_warned_of(tmp_path, caplog):
     file = write(tmp_path / "bad.jsonl", GOOD + b"7\n")
     with caplog.at_level(logging.WARNING):
         read(file, max_bad_rows=3)
-    assert caplog.messages == [f"skipped 1 bad rows: {file}:2: not a JSON object, but int"]
+    assert caplog.messages == [f"bad rows skipped (1): {file}:2: not a JSON object, but int"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
@@ -240,7 +240,9 @@ def test_an_empty_file(tmp_path, content):
 
 def test_nothing_but_bad_rows_is_an_error_however_many_may_be(tmp_path):
     file = write(tmp_path / "a.jsonl", b"1\n2\n")
-    assert error_of(file, max_bad_rows=9).startswith(f"data path '{file}' has no usable row: {file}:1: not a JSON object")
+    assert error_of(file, max_bad_rows=9).startswith(
+        f"data path '{file}' has no usable row: {file}:1: not a JSON object"
+    )
 
 
 # Columns and templates

@@ -1,6 +1,6 @@
 import pytest
 
-from sft_lightning.data.templates import R1_ZERO_PROMPT, Plain, R1Zero, template_for
+from sft_lightning.data.templates import R1_ZERO_PROMPT, Plain, R1Zero, template_for, template_named
 from sft_lightning.errors import UserError
 
 
@@ -22,9 +22,7 @@ def test_r1_zero_renders_a_gsm8k_row():
     rendered = R1Zero().render(row)
     assert rendered["prompt"].endswith("\nUser: She has 1,000 clips and buys 48/2. How many?\nAssistant: <think>")
     # Commas leave the number, not the thought.
-    assert rendered["response"] == (
-        " 48/2 = 24 clips.\n1,000+24 = 1,024 clips. </think> <answer> 1024 </answer>"
-    )
+    assert rendered["response"] == (" 48/2 = 24 clips.\n1,000+24 = 1,024 clips. </think> <answer> 1024 </answer>")
     assert rendered["ground_truth"] == "1024"
     assert "weight" not in rendered
 
@@ -94,3 +92,13 @@ def test_keys_that_fit_nothing_are_listed_with_the_mapping_to_set():
         template_for({"output", "instruction"})
     assert str(error.value).startswith("found the keys ['instruction', 'output'], expected 'prompt' and 'response'")
     assert "data.columns" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "template"), [("Plain", Plain), ("R1Zero", R1Zero)])
+def test_a_template_by_name(name, template):
+    assert type(template_named(name)) is template
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match="template 'R2' is unknown; choose auto, Plain or R1Zero"):
+        template_named("R2")

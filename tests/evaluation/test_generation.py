@@ -82,7 +82,7 @@ def greedy(**settings):
 ENDINGS = [
     ("4=", "</answer>", 9, "stop_string"),
     ("why?", "", 1, "eos"),
-    ("go on", "!!!!!!!!!!!!", 12, "length"),
+    ("go up", "!!!!!!!!!!!!", 12, "length"),
     ("see </answer>", "!!!!!!!!!!!!", 12, "length"),  # the prompt's own stop string is no answer
     ("see </answer", ">!!!!!!!!!!!", 12, "length"),  # nor is one that the prompt began
 ]
@@ -126,21 +126,27 @@ def test_the_models_own_eos_ends_too(scripted_model, tokenizer):
     ]
 
 
+def answer_by_a_plain_loop(model, tokenizer, prompt, max_new_tokens, stop):
+    tokens = list(tokenizer(prompt)["input_ids"])
+    prompt_length = len(tokens)
+    while len(tokens) < prompt_length + max_new_tokens and stop not in tokenizer.decode(tokens[prompt_length:]):
+        with torch.no_grad():
+            token = int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens[prompt_length:])
+
+
 def test_greedy_equals_a_plain_loop_for_every_batch_size(random_model, tokenizer):
-    expected = []
-    for prompt in PROMPTS:
-        tokens = tokenizer(prompt)["input_ids"]
-        prompt_length = len(tokens)
-        while len(tokens) < prompt_length + 24 and "a" not in tokenizer.decode(tokens[prompt_length:]):
-            with torch.no_grad():
-                tokens.append(int(random_model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        expected.append(tokenizer.decode(tokens[prompt_length:]))
+    expected = [answer_by_a_plain_loop(random_model, tokenizer, prompt, 24, "U") for prompt in PROMPTS]
     assert len(set(expected)) > 1
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
     for rows in (1, 4, 16):
-        generator = greedy(max_new_tokens=24, stop_strings=("a",), batch_tokens=rows * (longest + 24))
-        texts = [generation.text for generation in generator.generate(random_model, tokenizer, PROMPTS)]
-        assert texts == expected
+        generator = greedy(max_new_tokens=24, stop_strings=("U",), batch_tokens=rows * (longest + 24))
+        generations = generator.generate(random_model, tokenizer, PROMPTS)
+        assert [generation.text for generation in generations] == expected
+        assert {generation.stop_reason for generation in generations} == {"stop_string", "eos", "length"}
 
 
 def test_batches_keep_to_the_token_budget(random_model, tokenizer, monkeypatch):

@@ -1,0 +1,157 @@
+"""GenerationEvaluation: answers the validation prompts with the weights in training, and grades the answers."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sft_lightning.checkpoint_folder import claim
+from sft_lightning.errors import UserError
+from sft_lightning.evaluation.evaluate import EvaluationResult, evaluate
+from sft_lightning.evaluation.generation import Generator
+from sft_lightning.evaluation.grading import Grader
+from sft_lightning.lightning_compat import datamodule_of, is_dry_run
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationEvaluation(Callback):
+    """Logs ``val/format_accuracy`` and ``val/answer_accuracy`` of generated answers at every validation.
+
+    The same prompts are answered each time, before training, during and after it, and a table of before and after is
+    printed in the end. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run. A validation in which
+    it is not its turn repeats the last value, so that EarlyStopping on these keys works.
+
+    Args:
+        num_examples: Prompts to answer, the first of the validation set that have a ground truth; 0 turns it off.
+        every_n_steps: Answer in a validation only when so many optimizer steps have passed; by default in each one.
+        evaluate_before_training: Also answer with the untrained weights, for the comparison.
+        grader: Judges the answers, by default R1ZeroGrader.
+        generator: Writes the answers, by default TransformersGenerator: sampled at temperature 1, 1024 tokens at most.
+        output_dir: Folder of the run, by default that of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        num_examples: int = 200,
+        every_n_steps: int | None = None,
+        evaluate_before_training: bool = True,
+        grader: Grader | None = None,
+        generator: Generator | None = None,
+        output_dir: str | None = None,
+    ) -> None:
+        if num_examples < 0:
+            raise UserError(f"evaluation.num_examples must be 0 or more, got {num_examples}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"evaluation.every_n_steps must be at least 1, got {every_n_steps}")
+        self.num_examples = num_examples
+        self.every_n_steps = every_n_steps
+        self.evaluate_before_training = evaluate_before_training
+        self.grader = grader
+        self.generator = generator
+        self.output_dir = output_dir
+        self._before: dict[str, Any] | None = None
+        self._latest: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.evaluate_before_training and trainer.global_step == 0 and self._is_on(trainer):
+            self._before = self._evaluate(trainer, pl_module)
+            self._log_outside_hooks(trainer, self._before)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self._is_on(trainer):
+            return
+        if self._is_due(trainer):
+            self._latest = self._evaluate(trainer, pl_module)
+        pl_module.log_dict(_rates("val", self._latest), prog_bar=True)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_on(trainer, "test"):
+            pl_module.log_dict(_rates("test", self._evaluate(trainer, pl_module, "test")))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_on(trainer) and (self._latest is None or self._latest["step"] != trainer.global_step):
+            self._latest = self._evaluate(trainer, pl_module)
+            self._log_outside_hooks(trainer, self._latest)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self._before is not None and self._latest is not None:
+            print(_table(self._before, self._latest))
+            print(f"model:   {self._run(trainer) / 'final'}")
+            print(f"samples: {self._folder(trainer, 'val', self._latest['step']) / 'predictions.jsonl'}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self._before, "latest": self._latest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self._latest = state_dict["before"], state_dict["latest"]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self._latest is None or self.every_n_steps is None or trainer.state.fn != "fit":
+            return True
+        return trainer.global_step - self._latest["step"] >= self.every_n_steps
+
+    def _is_on(self, trainer: Trainer, name: Literal["val", "test"] = "val") -> bool:
+        datamodule = datamodule_of(trainer)
+        return self.num_examples > 0 and not is_dry_run(trainer) and datamodule.paths[name] is not None
+
+    def _evaluate(
+        self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"] = "val"
+    ) -> dict[str, Any]:
+        """Returns counts and rates, equal on all ranks: the first one generates, the others wait."""
+        result: dict[str, Any] = {}
+        if trainer.is_global_zero:
+            answered = self._answer(trainer, pl_module, name)
+            result = {"step": trainer.global_step, **answered.metrics()}
+        return trainer.strategy.broadcast(result)
+
+    def _answer(self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"]) -> EvaluationResult:
+        datamodule = datamodule_of(trainer)
+        records = [r for r in datamodule.evaluation_records(name) if r.ground_truth is not None][: self.num_examples]
+        if not records:
+            raise UserError(
+                f"data.{name}_path '{datamodule.paths[name]}' has no row with a ground_truth to grade answers by; "
+                "set evaluation.num_examples 0 to train without graded answers"
+            )
+        model: Any = pl_module.model
+        folder = self._folder(trainer, name, trainer.global_step)
+        logger.info("answering %d prompts of %s after step %d", len(records), name, trainer.global_step)
+        with trainer.precision_plugin.forward_context():
+            result = evaluate(
+                model,
+                [record.prompt for record in records],
+                [record.ground_truth for record in records],
+                tokenizer=datamodule.tokenizer,
+                generator=self.generator,
+                grader=self.grader,
+                output_dir=folder,
+            )
+        for file in ("predictions.jsonl", "metrics.json"):
+            claim(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
+        return result
+
+    def _run(self, trainer: Trainer) -> Path:
+        checkpoint = trainer.checkpoint_callback
+        return Path(self.output_dir or getattr(checkpoint, "dirpath", None) or trainer.default_root_dir)
+
+    def _folder(self, trainer: Trainer, name: str, step: int) -> Path:
+        return self._run(trainer) / "evaluation" / (f"step-{step}" if name == "val" else name)
+
+    def _log_outside_hooks(self, trainer: Trainer, result: dict[str, Any]) -> None:
+        # Lightning takes `self.log` in neither of the two hooks that call this.
+        for each in trainer.loggers:
+            each.log_metrics(_rates("val", result), step=result["step"])
+
+
+def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:
+    assert result is not None
+    return {f"{stage}/{name}": float(result[name]) for name in ("format_accuracy", "answer_accuracy")}
+
+
+def _table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    n = after["num_examples"]
+    lines = [f"{'':18}{'before':>10}{'after':>10}{'n':>8}"]
+    for label, name in (("format accuracy", "format_accuracy"), ("answer accuracy", "answer_accuracy")):
+        lines.append(f"{label:18}{before[name]:>10.3f}{after[name]:>10.3f}{n:>8}")
+    return "\n".join(lines)

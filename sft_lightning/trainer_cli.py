@@ -1,0 +1,184 @@
+"""SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from sft_lightning import checkpoint_folder as folders
+from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
+from sft_lightning.callbacks.predictions import PredictionWriter
+from sft_lightning.callbacks.progress import StepProgress
+from sft_lightning.callbacks.throughput import Throughput
+from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder
+from sft_lightning.datamodule import SFTDataModule
+from sft_lightning.errors import UserError
+from sft_lightning.metrics_csv import MetricsCSVLogger
+from sft_lightning.module import SFTModule
+
+# The guide's hyperparameters, where Lightning's own defaults differ.
+_TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
+_CHECKPOINT_WORDS = ("auto", "last", "best")
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line, without the usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_shorten(message)) from ex
+
+
+class SFTCLI(LightningCLI):
+    """LightningCLI with one run folder: ``output_dir`` holds the checkpoints, the config, metrics and evaluations."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--output_dir", type=str, default="checkpoints/sft", help="Folder of the run.")
+        parser.add_argument(
+            "--validate_every_n_steps",
+            type=int | None,
+            default=None,
+            help="Validate after every so many optimizer steps; by default at the end of each epoch.",
+        )
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace the run that output_dir holds, file by file."
+        )
+        parser.add_argument(
+            "--resume_override",
+            action="store_true",
+            help="Go on from a checkpoint with another learning rate or schedule than it was trained with.",
+        )
+        parser.add_lightning_class_args(HFCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(GenerationEvaluation, "evaluation")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in _CHECKPOINT_WORDS and not Path(path).is_dir():
+            # A file, besides, would make Lightning let the checkpoint's hyperparameters override the command line's.
+            raise UserError(f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step>, last, best or auto")
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what follows from other options, where the user left it open."""
+        config = self.config[self.subcommand]
+        config.checkpoint.dirpath = config.checkpoint.dirpath or config.output_dir
+        config.evaluation.output_dir = config.evaluation.output_dir or config.output_dir
+        config.data.tokenizer_path = config.data.tokenizer_path or config.model.model_path
+        config.checkpoint.overwrite = config.checkpoint.overwrite or config.overwrite
+        config.model.resume_override = config.model.resume_override or config.resume_override
+        if config.model.generator is None:
+            config.model.generator = config.evaluation.generator
+        if config.data.val_path is None:
+            config.evaluation.num_examples = 0
+        if config.validate_every_n_steps is not None:
+            if config.validate_every_n_steps < 1:
+                raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
+            config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
+            config.trainer.check_val_every_n_epoch = None
+        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
+        is_new_run = self.subcommand == "fit" and config.ckpt_path is None
+        if is_new_run and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
+            claim_run_folder(Path(config.checkpoint.dirpath), overwrite=False)
+
+    def _resolve_checkpoint(self, word: str | None) -> str | None:
+        """Returns the folder that --ckpt_path stands for."""
+        config = self.config[self.subcommand]
+        if word not in _CHECKPOINT_WORDS:
+            if word is not None and not Path(word).is_dir():
+                raise UserError(
+                    f"--ckpt_path '{word}' is not a folder; name a checkpoint-<step> folder, last, best or auto"
+                )
+            return word
+        run = Path(config.checkpoint.dirpath)
+        folder = folders.find(run, word)
+        if folder is None:
+            print(f"--ckpt_path auto: no checkpoint in '{run}', starting fresh")
+            # Nothing is lost by it: what is there are the traces of a run that saved no checkpoint.
+            config.checkpoint.overwrite = True
+            return None
+        print(f"--ckpt_path {word}: going on from '{folder}'")
+        return str(folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        chosen = config.trainer
+        callbacks: list[Callback] = [Throughput(), SavedConfig(self), PredictionWriter(config.output_dir)]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in chosen.callbacks or [])
+        if chosen.enable_progress_bar is not False and not has_bar:
+            callbacks.append(StepProgress(every_n_steps=chosen.log_every_n_steps or 10))
+        self.trainer_defaults["callbacks"] = callbacks
+        loggers: Any = chosen.logger
+        if self.subcommand == "fit" and loggers is not False and not chosen.fast_dev_run:
+            others = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
+            loggers = [*others, MetricsCSVLogger(config.output_dir)]
+        elif loggers in (None, True):
+            loggers = False
+        root = chosen.default_root_dir or config.output_dir
+        return super().instantiate_trainer(logger=loggers, default_root_dir=root, **kwargs)
+
+    def after_fit(self) -> None:
+        """Says so when there was nothing left to do."""
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and folders.read_manifest(Path(path)).get("step") == self.trainer.global_step:
+            print(
+                f"nothing to do: the run has finished its {self.trainer.global_step} optimizer steps; "
+                "raise --trainer.max_epochs to go on"
+            )
+
+
+class SavedConfig(Callback):
+    """Writes the resolved config beside the checkpoints, once training is sure to start.
+
+    A resumed run leaves ``config.yaml`` alone and writes ``config.resume-<step>.yaml``.
+    """
+
+    def __init__(self, cli: SFTCLI) -> None:
+        self._cli = cli
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        cli = self._cli
+        run = Path(cli.config[cli.subcommand].output_dir)
+        step = trainer.global_step
+        name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
+        folders.claim(run, name)
+        dump = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, format="yaml"))
+        text = yaml.safe_dump(dump[cli.subcommand], sort_keys=False)
+        (run / name).write_text(text, encoding="utf-8")
+
+
+def run_trainer_command(args: list[str]) -> None:
+    """Runs fit, validate, test or predict.
+
+    Raises:
+        UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning.pytorch").propagate = False
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    try:
+        SFTCLI(
+            SFTModule,
+            SFTDataModule,
+            args=args,
+            parser_class=OneLineParser,
+            seed_everything_default=42,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"default_env": True, "env_prefix": "SFT"},
+        )
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+
+
+def _shorten(message: str) -> str:
+    """Returns jsonargparse's message as one line: the key and what is wrong with it."""
+    return re.sub(r"\s+", " ", message).strip()

@@ -1,0 +1,317 @@
+"""Ids by hand: a tokenizer of whole words with a literal vocabulary, and a byte-level BPE trained on the spot."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen2Config
+
+from sft_lightning.data.records import Record
+from sft_lightning.data.tokenization import (
+    LeftOut,
+    encode_prompts,
+    encode_responses,
+    load_tokenizer,
+    pad_token_id,
+    tokenise_records,
+    tokenize_prompt_and_output,
+    tokenizer_fingerprint,
+    truncate_prompt,
+    wants_bos,
+)
+from sft_lightning.errors import UserError
+
+PAD, BOS, EOS = 0, 1, 2
+VOCABULARY = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "one": 3, "two": 4, "plus": 5, "is": 6, "three": 7, "?": 8}
+
+
+def word_tokenizer(*, adds_bos=False, adds_eos=False, **special_tokens):
+    backend = Tokenizer(models.WordLevel(VOCABULARY, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = ["<s>"] * adds_bos + ["$A"] + ["</s>"] * adds_eos
+    if len(template) > 1:
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+
+
+PLAIN = word_tokenizer(pad_token="<pad>", eos_token="</s>")
+WITH_BOS = word_tokenizer(adds_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+BARE = word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+    )
+    backend.train_from_iterator(["two plus two is four </think> <answer> 4 </answer>"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+# Prompts and responses
+
+
+def test_prompts_get_no_special_token_where_the_tokenizer_wants_none():
+    assert not wants_bos(PLAIN)
+    assert encode_prompts(PLAIN, ["one plus two", "three"]) == [[3, 5, 4], [7]]
+
+
+def test_prompts_get_one_bos_where_the_tokenizer_wants_one():
+    assert wants_bos(WITH_BOS)
+    assert encode_prompts(WITH_BOS, ["one plus two", "three"]) == [[BOS, 3, 5, 4], [BOS, 7]]
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second():
+    assert encode_prompts(WITH_BOS, ["<s> one", "one <s>"]) == [[BOS, 3], [BOS, 3, BOS]]
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        word_tokenizer(bos_token="<s>", eos_token="</s>"),  # has one, does not add it
+        word_tokenizer(adds_eos=True, eos_token="</s>"),
+        word_tokenizer(adds_eos=True, bos_token="</s>", eos_token="</s>"),  # one token for both ends, put at the end
+    ],
+)
+def test_an_eos_or_an_unused_bos_of_the_tokenizer_does_not_come_into_prompts(tokenizer):
+    assert not wants_bos(tokenizer)
+    assert encode_prompts(tokenizer, ["one"]) == [[3]]
+
+
+def test_responses_end_with_one_eos_and_have_no_bos():
+    assert encode_responses(WITH_BOS, ["is three", "is </s>"], append_eos=True) == [[6, 7, EOS], [6, EOS]]
+    assert encode_responses(WITH_BOS, ["is three"], append_eos=False) == [[6, 7]]
+
+
+def test_a_special_token_in_the_text_is_that_token(byte_level):
+    end = byte_level.eos_token_id
+    prompt = encode_prompts(byte_level, ["a<|end|>b"])[0]
+    assert prompt.count(end) == 1
+    assert len(prompt) == 3
+
+
+def test_no_eos_to_append_is_an_error_that_names_the_option():
+    with pytest.raises(UserError, match=r"no EOS token for data\.append_eos"):
+        encode_responses(BARE, ["is"], append_eos=True)
+    assert encode_responses(BARE, ["is"], append_eos=False) == [[6]]
+
+
+def test_no_texts_make_no_rows():
+    assert encode_prompts(WITH_BOS, []) == []
+    assert encode_responses(PLAIN, [], append_eos=True) == []
+
+
+def test_padding_falls_back_to_eos_and_then_to_zero():
+    assert pad_token_id(word_tokenizer(pad_token="?", eos_token="</s>")) == 8
+    assert pad_token_id(word_tokenizer(eos_token="</s>")) == EOS
+    assert pad_token_id(BARE) == 0
+
+
+def test_any_text_comes_back_from_its_tokens(byte_level):
+    texts = ["2 + 2 = 4, \u00e9t\u00e9 \U0001f600\n\t{x}", " two plus two"]
+    assert [byte_level.decode(row) for row in encode_prompts(byte_level, texts)] == texts
+
+
+def test_padding_and_truncation_left_behind_by_others_change_nothing():
+    tokenizer = word_tokenizer(eos_token="</s>", pad_token="<pad>")
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["one", "one two"], padding=True, truncation=True, max_length=1)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert encode_prompts(tokenizer, ["one plus two"]) == [[3, 5, 4]]
+
+
+# The guide's function
+
+
+def test_prompt_and_output_side_by_side():
+    tensors = tokenize_prompt_and_output(["one plus two", "two"], ["is three", "is"], PLAIN)
+    expected = {
+        # one plus two is three; two is <pad> <pad> <pad>
+        "input_ids": torch.tensor([[3, 5, 4, 6], [4, 6, PAD, PAD]]),
+        "labels": torch.tensor([[5, 4, 6, 7], [6, PAD, PAD, PAD]]),
+        "response_mask": torch.tensor([[False, False, True, True], [True, False, False, False]]),
+    }
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_prompt_and_output_with_bos():
+    tensors = tokenize_prompt_and_output(["one"], ["is three"], WITH_BOS)
+    assert tensors["input_ids"].tolist() == [[BOS, 3, 6]]
+    assert tensors["labels"].tolist() == [[3, 6, 7]]
+    assert tensors["response_mask"].tolist() == [[False, True, True]]
+
+
+def test_the_mask_goes_by_position_where_padding_is_eos():
+    tokenizer = word_tokenizer(eos_token="</s>")
+    tensors = tokenize_prompt_and_output(["one", "one"], ["</s>", "two three"], tokenizer)
+    assert tensors["labels"].tolist() == [[EOS, EOS], [4, 7]]
+    assert tensors["response_mask"].tolist() == [[True, False], [True, True]]
+
+
+def test_an_output_without_tokens_masks_nothing_in():
+    tensors = tokenize_prompt_and_output(["one two", "one"], ["", "two"], BARE)
+    assert tensors["labels"].tolist() == [[4], [4]]
+    assert tensors["response_mask"].tolist() == [[False], [True]]
+
+
+@pytest.mark.parametrize(("prompts", "outputs"), [(["one"], []), ([], []), (["one"], ["is", "is"])])
+def test_lists_must_pair_up(prompts, outputs):
+    with pytest.raises(UserError, match=f"got {len(prompts)} prompt_strs and {len(outputs)} output_strs"):
+        tokenize_prompt_and_output(prompts, outputs, PLAIN)
+
+
+# Length
+
+LONG = Record("one plus two plus one", "is three", source="a:1")  # 5 + 2 tokens, and BOS and EOS
+SHORT = Record("one", "is", source="a:2")
+
+
+def tokenised(records, tokenizer, max_length, overlength):
+    left_out = LeftOut()
+    rows = tokenise_records(
+        iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, left_out=left_out
+    )
+    return [(record.source, prompt, response) for record, prompt, response in rows], left_out
+
+
+def test_a_row_of_exactly_max_length_fits():
+    rows, left_out = tokenised([LONG], WITH_BOS, 9, "error")
+    assert rows == [("a:1", [BOS, 3, 5, 4, 5, 3], [6, 7, EOS])]
+    assert left_out == LeftOut()
+
+
+def test_a_longer_row_is_dropped_and_told():
+    rows, left_out = tokenised([LONG, SHORT], WITH_BOS, 8, "drop")
+    assert rows == [("a:2", [BOS, 3], [6, EOS])]
+    assert (left_out.overlength_rows.count, left_out.overlength_rows.first) == (1, [("a:1", "9 tokens")])
+
+
+def test_a_longer_row_is_an_error_where_so_chosen():
+    message = r"rows over data\.max_length 3 \(2\): a:1: 9 tokens; a:2: 4 tokens\. Raise it, or set data\.overlength"
+    with pytest.raises(UserError, match=message):
+        tokenised([LONG, SHORT], WITH_BOS, 3, "error")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "max_length", "prompt"),
+    [
+        (WITH_BOS, 8, [BOS, 5, 4, 5, 3]),
+        (WITH_BOS, 5, [BOS, 3]),
+        (WITH_BOS, 4, None),  # BOS alone is no prompt
+        (PLAIN, 7, [5, 4, 5, 3]),
+        (PLAIN, 4, [3]),
+        (PLAIN, 3, None),  # the response fills the row
+        (PLAIN, 2, None),
+    ],
+)
+def test_a_prompt_is_cut_from_the_left_and_a_response_never(tokenizer, max_length, prompt):
+    rows, left_out = tokenised([LONG], tokenizer, max_length, "truncate_prompt")
+    if prompt is None:
+        assert rows == []
+        assert (left_out.overlength_rows.count, left_out.truncated_prompts) == (1, 0)
+    else:
+        assert rows == [("a:1", prompt, [6, 7, EOS])]
+        assert (left_out.overlength_rows.count, left_out.truncated_prompts) == (0, 1)
+
+
+def test_truncation_leaves_what_fits_alone():
+    assert truncate_prompt(PLAIN, [3, 4], 2) == [3, 4]
+    assert truncate_prompt(WITH_BOS, [BOS], 0) == [BOS]
+
+
+def test_text_that_makes_no_token_is_a_bad_row():
+    backend = Tokenizer(models.WordLevel({"one": 0, "?": 1}, unk_token="?"))
+    backend.normalizer = normalizers.Replace("two", "")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    left_out = LeftOut()
+    records = [
+        Record("one", "two", source="a:1"),
+        Record("two", "one", source="a:2"),
+        Record("one", "one", source="a:3"),
+    ]
+    rows = tokenise_records(
+        iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, left_out=left_out
+    )
+    assert [record.source for record, _, _ in rows] == ["a:3"]
+    assert left_out.bad_rows.first == [
+        ("a:1", "the tokenizer makes no token of the response"),
+        ("a:2", "the tokenizer makes no token of the prompt"),
+    ]
+
+
+# Loading and identity
+
+
+def test_a_saved_tokenizer_loads_and_keeps_its_fingerprint(tmp_path):
+    WITH_BOS.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert encode_prompts(loaded, ["one plus"]) == [[BOS, 3, 5]]
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(WITH_BOS)
+
+
+def test_fingerprints_differ_where_ids_would(byte_level):
+    tokenizers = [PLAIN, WITH_BOS, BARE, byte_level, word_tokenizer(eos_token="?", pad_token="<pad>"), ByT5Tokenizer()]
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
+    assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer())
+
+
+def test_an_added_token_changes_the_fingerprint():
+    tokenizer = word_tokenizer(eos_token="</s>")
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.add_tokens(["four"])
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_a_tokenizer_written_in_python_works_too():
+    assert encode_prompts(ByT5Tokenizer(), ["ab"]) == [[100, 101]]  # ByT5: byte + 3
+    assert encode_responses(ByT5Tokenizer(), ["b"], append_eos=True) == [[101, 1]]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=f"no tokenizer '{tmp_path}' in the folder"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_config_alone_is_no_tokenizer(tmp_path):
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"tokenizer path '{tmp_path}' holds no vocabulary"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_damaged_tokenizer_file(tmp_path):
+    PLAIN.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(UserError, match=f"no tokenizer '{tmp_path}' in the folder") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_that_is_no_folder(tmp_path):
+    with pytest.raises(UserError, match="it is no folder here, and the hub did not give it"):
+        load_tokenizer(str(tmp_path / "missing"))
+    file = tmp_path / "tokenizer.json"
+    file.touch()
+    with pytest.raises(UserError, match="is a file; give the folder that holds it"):
+        load_tokenizer(str(file))
+
+
+def test_code_in_a_tokenizer_folder_is_not_run(tmp_path):
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
