@@ -2,12 +2,16 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from sft_lightning import HFCheckpoint, SFTDataModule, SFTModule
 
 CORPUS = [
     "User: What is 2+2? Assistant: <think> two and two is four </think> <answer> 4 </answer>",
@@ -105,3 +109,65 @@ def gsm8k() -> Path:
     if not (folder / "train.jsonl").is_file():
         pytest.skip(f"no GSM8K in {folder}; set SFT_GSM8K_DIR to a folder with train.jsonl and test.jsonl")
     return folder
+
+
+class Recorder(Callback):
+    """Keeps the loss and the gradients of each optimizer step, in the dtype they were computed in."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self._sum = 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # Lightning hands out the micro-batch's loss divided by the accumulation: its sum over a step is the step's loss.
+        self._sum += float(outputs["loss"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self.losses.append(self._sum)
+            self._sum = 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = {name: p.grad.clone() for name, p in pl_module.model.named_parameters() if p.grad is not None}
+        self.gradients.append(gradients)
+
+
+@dataclass
+class Run:
+    trainer: Trainer
+    module: SFTModule
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.module.model.state_dict()
+
+
+@pytest.fixture
+def fit(model_folder: str, train_file: str):
+    """Trains as a user's program would. Returns what came out of it; keywords override the defaults below."""
+
+    def run(
+        output_dir: Path | None = None,
+        *,
+        ckpt_path: str | None = None,
+        model: dict | None = None,
+        data: dict | None = None,
+        checkpoint: dict | None = None,
+        callbacks: tuple = (),
+        **trainer: object,
+    ) -> Run:
+        seed_everything(7, verbose=False)
+        paths = {"train_path": train_file, "tokenizer_path": model_folder}
+        datamodule = SFTDataModule(**{**paths, "batch_size": 4, "max_length": 512, **(data or {})})
+        module = SFTModule(**{"model_path": model_folder, "learning_rate": 1e-2, **(model or {})})
+        recorder = Recorder()
+        saving = [] if output_dir is None else [HFCheckpoint(str(output_dir), **(checkpoint or {}))]
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+        options = {**quiet, "max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, **trainer}
+        options["enable_checkpointing"] = output_dir is not None
+        runner = Trainer(callbacks=[recorder, *callbacks, *saving], **options)
+        runner.fit(module, datamodule, ckpt_path=ckpt_path)
+        return Run(runner, module, recorder.losses, recorder.gradients)
+
+    return run

@@ -69,7 +69,7 @@ class Problem:
         """The worked steps and then ``#### answer``, as GSM8K writes it."""
         results = _running_results(self.story, self.numbers)
         steps = [
-            f"{before} {operation} {number} = {after}"
+            f"{before}{operation}{number}={after}"
             for before, operation, number, after in zip(
                 results, self.story.operations, self.numbers[1:], results[1:], strict=False
             )
@@ -118,12 +118,10 @@ def _draw_problem(generator: random.Random) -> Problem:
 
 
 def _draw_numbers(generator: random.Random, story: Story) -> tuple[int, ...]:
-    """Returns numbers from 2 to 20, factors from 2 to 9, with every result on the way at least 1."""
+    """Returns numbers from 2 to 20, or 2 to 9 in a story that multiplies, with no result on the way below 1."""
+    largest = 9 if "*" in story.operations else 20
     while True:
-        largest = 9 if story.operations[0] == "*" else 20
-        factors = [generator.randint(2, largest) for _ in range(2)]
-        others = [generator.randint(2, 20) for _ in story.operations[1:]]
-        numbers = (*factors, *others)
+        numbers = tuple(generator.randint(2, largest) for _ in range(len(story.operations) + 1))
         if min(_running_results(story, numbers)) >= 1:
             return numbers
 

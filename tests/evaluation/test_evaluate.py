@@ -16,7 +16,7 @@ WRITTEN = [
     Generation(" 8*9 </think> <answer> 72 </answer>", 12, "stop_string"),
     Generation(" half </think><answer> .50 </answer>", 11, "stop_string"),
     Generation(" two and two and two and", 20, "length"),
-    Generation(" caf\u00e9\n</think> <answer> c </answer> ok", 9, "eos"),
+    Generation(" caf\u00e9\n</think> <answer> tea </answer> ok", 9, "eos"),
 ]
 
 
@@ -57,9 +57,9 @@ def test_predictions_file(tmp_path):
         '{"prompt": "What is 2+2?", "response": " two and two and two and", "ground_truth": 4, '
         '"format_correct": false, "answer_correct": false, "failure": "cut_at_limit", "timed_out": false, '
         '"stop_reason": "length", "num_tokens": 20}',
-        '{"prompt": "Caf\u00e9?", "response": " caf\u00e9\\n</think> <answer> c </answer> ok", '
-        '"ground_truth": ["a", "b"], "format_correct": true, "answer_correct": false, "failure": "text_after_answer", "timed_out": false, '
-        '"stop_reason": "eos", "num_tokens": 9}',
+        '{"prompt": "Caf\u00e9?", "response": " caf\u00e9\\n</think> <answer> tea </answer> ok", '
+        '"ground_truth": ["a", "b"], "format_correct": true, "answer_correct": false, '
+        '"failure": "text_after_answer", "timed_out": false, "stop_reason": "eos", "num_tokens": 9}',
         "",
     ]
     assert [json.loads(line) for line in lines[:-1]] == result.samples
