@@ -109,7 +109,7 @@ class HFCheckpoint(ModelCheckpoint):
         start_epoch_afresh(trainer)
         for each in trainer.loggers:
             if isinstance(each, MetricsCSVLogger):
-                each.start_after(trainer.global_step)
+                each.start_after(trainer.global_step, validates_again=self._validation_pending)
         if self._validation_pending:
             # The checkpoint was written just before a validation that the run then may not have lived to see.
             run_validation(trainer)
@@ -127,8 +127,10 @@ class HFCheckpoint(ModelCheckpoint):
         """Saves nothing: steps decide."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or is_dry_run(trainer):
+            return
         self._validation_pending = False
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit" or is_dry_run(trainer):
+        if self.monitor is None:
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
@@ -137,7 +139,7 @@ class HFCheckpoint(ModelCheckpoint):
         if self._improves(value):
             self.best_model_score = value.detach().cpu()
             self.best_model_path = str(self.run / f"checkpoint-{trainer.global_step}")
-            if self._last_step_saved != trainer.global_step:
+            if not trainer.strategy.broadcast(Path(self.best_model_path).is_dir()):
                 self._save_step(trainer)
             if trainer.is_global_zero:
                 folders.point(self.run / "best", Path(self.best_model_path))

@@ -57,9 +57,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns a folder's manifest. Raises UserError if it has none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        assert isinstance(manifest["files"], dict)
+        for name, expected in manifest["files"].items():
+            if not {"size", "sha256"} <= expected.keys() or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(name)
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint '{folder}' has no readable {MANIFEST}: {type(error).__name__}") from None
 
 
@@ -78,8 +80,8 @@ def verify(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Returns the step folders of a run, oldest first. Puts back what a crash left set aside."""
-    for aside in run.glob(f".checkpoint-*{_SET_ASIDE}"):
+    """Returns the step folders of a run, oldest first. Puts back what a crash left set aside, ``final`` too."""
+    for aside in [*run.glob(f".checkpoint-*{_SET_ASIDE}"), *run.glob(f".final{_SET_ASIDE}")]:
         home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
         if home.exists():
             shutil.rmtree(aside)
@@ -102,8 +104,9 @@ def find(run: Path, word: str) -> Path | None:
     Raises:
         UserError: If ``last`` or ``best`` names no good checkpoint.
     """
+    found = checkpoints(run)
     if word == "auto":
-        for folder in reversed(checkpoints(run)):
+        for folder in reversed(found):
             try:
                 verify(folder)
             except UserError as error:
@@ -163,12 +166,16 @@ def clear(run: Path) -> None:
     remove_unfinished(run)
     for folder in [*checkpoints(run), run / "final"]:
         if (folder / MANIFEST).is_file():
-            for name in [*read_manifest(folder)["files"], MANIFEST]:
-                (folder / name).unlink(missing_ok=True)
-            _remove_empty(folder)
+            try:
+                named = read_manifest(folder)["files"]
+            except UserError as error:
+                logger.warning("%s; left where it is", error)
+                continue
+            for name in [*named, MANIFEST]:
+                _unlink(folder / name, below=run)
+        _remove_empty(folder, below=run)
     for name in _claimed(run):
-        (run / name).unlink(missing_ok=True)
-        _remove_empty((run / name).parent, below=run)
+        _unlink(run / name, below=run)
     for name in ("last", "best"):
         if (run / name).is_symlink():
             (run / name).unlink()
@@ -188,11 +195,14 @@ def _replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _remove_empty(folder: Path, below: Path | None = None) -> None:
-    while folder.is_dir() and folder != below and not any(folder.iterdir()):
+def _unlink(path: Path, below: Path) -> None:
+    path.unlink(missing_ok=True)
+    _remove_empty(path.parent, below)
+
+
+def _remove_empty(folder: Path, below: Path) -> None:
+    while folder != below and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-        if below is None:
-            return
         folder = folder.parent
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import LightningDataModule, Trainer
 
 from sft_lightning.data.cache import TokenStore, load_or_build_tokens
-from sft_lightning.data.loader import MicroBatches, PlannedLoader, TrainingShare, ValidationShare
+from sft_lightning.data.loader import MicroBatches, PlannedLoader, RecordBatches, TrainingShare, ValidationShare
 from sft_lightning.data.plan import EpochPlan, LossNormalization, StepShape, num_steps, validation_batches
 from sft_lightning.data.records import Record, read_records
 from sft_lightning.data.templates import Template
@@ -68,14 +68,16 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         counts = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "max_train_examples": max_train_examples,
-            "pad_to_multiple_of": pad_to_multiple_of,
+            "batch_size": (batch_size, 1),
+            "max_length": (max_length, 1),
+            "max_train_examples": (max_train_examples, 1),
+            "pad_to_multiple_of": (pad_to_multiple_of, 1),
+            "num_workers": (num_workers, 0),
+            "seed": (seed, 0),
         }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}")
+        for name, (value, least) in counts.items():
+            if value is not None and value < least:
+                raise UserError(f"data.{name} must be at least {least}, got {value}")
         if normalize_constant <= 0:
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
@@ -131,10 +133,10 @@ class SFTDataModule(LightningDataModule):
     def test_dataloader(self) -> PlannedLoader | list:
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> list[list[dict[str, Any]]]:
+    def predict_dataloader(self) -> RecordBatches:
         num_replicas, replica = replicas(self._running_trainer)
         mine = [asdict(record) for record in self.evaluation_records("test")[replica::num_replicas]]
-        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        return RecordBatches(mine, self.batch_size)
 
     def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:
         """Returns the records whose prompts are to be answered, in file order."""
@@ -228,7 +230,9 @@ class SFTDataModule(LightningDataModule):
         store, shape = self.training_tokens, self._step_shape
         limit = self._running_trainer.limit_train_batches if limited else None
         if isinstance(limit, float):
-            limit = int(limit * num_steps(len(store), shape) * shape.num_micro_batches) if limit < 1.0 else None
+            # In the order in which Lightning multiplies: rounded otherwise, the two may differ by one.
+            whole = num_steps(len(store), shape) * shape.num_micro_batches
+            limit = int(whole * limit) if limit < 1.0 else None
         return EpochPlan(
             store.total_lengths,
             store.label_lengths,

@@ -1,5 +1,7 @@
 """Exact corpus metrics of next-token prediction."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -44,3 +46,7 @@ class TokenMetrics(Metric):
             "perplexity": loss.exp(),
             "token_accuracy": self.num_correct.to(_SUM_DTYPE) / self.num_tokens,
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "TokenMetrics":
+        # Moves and never casts: Lightning's bf16-true calls .to(bfloat16) on all there is, where 256 + 1 is 256.
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)

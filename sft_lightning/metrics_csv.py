@@ -41,10 +41,19 @@ class MetricsCSVLogger(Logger):
         """Writes nothing: config.yaml beside the file has them."""
 
     @rank_zero_only
-    def start_after(self, step: int) -> None:
-        """Drops rows of later steps: a resumed run will write them again."""
-        rows = [row for row in self._read() if int(row["step"]) <= step]
-        self._write(rows)
+    def start_after(self, step: int, *, validates_again: bool) -> None:
+        """Drops the rows that a run which resumes after ``step`` will write again.
+
+        Args:
+            step: Optimizer steps done.
+            validates_again: Whether the validation that belongs to that step comes again too.
+        """
+
+        def stays(row: dict[str, str]) -> bool:
+            is_validation = any(value for name, value in row.items() if name.startswith("val/"))
+            return int(row["step"]) < step + (not (validates_again and is_validation))
+
+        self._write([row for row in self._read() if stays(row)])
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -1,13 +1,22 @@
 """Models: loading with an explicit dtype, the choice of attention, and logits at label positions only."""
 
+import copy
 import importlib.util
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
@@ -49,13 +58,13 @@ def load_model(
     if init == "pretrained":
         _require_weights(model_path)
     attention = choose_attention(config, attn_implementation, device_type=device_type, half_precision=half_precision)
-    if init == "random":
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    else:
-        try:
+    try:
+        if init == "random":
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        else:
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=attention)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
@@ -65,18 +74,20 @@ def load_model(
 
 
 def load_config(model_path: str) -> PretrainedConfig:
-    """Returns a model's config. Raises UserError if the path holds none."""
+    """Returns a causal language model's config. Raises UserError if the path holds none."""
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.model_path '{model_path}' is a folder without config.json, so it is no model")
     if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") != 1):
         raise UserError(f"model.model_path '{model_path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B")
     try:
-        return AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.model_path '{model_path}' is no folder here and cannot be loaded from the hub: {_first_line(error)}"
-        ) from error
+        config = AutoConfig.from_pretrained(model_path)
+    except Exception as error:  # a field of the wrong type raises a bare Exception of huggingface_hub's
+        place = "has no usable config" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
+        raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
+    return config
 
 
 def choose_attention(
@@ -195,13 +206,17 @@ def save_model(
         state_dict: The weights, where they were gathered from elsewhere.
         eos_token_id: The stop token that training supervised: the generation config will stop at it.
     """
-    previous = model.generation_config.eos_token_id
-    if eos_token_id is not None:
-        model.generation_config.eos_token_id = eos_token_id
+    own = model.generation_config
+    # save_pretrained refuses what some published models do have, such as a temperature without do_sample.
+    model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
     finally:
-        model.generation_config.eos_token_id = previous
+        model.generation_config = own
+    written = copy.deepcopy(own)
+    if eos_token_id is not None:
+        written.eos_token_id = eos_token_id
+    written.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -220,5 +235,5 @@ def _supports_sdpa(config: PretrainedConfig) -> bool:
     return bool(getattr(model_class, "_supports_sdpa", False))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning import HFCheckpoint
 from sft_lightning.errors import UserError
+from sft_lightning.metrics_csv import MetricsCSVLogger
 
 STEPS = 12  # 42 rows in steps of 8: six an epoch, the last one of two rows; two epochs
 
@@ -146,19 +147,31 @@ def test_best_holds_exactly_the_validated_weights(fit, tmp_path, val_file):
     assert again["val/loss"] == scores[best]
 
 
-def test_a_validation_that_was_lost_is_made_up_on_resume(fit, tmp_path, val_file):
+@pytest.mark.parametrize(("every_n_steps", "max_steps"), [(3, -1), (None, -1), (None, STEPS)])
+def test_a_resumed_run_writes_the_same_metrics(fit, tmp_path, val_file, every_n_steps, max_steps):
+    """Every validation too, also the one that was due right after the checkpoint and that the first run never saw."""
+    interval = {"val_check_interval": 2 * every_n_steps, "check_val_every_n_epoch": None} if every_n_steps else {}
     options = {
         "data": {"val_path": val_file},
-        "checkpoint": {"every_n_train_steps": 6, "monitor": "val/loss"},
-        "val_check_interval": 1.0,
+        "checkpoint": {"every_n_train_steps": 1, "monitor": "val/loss"},
+        "log_every_n_steps": 2,
+        "max_steps": max_steps,  # Lightning restarts otherwise where steps, not epochs, end a run
+        **interval,
     }
-    straight = fit(tmp_path / "a", **options)
-    shutil.copytree(tmp_path / "a" / "checkpoint-6", tmp_path / "b" / "checkpoint-6")
-    resumed = fit(tmp_path / "b", ckpt_path=str(tmp_path / "b" / "checkpoint-6"), **options)
-    assert_bit_equal(resumed, straight)
-    ours, theirs = resumed.trainer.checkpoint_callback, straight.trainer.checkpoint_callback
-    assert Path(ours.best_model_path).name == Path(theirs.best_model_path).name
-    assert torch.equal(ours.best_model_score, theirs.best_model_score)
+    straight = fit(tmp_path / "a", logger=MetricsCSVLogger(tmp_path / "a"), **options)
+    expected = (tmp_path / "a" / "metrics.csv").read_text()
+    validated = [row.split(",")[0] for row in expected.splitlines()[1:] if not row.endswith(",,,")]
+    assert validated == (["3", "6", "9", "12"] if every_n_steps else ["6", "12"])
+    for step in (3, 5, 6, 7, 11):
+        run = tmp_path / f"b{step}"
+        shutil.copytree(tmp_path / "a" / f"checkpoint-{step}", run / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "a" / "metrics.csv", run)
+        resumed = fit(run, ckpt_path=str(run / f"checkpoint-{step}"), logger=MetricsCSVLogger(run), **options)
+        assert (run / "metrics.csv").read_text() == expected, f"from step {step}"
+        assert_bit_equal(resumed, straight)
+        ours, theirs = resumed.trainer.checkpoint_callback, straight.trainer.checkpoint_callback
+        assert Path(ours.best_model_path).name == Path(theirs.best_model_path).name
+        assert torch.equal(ours.best_model_score, theirs.best_model_score)
 
 
 def test_early_stopping_works_on_a_validation_metric(fit, tmp_path, val_file):

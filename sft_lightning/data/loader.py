@@ -115,3 +115,21 @@ class PlannedLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes nothing, see ``state_dict``."""
+
+
+class RecordBatches:
+    """Records in file order, ``batch_size`` at a time. Deliberately no list: Lightning takes one for several loaders.
+
+    Args:
+        records: The records of one replica.
+        batch_size: Records of a batch; the last one may have fewer.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], batch_size: int) -> None:
+        self._batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Sequence[dict[str, Any]]]:
+        return iter(self._batches)

@@ -28,26 +28,24 @@ STORIES = (
     Story("{name} finds {a} {things}, then {b}, then {c}. How many {things} does {name} find in all?", "++"),
     Story("{name} has {a} {things}, {other} {b} and Grandma {c}. How many {things} do they have?", "++"),
     Story("{name} has {a} {things}, buys {b} and gives {c} to {other}. How many {things} are left?", "+-"),
-    Story("A shop has {a} {things}. It gets {b} more and sells {c}. How many {things} does it have now?", "+-"),
+    Story("A shop has {a} {things}. It gets {b} more and sells {c}. How many {things} does it have?", "+-"),
     Story("{name} has {a} {things}, loses {b} and finds {c}. How many {things} does {name} have now?", "-+"),
     Story("Of {a} {things}, {name} sells {b} and {other} sells {c}. How many {things} are left?", "--"),
-    Story("{name} has {a} bags of {b} {things} and {c} {things} more. How many {things} are that in all?", "*+"),
+    Story("{name} has {a} bags of {b} {things} and {c} more {things}. How many {things} is that?", "*+"),
     Story("{name} opens {a} packs of {b} {things} and drops {c}. How many {things} are left?", "*-"),
     Story("There are {b} {things} on each of {a} shelves. {name} takes {c}. How many {things} stay?", "*-"),
 )
-NAMES = tuple(
-    "Ada Ben Cleo Dan Ella Finn Gita Hugo Iris Jon Kira Leo Mia Noah Olga Paul Rosa Sam Tara Uma Vera Will".split()
-)
-THINGS = tuple(
-    "apples beads books buttons cards coins cups eggs flags keys lemons marbles nuts pears pens plums "
-    "ribbons seeds shells spoons stamps stickers stones toys".split()
+NAMES = "Ada Ben Cleo Dan Ella Finn Gita Hugo Iris Jon Kira Leo Mia Noah Olga Paul Rosa Sam Tara Uma Vera Will"
+THINGS = (
+    "apples beads books buttons cards coins cups eggs flags keys lemons marbles nuts pears pens plums ribbons "
+    "seeds shells spoons stamps stickers stones toys"
 )
 _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One word problem. Two with the same calculation differ only in whom and what they are about."""
+    """One word problem: a story filled in with numbers, two people and the things that are counted."""
 
     story: Story
     numbers: tuple[int, ...]
@@ -57,10 +55,12 @@ class Problem:
 
     @property
     def calculation(self) -> tuple[Story, tuple[int, ...]]:
+        """What is asked, apart from whom and what it is about."""
         return self.story, self.numbers
 
     @property
     def question(self) -> str:
+        """The problem in words."""
         numbers = dict(zip("abc", self.numbers, strict=False))
         return self.story.question.format(name=self.name, other=self.other, things=self.things, **numbers)
 
@@ -81,23 +81,23 @@ class Problem:
 def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Returns training and held-out problems, the same for the same arguments.
 
-    No problem occurs twice, and no held-out calculation (a story with its numbers) occurs in training.
+    No question occurs twice, and no held-out calculation (a story with its numbers) occurs in training.
     """
     generator = random.Random(seed)
     heldout: dict[tuple[Story, tuple[int, ...]], Problem] = {}
     while len(heldout) < num_heldout:
         problem = _draw_problem(generator)
         heldout[problem.calculation] = problem
-    train: dict[Problem, None] = {}
+    train: dict[str, Problem] = {}
     while len(train) < num_train:
         problem = _draw_problem(generator)
         if problem.calculation not in heldout:
-            train[problem] = None
-    return list(train), list(heldout.values())
+            train[problem.question] = problem
+    return list(train.values()), list(heldout.values())
 
 
 def write_arithmetic(output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0) -> None:
-    """Writes ``train.jsonl`` and ``heldout.jsonl`` in r1_zero form: rows of prompt, response and ground_truth.
+    """Writes ``train.jsonl`` and ``heldout.jsonl``: rows of prompt, response and ground_truth in r1_zero form.
 
     Equal arguments give equal bytes. Files of these names are replaced.
     """
@@ -113,8 +113,8 @@ def write_arithmetic(output_dir: str | Path, *, num_train: int = 6400, num_heldo
 def _draw_problem(generator: random.Random) -> Problem:
     story = generator.choice(STORIES)
     numbers = _draw_numbers(generator, story)
-    name, other = generator.sample(NAMES, 2)
-    return Problem(story, numbers, name, other, generator.choice(THINGS))
+    name, other = generator.sample(NAMES.split(), 2)
+    return Problem(story, numbers, name, other, generator.choice(THINGS.split()))
 
 
 def _draw_numbers(generator: random.Random, story: Story) -> tuple[int, ...]:

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+from sft_lightning.data.templates import R1_ZERO_PROMPT
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import write_arithmetic
 from sft_lightning.quickstart.tiny_model import write_tiny_model
 
 
 def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
-    """Writes ``train.jsonl``, ``heldout.jsonl`` and the model folder ``model/``, replacing files of these names.
+    """Writes ``train.jsonl``, ``heldout.jsonl`` and the folder ``model/``, replacing files of these names.
 
     Args:
         output_dir: Folder to write into; made where missing.
@@ -26,4 +27,5 @@ def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
         rows = [json.loads(line) for line in lines]
     # Prompt and response stay apart, as they are tokenised apart in training.
     texts = [text for row in rows for text in (row["prompt"], row["response"])]
-    write_tiny_model(folder / "model", texts, seed=seed)
+    before_question, after_question = R1_ZERO_PROMPT.split("{question}")
+    write_tiny_model(folder / "model", texts, fixed_texts=(before_question.rstrip(" "), after_question), seed=seed)

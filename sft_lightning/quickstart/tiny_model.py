@@ -4,59 +4,67 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AddedToken, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 CONTEXT_LENGTH = 2048
 
 
-def write_tiny_model(output_dir: str | Path, texts: Iterable[str], *, seed: int = 0) -> None:
-    """Writes a Qwen2 model of 0.8 million random weights and a tokenizer trained on ``texts``, as a model folder.
+def write_tiny_model(
+    output_dir: str | Path, texts: Iterable[str], *, fixed_texts: Iterable[str] = (), seed: int = 0
+) -> None:
+    """Writes a folder with a Qwen2 model of half a million random weights and a tokenizer trained on ``texts``.
 
-    ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it. Equal arguments give equal weights and tokens, and the
-    global random state is left alone.
+    ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it. Equal arguments give equal files, and the global random
+    state is left alone.
 
     Args:
-        output_dir: Folder for config.json, model.safetensors, generation_config.json and the tokenizer's files.
+        output_dir: Folder to write into; made where missing, files of the same names are replaced.
         texts: Text like that which the model is going to see.
+        fixed_texts: Long texts that stand in every prompt. Each becomes one token, so that a short training run does
+            not spend most of its time on them.
         seed: Seed of the weights.
     """
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, fixed_texts=fixed_texts)
+    special_ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,
+        initializer_range=0.05,  # the usual 0.02 is meant for wider layers: it takes this one twice as long to learn
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+        dtype=torch.float32,
+        **special_ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**special_ids)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 
-def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int = 1024) -> Qwen2Tokenizer:
-    """Returns a byte-level BPE tokenizer that keeps every digit apart and knows no text that it cannot encode.
+def train_tokenizer(texts: Iterable[str], *, fixed_texts: Iterable[str] = ()) -> Qwen2Tokenizer:
+    """Returns a byte-level BPE tokenizer that keeps every digit apart and can encode any text.
+
+    Decoding gives the text back in Unicode's composed form (NFC), to which every Qwen2 tokenizer brings its input.
 
     Args:
         texts: What to learn merges from.
-        vocabulary_size: At most this many tokens, the 256 bytes and two special tokens included.
+        fixed_texts: Texts that become one token each.
     """
-    # transformers loads whatever tokenizer lies in a Qwen2 folder with Qwen2's own normalizer (NFC) and pre-tokenizer:
-    # one that was trained with any other would come back different.
-    trained = Qwen2Tokenizer().train_new_from_iterator(
-        texts, vocab_size=vocabulary_size, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    # transformers rebuilds the tokenizer of any Qwen2 folder with Qwen2's own normalizer and pre-tokenizer. One that
+    # was trained with others would come back from AutoTokenizer as a different one.
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, vocab_size=1024, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
-    trained.pad_token = PADDING
-    return trained
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in fixed_texts])
+    tokenizer.add_special_tokens({"pad_token": PADDING})
+    tokenizer.model_max_length = CONTEXT_LENGTH
+    return tokenizer
