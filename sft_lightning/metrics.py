@@ -47,6 +47,6 @@ class TokenMetrics(Metric):
             "token_accuracy": self.num_correct.to(_SUM_DTYPE) / self.num_tokens,
         }
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "TokenMetrics":
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         # Moves and never casts: Lightning's bf16-true calls .to(bfloat16) on all there is, where 256 + 1 is 256.
         return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)

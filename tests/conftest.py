@@ -120,7 +120,7 @@ class Recorder(Callback):
         self._sum = 0.0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        # Lightning hands out the micro-batch's loss divided by the accumulation: its sum over a step is the step's loss.
+        # Lightning hands out a micro-batch's loss divided by the accumulation: their sum is the step's loss.
         self._sum += float(outputs["loss"])
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             self.losses.append(self._sum)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning import HFCheckpoint
 from sft_lightning.errors import UserError
@@ -30,19 +29,6 @@ def straight(straight_dir, fit, dropout_model_folder):
 
 def assert_bit_equal(run, reference):
     assert all(torch.equal(run.weights[name], reference.weights[name]) for name in reference.weights)
-
-
-def test_resume_from_every_step_is_bit_equal(straight, straight_dir, fit, tmp_path, dropout_model_folder):
-    assert len(straight.losses) == STEPS
-    for step in range(1, STEPS):
-        resumed = fit(
-            tmp_path / str(step),
-            model={"model_path": dropout_model_folder},
-            ckpt_path=str(straight_dir / f"checkpoint-{step}"),
-        )
-        assert resumed.losses == straight.losses[step:], f"from step {step}"
-        assert resumed.trainer.global_step == STEPS
-        assert_bit_equal(resumed, straight)
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -98,18 +84,6 @@ def test_resuming_a_finished_run_trains_nothing(fit, tmp_path):
     assert again.losses == []
     assert again.trainer.global_step == STEPS
     assert_bit_equal(again, done)
-
-
-def test_every_folder_is_a_model_for_plain_transformers(fit, tmp_path, tokenizer):
-    run = fit(tmp_path, checkpoint={"every_n_train_steps": 5})
-    ids = torch.tensor([tokenizer("User: What is 2+2?")["input_ids"]])
-    run.module.model.eval()
-    for name in ("checkpoint-12", "final", "last"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert torch.equal(loaded(ids).logits, run.module.model(ids).logits)
-        assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
-        assert AutoTokenizer.from_pretrained(tmp_path / name)("2+2")["input_ids"] == tokenizer("2+2")["input_ids"]
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12", "checkpoint-5"]
 
 
 def test_weights_are_stored_once_and_the_state_loads_without_code(fit, tmp_path):

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ def members(step):
 
 
 def weight_by_example(step):
-    pairs = [pair for position in step for each in position for pair in zip(each.examples, each.label_weights)]
-    return {int(example): float(weight) for example, weight in pairs}
+    dealt = [each for position in step for each in position]
+    return {int(row): float(w) for each in dealt for row, w in zip(each.examples, each.label_weights, strict=True)}
 
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
@@ -186,7 +187,7 @@ def test_no_row_is_longer_than_a_row_of_an_earlier_micro_batch(num_examples, sha
     lengths = lengths_for(num_examples, seed)
     for step in steps_of(plan_of(lengths, shape=shape), shape):
         groups = [lengths[each.examples] for position in step for each in position if len(each.examples)]
-        assert all(earlier.min() >= later.max() for earlier, later in zip(groups, groups[1:]))
+        assert all(earlier.min() >= later.max() for earlier, later in pairwise(groups))
 
 
 def test_random_numbers_of_micro_batches_differ_and_come_again():
@@ -257,13 +258,12 @@ def test_weights_are_those_of_the_formulas(num_examples, shape, limit, mode, see
 @given(st.integers(1, 60), st.sampled_from(["token", "sequence", "constant"]))
 def test_weights_do_not_depend_on_the_dealing(num_examples, mode):
     totals = lengths_for(num_examples)
-    by_shape = [
-        [
-            weight_by_example(step)
-            for step in steps_of(plan_of(totals, totals - 1, shape=shape, normalization=mode), shape)
-        ]
-        for shape in ((12, 1, 1), (1, 12, 1), (1, 1, 12), (2, 3, 2))
-    ]
+
+    def weights(shape):
+        plan = plan_of(totals, totals - 1, shape=shape, normalization=mode)
+        return [weight_by_example(step) for step in steps_of(plan, shape)]
+
+    by_shape = [weights(shape) for shape in ((12, 1, 1), (1, 12, 1), (1, 1, 12), (2, 3, 2))]
     assert by_shape[1:] == by_shape[:1] * 3
 
 

@@ -1,0 +1,468 @@
+import copy
+import json
+import logging
+import socket
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
+    ViTConfig,
+)
+
+from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.errors import UserError
+from sft_lightning.modeling import (
+    check_vocabulary,
+    choose_attention,
+    install_label_selection,
+    label_logits,
+    load_config,
+    load_model,
+    save_model,
+)
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,  # wide, so that soft-capping and scaling change the logits by a lot
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+WITHOUT_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+ARCHITECTURES = {
+    "qwen2-tied": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
+    "gpt2": GPT2Config(
+        **{"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.5},
+        **{"bos_token_id": None, "eos_token_id": None},
+        **WITHOUT_DROPOUT,
+    ),
+    "gemma2-soft-capped": Gemma2Config(**SHAPE, num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0),
+    "gpt-neox": GPTNeoXConfig(**SHAPE, attention_dropout=0.0, hidden_dropout=0.0),
+    "cohere-scaled": CohereConfig(**SHAPE, num_key_value_heads=2, logit_scale=0.0625),
+    "granite-scaled": GraniteConfig(**SHAPE, num_key_value_heads=2, logits_scaling=7.0),
+}
+
+
+def make_model(name="llama"):
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[name]), dtype=torch.float32)
+
+
+def example(*tokens, prompt_length):
+    return Example(np.array(tokens, dtype=np.int32), prompt_length)
+
+
+def make_batch():
+    """Rows of 5, 3 and 6 tokens: 4, 2 and 5 inputs padded to 5, so positions 1 2 3, 5, and 12 13 14 predict labels."""
+    rows = [
+        example(11, 12, 13, 14, 15, prompt_length=2),
+        example(21, 22, 23, prompt_length=1),
+        example(31, 32, 33, 34, 35, 36, prompt_length=3),
+    ]
+    batch = collate_padded(rows, np.ones(3), pad_token_id=0)
+    assert batch.label_positions.tolist() == [1, 2, 3, 5, 6, 12, 13, 14]
+    return batch
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An untied llama on disk."""
+    make_model().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("touched the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def message_of(call, *args, **kwargs):
+    with pytest.raises(UserError) as raised:
+        call(*args, **kwargs)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+# Logits at label positions
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_label_logits_are_the_plain_logits_at_these_positions(name):
+    model, batch = make_model(name).eval(), make_batch()
+    full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = torch.stack([full[0, 1], full[0, 2], full[0, 3], full[1, 0], full[1, 1], *full[2, 2:5]])
+    install_label_selection(model)
+    logits = label_logits(model, batch)
+    assert logits.shape == (8, 61)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scaled_and_capped_models_do_scale_and_cap():
+    """Otherwise the test above would not notice a head that is read past the model's forward."""
+    for name in ("gemma2-soft-capped", "cohere-scaled", "granite-scaled"):
+        model, batch = make_model(name).eval(), make_batch()
+        heads = []
+        model.get_output_embeddings().register_forward_hook(lambda module, args, out, heads=heads: heads.append(out))
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        assert (logits - heads[0]).abs().max() > 1.0, name
+
+
+def test_the_head_sees_label_positions_only():
+    model, batch = make_model(), make_batch()
+    install_label_selection(model)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append((args[0].shape, output.shape)))
+    label_logits(model, batch)
+    assert shapes == [((1, 8, 16), (1, 8, 61))]
+
+
+def test_gradients_are_those_of_the_plain_forward():
+    batch = make_batch()
+    plain = make_model("gemma2-soft-capped")
+    ours = make_model("gemma2-soft-capped")
+    install_label_selection(ours)
+    full = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    F.cross_entropy(full.flatten(0, 1)[batch.label_positions], batch.labels).backward()
+    F.cross_entropy(label_logits(ours, batch), batch.labels).backward()
+    for (name, expected), actual in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_model_that_does_not_call_its_head_as_a_module_still_gives_the_right_logits():
+    class Unusual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(61, 8)
+            self.head = nn.Linear(8, 61)
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return SimpleNamespace(logits=F.linear(self.embedding(input_ids), self.head.weight, self.head.bias))
+
+    torch.manual_seed(0)
+    model, batch = Unusual(), make_batch()
+    install_label_selection(model)
+    inputs = batch.input_ids.flatten()[[1, 2, 3, 5, 6, 12, 13, 14]]
+    torch.testing.assert_close(label_logits(model, batch), model.head(model.embedding(inputs)))
+
+
+def test_plain_calls_and_generate_are_untouched():
+    model, batch = make_model().eval(), make_batch()
+    plain = model(input_ids=batch.input_ids).logits
+    answers = model.generate(batch.input_ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    install_label_selection(model)
+    label_logits(model, batch)
+    assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
+    assert torch.equal(model.generate(batch.input_ids, max_new_tokens=6, do_sample=False, pad_token_id=0), answers)
+    assert answers.shape == (3, 11)
+
+
+def test_a_failed_forward_leaves_no_selection_behind():
+    model, batch = make_model().eval(), make_batch()
+    plain = model(input_ids=batch.input_ids).logits
+    install_label_selection(model)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[999]]), label_positions=torch.tensor([0]))
+    assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
+
+
+def test_installing_changes_no_name_weight_or_config():
+    model = make_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    config = model.config.to_json_string()
+    install_label_selection(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert model.config.to_json_string() == config
+
+
+# Loading
+
+
+def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(folder):
+    gradients, num_calls = [], []
+    for checkpointing in (False, True):
+        model = load_model(str(folder), gradient_checkpointing=checkpointing)
+        calls = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        batch = make_batch()
+        F.cross_entropy(label_logits(model, batch), batch.labels).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        num_calls.append(len(calls))
+    assert num_calls == [1, 2]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, asked, init):
+    make_model().to(stored).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), init=init, dtype=asked)
+    assert {parameter.dtype for parameter in model.parameters()} == {asked}
+    assert model.training
+
+
+def test_pretrained_loads_the_stored_weights(folder):
+    expected = make_model().state_dict()
+    actual = load_model(str(folder)).state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], weight) for name, weight in expected.items())
+
+
+def test_random_follows_the_seed_and_needs_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(5)
+    first = load_model(str(folder), init="random").lm_head.weight
+    torch.manual_seed(5)
+    again = load_model(str(folder), init="random").lm_head.weight
+    other = load_model(str(folder), init="random").lm_head.weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_folder_without_weights_names_the_option(folder):
+    (folder / "model.safetensors").unlink()
+    assert message_of(load_model, str(folder)) == (
+        f"model.model_path '{folder}' has config.json but no weights; set model.init random to start from random "
+        "weights"
+    )
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, 2000])
+def test_cut_off_weights_are_named(folder, kept_bytes):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept_bytes])
+    assert message_of(load_model, str(folder)).startswith(f"model.model_path '{folder}' cannot be loaded: ")
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    assert message_of(load_model, str(folder)).startswith(f"model.model_path '{folder}' cannot be loaded: ")
+
+
+def test_local_folders_load_without_network(folder, no_network):
+    load_model(str(folder))
+    load_model(str(folder), init="random")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b", "nowhere", "some/where/else"])
+def test_a_path_that_is_no_folder_and_no_hub_name_never_reaches_the_network(path, no_network):
+    assert message_of(load_model, path) == (
+        f"model.model_path '{path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B"
+    )
+
+
+def test_an_unreachable_hub_name_is_named(monkeypatch, tmp_path, no_network):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = message_of(load_model, "someone/nothing")
+    assert message.startswith(
+        "model.model_path 'someone/nothing' is no folder here and cannot be loaded from the hub: "
+    )
+
+
+def test_a_folder_without_config_is_no_model(tmp_path):
+    assert message_of(load_config, str(tmp_path)) == (
+        f"model.model_path '{tmp_path}' is a folder without config.json, so it is no model"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{cut", "{}", "[]", '{"model_type": "nothing"}', '{"model_type": "llama", "hidden_size": "wide"}']
+)
+def test_an_unusable_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert message_of(load_config, str(tmp_path)).startswith(f"model.model_path '{tmp_path}' has no usable config: ")
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_model_of_another_kind_is_refused(tmp_path, init):
+    ViTConfig().save_pretrained(tmp_path)
+    assert message_of(load_model, str(tmp_path), init=init) == (
+        f"model.model_path '{tmp_path}' is a vit model, no causal language model"
+    )
+
+
+# Attention
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The packages that seem to be installed, of those that are asked for."""
+    names = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: name if name in names else None)
+    return names
+
+
+def choose(choice, device_type="cuda", half_precision=True, config=ARCHITECTURES["llama"]):
+    return choose_attention(config, choice, device_type=device_type, half_precision=half_precision)
+
+
+def test_flash_attention_without_its_package_names_the_install_command(installed):
+    assert message_of(choose, "flash_attention_2") == (
+        "model.attn_implementation 'flash_attention_2' needs the package 'flash_attn': "
+        "pip install 'sft-lightning[flash-attn]' --no-build-isolation"
+    )
+    assert "'flash_attn_interface'" in message_of(choose, "flash_attention_3")
+
+
+def test_load_model_refuses_flash_attention_before_it_reads_weights(folder, installed):
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "pip install" in message_of(load_model, str(folder), attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize(("device_type", "half_precision"), [("cpu", True), ("cuda", False)])
+def test_flash_attention_where_it_cannot_run_is_refused(installed, device_type, half_precision):
+    installed.add("flash_attn")
+    message = message_of(choose, "flash_attention_2", device_type, half_precision)
+    assert message.startswith("model.attn_implementation 'flash_attention_2' needs a CUDA device and 16-bit precision")
+
+
+def test_flash_attention_where_it_can_run_is_taken(installed):
+    installed.update({"flash_attn", "flash_attn_interface"})
+    assert [choose(name) for name in ("flash_attention_2", "flash_attention_3")] == [
+        "flash_attention_2",
+        "flash_attention_3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packages", "device_type", "half_precision", "taken", "reason"),
+    [
+        ({"flash_attn"}, "cuda", True, "flash_attention_2", "package flash_attn found, CUDA, 16-bit precision"),
+        (set(), "cuda", True, "sdpa", "flash_attn is not installed or precision is 32-bit"),
+        ({"flash_attn"}, "cuda", False, "sdpa", "flash_attn is not installed or precision is 32-bit"),
+        ({"flash_attn"}, "cpu", True, "sdpa", "no CUDA device"),
+    ],
+)
+def test_auto_says_what_it_took_and_why(installed, caplog, packages, device_type, half_precision, taken, reason):
+    installed.update(packages)
+    caplog.set_level(logging.INFO, "sft_lightning.modeling")
+    assert choose("auto", device_type, half_precision) == taken
+    assert caplog.messages == [f"attention: {taken} ({reason})"]
+
+
+def test_auto_takes_eager_where_a_model_has_no_sdpa(monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
+    assert choose("auto", "cpu") == "eager"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_chosen_attention_reaches_the_model(folder, name):
+    assert load_model(str(folder), attn_implementation=name).config._attn_implementation == name
+
+
+# Vocabulary
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
+    size = len(tokenizer)
+    model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size - 1, 2))
+    assert message_of(check_vocabulary, model, tokenizer) == (
+        f"data.tokenizer_path '{tokenizer.name_or_path}' has {size} tokens but the embedding of model.model_path has "
+        f"{size - 1} rows: take the model's own tokenizer or resize the embedding first"
+    )
+
+
+@pytest.mark.parametrize("spare_rows", [0, 64])
+def test_an_embedding_with_spare_rows_is_fine(tokenizer, spare_rows):
+    check_vocabulary(
+        SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(len(tokenizer) + spare_rows, 2)), tokenizer
+    )
+
+
+# Saving
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_what_is_saved_reloads_bit_equal_by_plain_transformers(tmp_path, name):
+    make_model(name).save_pretrained(tmp_path / "original")
+    model = load_model(str(tmp_path / "original"), gradient_checkpointing=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.25)
+    (tmp_path / "saved").mkdir()
+    save_model(model, None, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    batch = make_batch()
+    expected = model.eval()(input_ids=batch.input_ids).logits
+    assert torch.equal(again(input_ids=batch.input_ids).logits, expected)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_config_json_is_that_of_plain_transformers(folder, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "plain").mkdir()
+    save_model(load_model(str(folder), gradient_checkpointing=True), None, tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "saved" / name).read_text() == (tmp_path / "plain" / name).read_text()
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_the_generation_config_stops_at_the_supervised_token_and_keeps_the_rest(folder, tmp_path):
+    published = {"eos_token_id": [5, 6], "do_sample": True, "top_p": 0.8, "repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(published))
+    model = load_model(str(folder))
+    save_model(model, None, tmp_path, eos_token_id=9)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved.pop("transformers_version")
+    assert saved == {**published, "eos_token_id": 9}
+    assert model.generation_config.eos_token_id == [5, 6]
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 9
+
+
+def test_a_published_generation_config_that_transformers_refuses_to_save_is_saved(folder, tmp_path):
+    """Such as Llama 2's: a temperature without do_sample."""
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
+    save_model(load_model(str(folder)), None, tmp_path, eos_token_id=9)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["eos_token_id"]) == (0.6, 0.9, 9)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_given_weights_are_saved_in_place_of_the_models(folder, tmp_path):
+    model = load_model(str(folder))
+    weights = {name: torch.full_like(weight, 0.5) for name, weight in model.state_dict().items()}
+    save_model(model, None, tmp_path, state_dict=weights)
+    assert all((weight == 0.5).all() for weight in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+
+
+def test_the_tokenizer_is_saved_beside(folder, tmp_path, tokenizer):
+    save_model(load_model(str(folder)), tokenizer, tmp_path)
+    text = "again <think> 12 </think>"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == tokenizer(text).input_ids
