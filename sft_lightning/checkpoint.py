@@ -71,6 +71,7 @@ class HFCheckpoint(ModelCheckpoint):
         self._every = every_n_train_steps
         self._last_step_saved = 0
         self._validation_pending = False
+        self._step_metrics: dict[str, float] = {}
 
     find = staticmethod(lambda run, word="auto": _as_text(folders.find(Path(run), word)))
 
@@ -89,6 +90,10 @@ class HFCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
+        if self.monitor is not None and datamodule_of(trainer).paths["val"] is None:
+            raise UserError(
+                f"checkpoint.monitor '{self.monitor}' needs validations: set data.val_path, or monitor null"
+            )
         if resume_path(trainer) is None:
             claim_run_folder(self.run, overwrite=self.overwrite)
         folders.remove_unfinished(self.run)
@@ -104,18 +109,26 @@ class HFCheckpoint(ModelCheckpoint):
         )
         self._last_step_saved = checkpoint["global_step"]
         self._validation_pending = checkpoint["validation_pending"]
+        self._step_metrics = checkpoint["step_metrics"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start_epoch_afresh(trainer)
         for each in trainer.loggers:
             if isinstance(each, MetricsCSVLogger):
-                each.start_after(trainer.global_step, validates_again=self._validation_pending)
+                each.start_after(
+                    trainer.global_step, validates_again=self._validation_pending, step_metrics=self._step_metrics
+                )
         if self._validation_pending:
             # The checkpoint was written just before a validation that the run then may not have lived to see.
             run_validation(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_pending"] = self._validation_pending
+        # Lightning hands a step's metrics to the loggers after its checkpoint is written: a run that dies in between
+        # would leave them out.
+        is_logged = trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0
+        metrics = trainer.logged_metrics.items() if is_logged else ()
+        checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         step = trainer.global_step

@@ -46,10 +46,11 @@ def evaluate_model(
     from sft_lightning.data.tokenization import load_tokenizer
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.evaluation.generation import TransformersGenerator
-    from sft_lightning.modeling import load_model
+    from sft_lightning.modeling import hide_progress_bars, load_model
 
     if num_examples is not None and num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {num_examples}")
+    hide_progress_bars()
     generator = TransformersGenerator(
         max_new_tokens=max_new_tokens, temperature=temperature, greedy=greedy, batch_tokens=batch_tokens, seed=seed
     )

@@ -107,7 +107,12 @@ class SFTDataModule(LightningDataModule):
                 raise UserError(
                     "data.tokenizer_path is not set: name the folder or the hub name of the model's tokenizer"
                 )
-            self._tokenizer = load_tokenizer(self.tokenizer_path)
+            try:
+                self._tokenizer = load_tokenizer(self.tokenizer_path)
+            except UserError as error:
+                raise UserError(
+                    f"data.tokenizer_path (on the command line model.model_path, unless given): {error}"
+                ) from error
         return self._tokenizer
 
     def prepare_data(self) -> None:
@@ -178,7 +183,7 @@ class SFTDataModule(LightningDataModule):
             "data.loss_normalization": self.loss_normalization,
             "data.normalize_constant": self.normalize_constant,
             "examples per step (batch_size x accumulate_grad_batches x devices)": self._step_shape.examples_per_step,
-            "optimizer steps per epoch": self.steps_per_epoch,
+            "examples per epoch (under trainer.limit_train_batches)": self._epoch_plan(0).num_examples,
         }
 
     @property
@@ -213,17 +218,21 @@ class SFTDataModule(LightningDataModule):
     def _load_tokens(self, name: str) -> TokenStore:
         path = self.paths[name]
         assert path is not None
-        store = load_or_build_tokens(
-            path,
-            tokenizer=self.tokenizer,
-            template=self.template,
-            columns=self.columns,
-            max_length=self.max_length,
-            overlength=self.overlength,
-            append_eos=self.append_eos,
-            max_bad_rows=self.max_bad_rows,
-            cache_dir=self.cache_dir,
-        )
+        tokenizer = self.tokenizer
+        try:
+            store = load_or_build_tokens(
+                path,
+                tokenizer=tokenizer,
+                template=self.template,
+                columns=self.columns,
+                max_length=self.max_length,
+                overlength=self.overlength,
+                append_eos=self.append_eos,
+                max_bad_rows=self.max_bad_rows,
+                cache_dir=self.cache_dir,
+            )
+        except UserError as error:
+            raise UserError(f"data.{name}_path: {error}") from error
         return store.first(self.max_train_examples) if name == "train" and self.max_train_examples else store
 
     def _epoch_plan(self, epoch: int, *, limited: bool = True) -> EpochPlan:

@@ -41,19 +41,25 @@ class MetricsCSVLogger(Logger):
         """Writes nothing: config.yaml beside the file has them."""
 
     @rank_zero_only
-    def start_after(self, step: int, *, validates_again: bool) -> None:
-        """Drops the rows that a run which resumes after ``step`` will write again.
+    def start_after(
+        self, step: int, *, validates_again: bool = False, step_metrics: dict[str, float] | None = None
+    ) -> None:
+        """Leaves the rows that a run which resumes after ``step`` does not write again.
 
         Args:
             step: Optimizer steps done.
             validates_again: Whether the validation that belongs to that step comes again too.
+            step_metrics: The step's own metrics, for the case that the interrupted run died before it wrote them.
         """
 
         def stays(row: dict[str, str]) -> bool:
             is_validation = any(value for name, value in row.items() if name.startswith("val/"))
             return int(row["step"]) < step + (not (validates_again and is_validation))
 
-        self._write([row for row in self._read() if stays(row)])
+        rows = [row for row in self._read() if stays(row)]
+        self._write(rows)
+        if step_metrics and not any(int(row["step"]) == step for row in rows):
+            self.log_metrics(step_metrics, step)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

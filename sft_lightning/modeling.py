@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
@@ -219,6 +220,11 @@ def save_model(
     written.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def hide_progress_bars() -> None:
+    """Turns off transformers' progress bars of loading and saving, for programs that show a progress of their own."""
+    hf_logging.disable_progress_bar()
 
 
 def _require_weights(model_path: str) -> None:

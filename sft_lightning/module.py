@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -90,6 +91,13 @@ class SFTModule(LightningModule):
         self._step_parts: list[tuple[Tensor, MicroBatch]] = []
         self._gradient_norm: Tensor | None = None
 
+    def setup(self, stage: str) -> None:
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+            raise UserError(
+                "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
+                "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
+            )
+
     def configure_model(self) -> None:
         if self.model is not None:
             return
@@ -126,6 +134,9 @@ class SFTModule(LightningModule):
         )
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._step_parts = []  # an earlier fit that was stopped in mid-step leaves some behind
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws

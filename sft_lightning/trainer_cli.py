@@ -21,10 +21,17 @@ from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.metrics_csv import MetricsCSVLogger
+from sft_lightning.modeling import hide_progress_bars
 from sft_lightning.module import SFTModule
 
 # The guide's hyperparameters, where Lightning's own defaults differ.
 _TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
+_NOISE = ("`weights_only` was not set", "\N{ELECTRIC LIGHT BULB} Tip", "GPU available", "TPU available", "Seed set to")
+_NOISY_WARNINGS = (
+    "LightningCLI's args parameter",
+    ".*LeafSpec",
+    "Total length of `list` across ranks is zero",  # a run without validation data
+)
 _CHECKPOINT_WORDS = ("auto", "last", "best")
 
 
@@ -160,9 +167,7 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lightning.pytorch").propagate = False
-    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    _quieten()
     try:
         SFTCLI(
             SFTModule,
@@ -179,6 +184,26 @@ def run_trainer_command(args: list[str]) -> None:
         raise UserError(str(error)) from error
 
 
+def _quieten() -> None:
+    """Leaves on the screen what tells the user something."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).propagate = False
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    for message in _NOISY_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    hide_progress_bars()
+
+
 def _shorten(message: str) -> str:
-    """Returns jsonargparse's message as one line: the key and what is wrong with it."""
-    return re.sub(r"\s+", " ", message).strip()
+    """Returns jsonargparse's message as one line: the key, the value and what was expected."""
+    line = re.sub(r"\s+", " ", message).strip()
+    union = re.fullmatch(
+        r"(.*?):(?: -.*?)? ?-? ?Does not validate against .*? Errors: (.*) Given value type: .* Given value: (.*)", line
+    )
+    if union:
+        key, errors, value = union.groups()
+        line = f"{key}: '{value}' is not accepted. {errors}"
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line).replace("typing.Literal", "one of ")

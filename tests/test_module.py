@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.checkpoint import HFCheckpoint
 from sft_lightning.datamodule import SFTDataModule
@@ -48,7 +48,7 @@ class StepWatch(Callback):
         self.window = []
 
     def on_train_start(self, trainer, module):
-        trainer.optimizers[0].register_step_pre_hook(lambda *args: self.steps[-1].update(clipped=gradients(module)))
+        trainer.optimizers[0].register_step_post_hook(lambda *args: self.steps[-1].update(clipped=gradients(module)))
 
     def on_train_batch_start(self, trainer, module, batch, index):
         self.window.append(batch)
@@ -83,8 +83,9 @@ def make_data(model_folder, train_file=None, **options):
     return SFTDataModule(train_path=train_file, tokenizer_path=model_folder, **{"batch_size": 2, "seed": 3, **options})
 
 
-def read_rows(path, tokenizer):
+def read_rows(path, model_folder):
     """Returns "file:line" -> (prompt ids, response ids with EOS), read and tokenised without the package."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         row = json.loads(line)
@@ -140,16 +141,16 @@ def test_every_row_is_in_one_step(watched_run, train_file):
     steps, _ = watched_run
     sources = [[source for batch in step["batches"] for source in batch.sources] for step in steps]
     assert [len(each) for each in sources] == STEP_SIZES
-    assert sorted(sum(sources, [])) == sorted(f"{train_file}:{line}" for line in range(1, 43))
+    assert sorted(source for each in sources for source in each) == sorted(
+        f"{train_file}:{line}" for line in range(1, 43)
+    )
     assert [[batch.num_rows for batch in step["batches"]] for step in steps[4:]] == [[2, 2, 2, 2], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_steps_gradient_and_loss_are_those_of_the_plain_equation(
-    watched_run, model_folder, train_file, tokenizer, index
-):
+def test_a_steps_gradient_and_loss_are_those_of_the_plain_equation(watched_run, model_folder, train_file, index):
     steps, recorder = watched_run
-    loss, gradient = reference_step(steps[index], model_folder, read_rows(train_file, tokenizer))
+    loss, gradient = reference_step(steps[index], model_folder, read_rows(train_file, model_folder))
     assert_equal_gradients(steps[index]["gradient"], gradient, tolerance=1e-5)
     assert recorder.series("train/loss")[index] == (index + 1, pytest.approx(loss, rel=1e-6))
 
@@ -347,14 +348,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(model_folder, rows_with
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
-def test_validation_metrics_are_exact_over_the_set(model_folder, val_file, tokenizer, batch_size):
+def test_validation_metrics_are_exact_over_the_set(model_folder, val_file, batch_size):
     data = make_data(model_folder, batch_size=batch_size, val_path=val_file)
     validated = make_trainer().validate(SFTModule(model_folder), data, verbose=False)[0]
     tested = make_trainer().test(SFTModule(model_folder), data, verbose=False)[0]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
     losses, num_correct = [], 0
     with torch.no_grad():
-        for prompt, response in read_rows(val_file, tokenizer).values():
+        for prompt, response in read_rows(val_file, model_folder).values():
             losses.append(plain_nll(model, prompt, response))
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             num_correct += int((logits.argmax(-1) == torch.tensor(response)).sum())

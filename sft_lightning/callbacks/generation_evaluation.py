@@ -20,8 +20,9 @@ class GenerationEvaluation(Callback):
     """Logs ``val/format_accuracy`` and ``val/answer_accuracy`` of generated answers at every validation.
 
     The same prompts are answered each time, before training, during and after it, and a table of before and after is
-    printed in the end. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run. A validation in which
-    it is not its turn repeats the last value, so that EarlyStopping on these keys works.
+    printed in the end. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run, those of ``validate``
+    and ``test`` in ``evaluation/val`` and ``evaluation/test``. A validation in which it is not its turn repeats the
+    last value, so that EarlyStopping on these keys works.
 
     Args:
         num_examples: Prompts to answer, the first of the validation set that have a ground truth; 0 turns it off.
@@ -136,7 +137,8 @@ class GenerationEvaluation(Callback):
         return Path(self.output_dir or getattr(checkpoint, "dirpath", None) or trainer.default_root_dir)
 
     def _folder(self, trainer: Trainer, name: str, step: int) -> Path:
-        return self._run(trainer) / "evaluation" / (f"step-{step}" if name == "val" else name)
+        # Outside of fit Lightning restores no step: step-0 would be overwritten, the answers before training.
+        return self._run(trainer) / "evaluation" / (f"step-{step}" if trainer.state.fn == "fit" else name)
 
     def _log_outside_hooks(self, trainer: Trainer, result: dict[str, Any]) -> None:
         # Lightning takes `self.log` in neither of the two hooks that call this.

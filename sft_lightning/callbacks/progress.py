@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -67,7 +68,7 @@ class StepProgress(ProgressBar):
             self._progress.update(self._task, completed=step, description=_describe(trainer))
         elif step % self._every == 0 or step == self._total:
             per_step = (time.monotonic() - self._started) / (step - self._first_step)
-            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._total - step)))
+            left = timedelta(seconds=round(per_step * (self._total - step)))
             print(f"step {step}/{self._total}  {_describe(trainer)}  {left} left", file=sys.stderr, flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,12 +17,17 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._started = 0.0
+        self._started: float | None = None
         self._num_tokens = 0
         self._num_response_tokens = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+        self._started = None
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        # Not in on_train_start: the callbacks after this one may generate there.
+        if self._started is None:
+            self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -33,6 +38,7 @@ class Throughput(Callback):
         self._num_tokens += batch.num_tokens
         self._num_response_tokens += batch.num_label_tokens
         if is_optimizer_step(trainer):
+            assert self._started is not None
             per_second = replicas(trainer)[0] / (time.monotonic() - self._started)
             pl_module.log("train/tokens_per_second", self._num_tokens * per_second)
             pl_module.log("train/response_tokens_per_second", self._num_response_tokens * per_second)

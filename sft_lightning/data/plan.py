@@ -86,7 +86,8 @@ class EpochPlan:
         self._order = shuffled(len(total_lengths), seed, epoch)
         if max_micro_batches is not None:
             self._order = self._order[: max_micro_batches * shape.batch_size * shape.num_replicas]
-        self.num_steps = num_steps(len(self._order), shape)
+        self.num_examples = len(self._order)
+        self.num_steps = num_steps(self.num_examples, shape)
         self.num_micro_batches = self.num_steps * shape.num_micro_batches
         if max_micro_batches is not None:
             self.num_micro_batches = min(self.num_micro_batches, max_micro_batches)

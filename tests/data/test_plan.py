@@ -83,6 +83,7 @@ def test_every_example_once_in_even_micro_batches_for_any_numbers(num_examples, 
     assert plan.num_steps == len(steps)
     everyone = [example for step in steps for example in members(step)]
     assert sorted(everyone) == sorted(shuffled(num_examples, seed, epoch)[:num_used].tolist())
+    assert plan.num_examples == num_used
     for step in steps:
         sizes = [len(each.examples) for position in step for each in position]
         assert max(sizes) <= batch_size

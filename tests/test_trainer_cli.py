@@ -1,0 +1,233 @@
+"""fit, validate, test and predict, as typed; every mistake is one line and exit code 2, and overwrites nothing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sft_lightning.cli import main
+
+
+@pytest.fixture
+def command(model_folder, train_file, tmp_path, monkeypatch):
+    """The options of a small run in tmp_path/run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {"train_path": train_file, "batch_size": 4, "max_length": 512},
+        "model": {"model_path": model_folder, "learning_rate": 1e-2},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 2, "log_every_n_steps": 1},
+        "checkpoint": {"every_n_train_steps": 2},
+        "evaluation": {"generator": {"class_path": "TransformersGenerator", "init_args": {"max_new_tokens": 3}}},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["fit", "--config", str(path)]
+
+
+def losses(run):
+    with (run / "metrics.csv").open() as file:
+        return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_fit_writes_the_run_folder(command, tmp_path, capsys):
+    assert main(command) == 0
+    run = tmp_path / "run"
+    expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
+    assert {path.name for path in run.iterdir()} == expected | {"run_files.json"}
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+    assert "step 6/6  loss" in capsys.readouterr().err
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["data"]["tokenizer_path"] == saved["model"]["model_path"]
+    assert saved["seed_everything"] == 42
+
+
+def test_the_saved_config_repeats_the_run(command, tmp_path):
+    assert main(command) == 0
+    again = ["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    again += ["--checkpoint.dirpath", "null", "--evaluation.output_dir", "null"]
+    assert main(again) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*command, "--ckpt_path", "auto", "--trainer.max_steps", "3"]) == 0
+    assert f"--ckpt_path auto: no checkpoint in '{run}', starting fresh" in capsys.readouterr().out
+    assert main([*command, "--ckpt_path", "auto"]) == 0
+    assert f"--ckpt_path auto: going on from '{run / 'checkpoint-3'}'" in capsys.readouterr().out
+    assert (run / "config.resume-3.yaml").is_file()
+    assert main([*command, "--ckpt_path", "auto"]) == 0
+    assert "nothing to do: the run has finished its 6 optimizer steps" in capsys.readouterr().out
+    straight = tmp_path / "straight"
+    assert main([*command, "--output_dir", str(straight)]) == 0
+    assert losses(run) == losses(straight)
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_in_the_way_needs_overwrite_and_loses_only_its_own_files(command, tmp_path, capsys):
+    assert main(command) == 0
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    assert main(command) == 2
+    assert (
+        "holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace it"
+        in capsys.readouterr().err
+    )
+    assert main([*command, "--overwrite", "--trainer.max_steps", "1"]) == 0
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"mine.txt", "checkpoint-1"} <= names
+    assert not {"checkpoint-2", "checkpoint-4", "checkpoint-6"} & names
+
+
+def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(command, tmp_path, capsys):
+    assert main(command) == 0
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("not json\n")
+    assert main([*command, "--overwrite", "--data.train_path", str(bad)]) == 2
+    assert (tmp_path / "run" / "checkpoint-6" / "model.safetensors").is_file()
+
+
+def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, capsys):
+    options = ["--data.val_path", val_file, "--validate_every_n_steps", "3", "--evaluation.num_examples", "4"]
+    options += ["--checkpoint.monitor", "val/answer_accuracy", "--checkpoint.mode", "max"]
+    assert main([*command, *options]) == 0
+    run = tmp_path / "run"
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/format_accuracy"]]
+    assert [int(row["step"]) for row in rows] == [0, 3, 6]
+    assert (run / "best").resolve().name == "checkpoint-3"  # the first; equal values are no improvement
+    assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-3", "step-6"]
+    printed = capsys.readouterr().out
+    assert "format accuracy        0.000     0.000       4" in printed
+    assert f"model:   {run / 'final'}" in printed
+
+
+def test_validate_test_and_predict_a_checkpoint_and_a_final_model(command, tmp_path, val_file, capsys):
+    assert main(command) == 0
+    config = command[1:]
+    for folder in ("checkpoint-6", "final"):
+        path = ["--ckpt_path", str(tmp_path / "run" / folder), "--data.val_path", val_file]
+        assert main(["validate", *config, *path, "--evaluation.num_examples", "0"]) == 0
+        assert "val/loss" in capsys.readouterr().out
+        assert main(["test", *config, *path, "--evaluation.num_examples", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert "test/loss" in printed
+        assert "test/answer_accuracy" in printed
+    assert main(["predict", *config, *path]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["ground_truth"] for row in rows] == [str(n) for n in range(100, 111)]
+    assert all(row["num_tokens"] <= 3 for row in rows)
+
+
+def test_environment_variables_and_later_configs_override(command, tmp_path, monkeypatch, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("trainer: {max_steps: 1}\n")
+    monkeypatch.setenv("SFT_FIT__MODEL__LEARNING_RATE", "0.25")
+    (tmp_path / "config.yaml").write_text(
+        (tmp_path / "config.yaml").read_text().replace("learning_rate: 0.01", "eps: 1e-7")
+    )
+    assert main([*command, "--config", str(overlay)]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["learning_rate"] == 0.25
+    assert saved["trainer"]["max_steps"] == 1
+    assert [step for step, _ in losses(tmp_path / "run")] == [1]
+
+
+def mistakes():
+    yield ["--model.learning_ratee", "1"], "unrecognized arguments: --model.learning_ratee 1"
+    yield ["--model.learning_rate", "abc"], 'Parser key "model.learning_rate": Expected a float. Got value: abc'
+    yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"
+    yield ["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"
+    yield ["--data.max_length", "3"], "Raise data.max_length (3)"
+    yield ["--model.model_path", "/nope"], "'/nope'"
+    yield ["--trainer.devices", "0"], "devices='0'"
+    yield ["--trainer.precision", "12"], "'12' is not accepted"
+    yield ["--trainer.callbacks", "nope"], "Parser key \"trainer.callbacks\": 'nope' is not accepted"
+    yield ["--ckpt_path", "nope"], "--ckpt_path 'nope' is not a folder"
+    yield ["--ckpt_path", "last"], "--ckpt_path last: there is no"
+    yield ["--ckpt_path", "best"], "--ckpt_path best: there is no"
+    yield ["--config", "nope.yaml"], "nope.yaml"
+    yield ["--validate_every_n_steps", "0"], "validate_every_n_steps must be at least 1, got 0"
+    yield ["--checkpoint.monitor", "val/loss"], "checkpoint.monitor 'val/loss' needs validations: set data.val_path"
+    yield ["--model.attn_implementation", "flash_attention_2"], "pip install 'sft-lightning[flash-attn]'"
+    yield ["--model.warmup_steps", "1", "--model.warmup_ratio", "0.1"], "warmup_ratio 0.1 are both given"
+    scheduler = '{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}'
+    yield ["--trainer.callbacks+", scheduler], "GradientAccumulationScheduler"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), mistakes(), ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, options, message):
+    assert main([*command, *options]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft-lightning: error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b"not json", "not JSON"),
+        (b'{"prompt": "a"}', "response"),
+        (b'{"prompt": "a", "response": ""}', "field 'response' is empty"),
+        (b'{"prompt": "a", "response": 3}', "response"),
+        (b'{"prompt": "a", "response": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(command, tmp_path, capsys, row, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n' + row + b"\n")
+    assert main([*command, "--data.train_path", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:2" in error
+    assert reason in error
+
+
+def test_a_model_folder_without_weights_names_the_option(command, tmp_path, model_folder, capsys):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for path in Path(model_folder).glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert main([*command, "--model.model_path", str(folder)]) == 2
+    assert "has config.json but no weights; set model.init random" in capsys.readouterr().err
+    assert (
+        main([*command, "--model.model_path", str(folder), "--model.init", "random", "--trainer.max_steps", "1"]) == 0
+    )
+
+
+def test_print_config_works(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    assert stop.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["learning_rate"] == 0.01
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
+    """SIGKILL at three moments; `--ckpt_path auto` takes the newest good checkpoint each time."""
+    options = [*command, "--trainer.max_epochs", "6", "--checkpoint.every_n_train_steps", "3"]
+    assert main([*options, "--output_dir", str(tmp_path / "straight")]) == 0
+    program = [sys.executable, "-m", "sft_lightning", *options, "--ckpt_path", "auto"]
+    for wanted in (1, 4, 7):
+        process = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while len(list((tmp_path / "run").glob("checkpoint-*"))) < wanted and time.monotonic() < deadline:
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run(program, check=True)
+    ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "straight"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
