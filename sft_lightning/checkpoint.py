@@ -4,20 +4,18 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sft_lightning import checkpoint_folder as folders
+from sft_lightning.checkpoint_io import HFCheckpointIO, write_model
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import (
     datamodule_of,
     is_dry_run,
     is_optimizer_step,
+    logs_this_step,
     resume_path,
     run_validation,
     set_loop_position,
@@ -25,11 +23,8 @@ from sft_lightning.lightning_compat import (
     validation_is_due,
 )
 from sft_lightning.metrics_csv import MetricsCSVLogger
-from sft_lightning.modeling import save_model
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS_PREFIX = "model."
 
 
 class HFCheckpoint(ModelCheckpoint):
@@ -126,8 +121,7 @@ class HFCheckpoint(ModelCheckpoint):
         checkpoint["validation_pending"] = self._validation_pending
         # Lightning hands a step's metrics to the loggers after its checkpoint is written: a run that dies in between
         # would leave them out.
-        is_logged = trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0
-        metrics = trainer.logged_metrics.items() if is_logged else ()
+        metrics = trainer.logged_metrics.items() if logs_this_step(trainer) else ()
         checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -166,7 +160,7 @@ class HFCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             folders.publish(
                 self.run / "final",
-                lambda folder: _write_model(trainer, folder, weights),
+                lambda folder: write_model(trainer, folder, weights),
                 {"step": trainer.global_step},
             )
         trainer.strategy.barrier("HFCheckpoint.on_train_end")
@@ -217,47 +211,6 @@ class HFCheckpoint(ModelCheckpoint):
         return about
 
 
-class HFCheckpointIO(CheckpointIO):
-    """Writes Lightning's checkpoint as a model folder plus ``trainer_state.ckpt``, and puts it together again."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        state = {name: value for name, value in checkpoint.items() if name != "state_dict"}
-
-        def write(folder: Path) -> None:
-            _write_model(self._trainer, folder, checkpoint["state_dict"])
-            torch.save(state, folder / folders.TRAINER_STATE)
-
-        folders.publish(Path(path), write, storage_options or {"step": checkpoint["global_step"]})
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Returns Lightning's checkpoint. Loads tensors and plain values only, whatever the arguments say."""
-        folder = Path(path).resolve()
-        fitting = self._trainer.state.fn == "fit"
-        if not folder.is_dir():
-            raise UserError(
-                f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step> folder, last, best or auto"
-            )
-        has_state = (folder / folders.TRAINER_STATE).is_file()
-        if (folder / folders.MANIFEST).is_file() or has_state:
-            folders.verify(folder)
-        if fitting and not has_state:
-            raise UserError(
-                f"--ckpt_path '{path}' holds a model and no {folders.TRAINER_STATE}, so there is nothing to resume; "
-                f"to train from these weights pass --model.model_path '{path}'"
-            )
-        plain = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning_version, "loops": None}
-        state = torch.load(folder / folders.TRAINER_STATE, map_location="cpu", weights_only=True) if fitting else plain
-        return {**state, "state_dict": _read_weights(self._trainer, folder)}
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        folders.remove(Path(path))
-
-
 def claim_run_folder(run: Path, *, overwrite: bool) -> None:
     """Makes way for a new run in a folder.
 
@@ -278,29 +231,6 @@ def claim_run_folder(run: Path, *, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
-
-
-def _write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> None:
-    datamodule = datamodule_of(trainer)
-    tokenizer = getattr(datamodule, "tokenizer", None)
-    supervised_stop = tokenizer.eos_token_id if tokenizer is not None and datamodule.append_eos else None
-    own = {name.removeprefix(_WEIGHTS_PREFIX): w for name, w in weights.items() if name.startswith(_WEIGHTS_PREFIX)}
-    model: Any = trainer.lightning_module.model
-    save_model(model, tokenizer, folder, state_dict=own, eos_token_id=supervised_stop)
-
-
-def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
-    """Returns the module's state dict. A tied weight stands once on disk and under each of its names here."""
-    stored = {name: w for path in sorted(folder.glob("*.safetensors")) for name, w in load_file(path).items()}
-    own = trainer.lightning_module.state_dict()
-    by_storage = {
-        own[_WEIGHTS_PREFIX + name].data_ptr(): w for name, w in stored.items() if _WEIGHTS_PREFIX + name in own
-    }
-    weights = {_WEIGHTS_PREFIX + name: w for name, w in stored.items()}
-    for name, parameter in own.items():
-        if name not in weights and parameter.data_ptr() in by_storage:
-            weights[name] = by_storage[parameter.data_ptr()]
-    return weights
 
 
 def _as_text(path: Path | None) -> str | None:

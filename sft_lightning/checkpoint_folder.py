@@ -42,7 +42,10 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
     unfinished.mkdir()
     try:
         write(unfinished)
-        files = {path.relative_to(unfinished).as_posix(): _describe(path) for path in _files(unfinished)}
+        files = {}
+        for path in _files(unfinished):
+            _sync(path)
+            files[path.relative_to(unfinished).as_posix()] = _describe(path)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({**about, "files": files}, indent=2), encoding="utf-8")
         _sync(manifest)
@@ -211,7 +214,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    _sync(path)
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

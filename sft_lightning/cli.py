@@ -82,10 +82,12 @@ def _prepare(args: list[str]) -> int:
         num_rows = prepare_gsm8k(options.input, options.output, template_path=options.template_path)
         print(f"wrote {num_rows} rows to {options.output}")
     else:
+        from sft_lightning.modeling import hide_progress_bars
         from sft_lightning.quickstart.prepare import prepare_quickstart
 
+        hide_progress_bars()
         prepare_quickstart(options.output)
-        print(f"wrote data, tokenizer and a model with random weights to {options.output}")
+        print(f"wrote arithmetic problems, a tokenizer and a model to {options.output}; it starts from random weights")
     return 0
 
 

@@ -161,7 +161,7 @@ class SFTDataModule(LightningDataModule):
         return self._stores["train"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decides_steps": self._what_decides_steps()}
+        return {"decides_steps": self._what_decides_steps()} if "train" in self._stores else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._running_trainer.state.fn != "fit":

@@ -5,7 +5,7 @@ Seen in Lightning 2.6; see DECISIONS.md for what each works around.
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.errors import UserError
 
@@ -18,6 +18,17 @@ def datamodule_of(trainer: Trainer) -> Any:
 def is_dry_run(trainer: Trainer) -> bool:
     """Returns whether this is a ``fast_dev_run``, which leaves nothing on disk."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def logs_this_step(trainer: Trainer) -> bool:
+    """Returns whether the optimizer step that just ended is one whose metrics go to the loggers."""
+    every = getattr(trainer, "log_every_n_steps", 0)
+    return bool(every) and trainer.global_step % every == 0
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Returns the callbacks of a Trainer, which Lightning does not declare either."""
+    return list(getattr(trainer, "callbacks", []))
 
 
 def repeats_one_epoch(trainer: Trainer) -> bool:

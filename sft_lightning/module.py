@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.evaluation.generation import Generator, TransformersGenerator
-from sft_lightning.lightning_compat import datamodule_of, replicas, total_optimizer_steps
+from sft_lightning.lightning_compat import callbacks_of, datamodule_of, replicas, total_optimizer_steps
 from sft_lightning.loss import token_nll
 from sft_lightning.metrics import TokenMetrics
 from sft_lightning.modeling import AttentionChoice, Initialization, check_vocabulary, label_logits, load_model
@@ -92,7 +92,7 @@ class SFTModule(LightningModule):
         self._gradient_norm: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
             raise UserError(
                 "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
                 "batch_size x accumulate_grad_batches, which must not change in a run: take it out"

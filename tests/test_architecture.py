@@ -12,8 +12,8 @@ PACKAGE = ROOT / "sft_lightning"
 
 # Top to bottom. A file may import from its own layer and from those below it. A name stands for a file or a folder.
 LAYERS = (
-    {"__init__", "__main__", "cli", "trainer_cli"},
-    {"datamodule", "module", "callbacks", "checkpoint", "metrics_csv"},
+    {"__init__", "__main__", "cli", "commands", "trainer_cli"},
+    {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv"},
     {"lightning_compat"},
     {"modeling", "attention", "optim", "evaluation", "loss", "metrics", "checkpoint_folder", "quickstart"},
     {"data"},

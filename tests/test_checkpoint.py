@@ -223,7 +223,7 @@ def test_a_failing_save_leaves_the_last_good_checkpoint(fit, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     fit(tmp_path, max_steps=2)
-    monkeypatch.setattr("sft_lightning.checkpoint.torch.save", disk_full)
+    monkeypatch.setattr("sft_lightning.checkpoint_io.torch.save", disk_full)
     with pytest.raises(OSError, match="No space left"):
         fit(tmp_path, ckpt_path=str(tmp_path / "checkpoint-2"), max_steps=4, checkpoint={"every_n_train_steps": 1})
     monkeypatch.undo()

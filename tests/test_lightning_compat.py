@@ -224,7 +224,9 @@ def test_validation_is_not_due_before_training():
 
 class ValidatesAtStart(Callback):
     def on_train_start(self, trainer, module):
+        first_iteration = trainer._logger_connector._first_loop_iter
         compat.run_validation(trainer)
+        assert trainer._logger_connector._first_loop_iter is first_iteration
         assert trainer.training
         assert not trainer.validating
         assert module.training
@@ -374,17 +376,30 @@ def test_a_resumed_run_sees_the_rest_where_an_epochs_last_step_is_short(run_of_s
     assert trainer.global_step == 9
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, step):
-    class Validations(Callback):
-        def __init__(self):
-            self.steps = []
+class Validations(Callback):
+    def __init__(self):
+        self.steps = []
 
-        def on_validation_end(self, trainer, module):
-            self.steps.append(trainer.global_step)
+    def on_validation_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
 
-    validations = Validations()
-    trainer = make_trainer(SetsPosition(), validations, max_epochs=3)
+
+@pytest.mark.parametrize("step", range(1, 10))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"val_check_interval": 2},
+        {"val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"val_check_interval": 6, "check_val_every_n_epoch": None},
+    ],
+)
+def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_path, step, options):
+    straight = Validations()
+    make_trainer(straight, max_epochs=3, **options).fit(Line(), Data())
+    validations, again = Validations(), SavesEachStep(tmp_path)
+    trainer = make_trainer(SetsPosition(), validations, again, max_epochs=3, **options)
     trainer.fit(Line(), Data(), ckpt_path=straight_run.folder / f"{step}.ckpt")
-    # The one after step 3 was due when the checkpoint was written: HFCheckpoint knows and runs it.
-    assert validations.steps == [n for n in (3, 6, 9) if n > step]
+    # One that was due right after the checkpoint was written is left out: HFCheckpoint knows of it and runs it.
+    assert validations.steps == [n for n in straight.steps if n > step]
+    assert again.values == straight_run.values[2 * step :]

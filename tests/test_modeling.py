@@ -191,6 +191,7 @@ def test_a_failed_forward_leaves_no_selection_behind():
     install_label_selection(model)
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[999]]), label_positions=torch.tensor([0]))
+    assert model.lm_head(torch.zeros(2, 3, 16)).shape == (2, 3, 61)
     assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
 
 

@@ -370,14 +370,37 @@ def test_validation_metrics_are_exact_over_the_set(model_folder, val_file, batch
 
 
 def test_each_validation_counts_for_itself(model_folder, train_file, val_file):
-    """With a learning rate of 0 every validation gives the same, unless it adds to the one before."""
-    recorder = Recorder()
+    recorder, module = Recorder(), SFTModule(model_folder, learning_rate=1e-2)
     data = make_data(model_folder, train_file, val_path=val_file)
-    trainer = make_trainer(logger=recorder, max_steps=4, val_check_interval=8)
-    trainer.fit(SFTModule(model_folder, learning_rate=0.0), data)
-    (first, loss), (second, again) = recorder.series("val/loss")
+    make_trainer(logger=recorder, max_steps=4, val_check_interval=8).fit(module, data)
+    (first, loss), (second, final_loss) = recorder.series("val/loss")
     assert (first, second) == (2, 4)
-    assert loss == again
+    with torch.no_grad():
+        losses = [plain_nll(module.model.eval(), *row) for row in read_rows(val_file, model_folder).values()]
+    assert final_loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert abs(final_loss - loss) > 0.01
+
+
+def test_an_empty_validation_batch_counts_nothing(model_folder, val_file, monkeypatch):
+    """Of 11 rows in batches of 4, the second of two processes has the second batch and an empty one."""
+
+    class Watch(Callback):
+        def __init__(self):
+            self.sources = []
+
+        def on_validation_batch_start(self, trainer, module, batch, *args):
+            self.sources.append(batch.sources)
+
+    monkeypatch.setattr("sft_lightning.datamodule.replicas", lambda trainer: (2, 1))
+    watch = Watch()
+    data = make_data(model_folder, batch_size=4, val_path=val_file)
+    metrics = make_trainer(watch).validate(SFTModule(model_folder), data, verbose=False)[0]
+    assert [len(sources) for sources in watch.sources] == [4, 0]
+    rows = read_rows(val_file, model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    with torch.no_grad():
+        losses = [plain_nll(model, *rows[source]) for source in watch.sources[0]]
+    assert metrics["val/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
 
 
 # Predict

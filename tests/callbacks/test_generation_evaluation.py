@@ -199,7 +199,7 @@ def test_a_validation_that_is_not_due_repeats_the_last_value(model_folder, train
         def on_validation_end(self, trainer, module):
             seen.append((trainer.global_step, trainer.callback_metrics["val/answer_accuracy"].item()))
 
-    evaluation = GenerationEvaluation(every_n_steps=3, generator=generator, output_dir=str(run))
+    evaluation = GenerationEvaluation(every_n_steps=4, generator=generator, output_dir=str(run))
     trainer = make_trainer(evaluation, Watch(), max_steps=8, num_sanity_val_steps=0)
     trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
     assert seen == [(2, 0.25), (4, 0.25), (6, 0.75), (8, 0.75)]
