@@ -87,6 +87,14 @@ class Probe(Callback):
         self.seen.append(self.look(trainer))
 
 
+class Validations(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, module):
+        self.steps.append(trainer.global_step)
+
+
 def make_trainer(*callbacks, **options):
     return Trainer(
         accelerator="cpu",
@@ -222,8 +230,15 @@ def test_validation_is_not_due_before_training():
 # A validation inside fit
 
 
-class ValidatesAtStart(Callback):
-    def on_train_start(self, trainer, module):
+class Validates(Callback):
+    def __init__(self, hook):
+        setattr(self, hook, self.validate)
+        self.after_step = None
+
+    def validate(self, trainer, module, *args):
+        if self.after_step is not None:
+            return
+        self.after_step = trainer.global_step
         first_iteration = trainer._logger_connector._first_loop_iter
         compat.run_validation(trainer)
         assert trainer._logger_connector._first_loop_iter is first_iteration
@@ -231,29 +246,23 @@ class ValidatesAtStart(Callback):
         assert not trainer.validating
         assert module.training
         assert torch.is_grad_enabled()
-        assert trainer.callback_metrics["val/value"] == 1.0
-        self.done = True
+        assert trainer.callback_metrics["val/value"] == module.layer.weight.item()
 
 
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end"])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}, {"check_val_every_n_epoch": 2}])
-def test_run_validation_validates_and_leaves_training_as_it_was(options):
+def test_run_validation_validates_and_leaves_training_as_it_was(options, hook):
     runs = []
-    for extra in ([], [ValidatesAtStart()]):
-        module, data = Line(), Data()
-        validations = []
-
-        class Count(Callback):
-            def on_validation_end(self, trainer, module, validations=validations):
-                validations.append(trainer.global_step)
-
+    for extra in ([], [Validates(hook)]):
+        module, data, validations = Line(), Data(), Validations()
         probe = Probe(lambda trainer: copy.deepcopy(trainer.fit_loop.epoch_loop.batch_progress.state_dict()))
-        trainer = make_trainer(Count(), probe, *extra, **options)
+        trainer = make_trainer(validations, probe, *extra, **options)
         trainer.fit(module, data)
-        runs.append((module.layer.weight.item(), probe.seen, data.batches.positions, trainer.global_step, validations))
-        assert all(callback.done for callback in extra)
-    plain, with_validation = runs
-    assert with_validation[:4] == plain[:4]
-    assert with_validation[4] == [0, *plain[4]]
+        state = (module.layer.weight.item(), probe.seen, data.batches.positions, trainer.global_step)
+        runs.append((state, validations.steps))
+    (plain, steps), (with_validation, more_steps) = runs
+    assert with_validation == plain
+    assert more_steps == [0, *steps]
 
 
 # Resume
@@ -350,21 +359,27 @@ class SetsPosition(Callback):
         compat.start_epoch_afresh(trainer)
 
 
+def assert_equal_logging_steps(again, straight, step):
+    """Compares what Lightning takes for a logger's step where a row names none."""
+    rest = {number: loops for number, loops in straight.loops.items() if number > step}
+    for number, loops in rest.items():
+        assert again.loops[number]["epoch_loop.state_dict"] == loops["epoch_loop.state_dict"]
+    assert again.loops.keys() == rest.keys()
+
+
 @pytest.mark.parametrize("step", range(1, 10))
 def test_a_resumed_run_sees_the_rest_of_the_straight_one(straight_run, tmp_path, step):
     again, data = SavesEachStep(tmp_path), Data()
     trainer = make_trainer(SetsPosition(), again, max_epochs=3)
     trainer.fit(Line(), data, ckpt_path=straight_run.folder / f"{step}.ckpt")
     assert again.values == straight_run.values[2 * step :]
+    assert_equal_logging_steps(again, straight_run, step)
     assert trainer.global_step == 9
     assert trainer.current_epoch == 3
     if step < 9:
         first_epoch, first_step = divmod(step, 3)
         later = [(epoch, 0) for epoch in range(first_epoch + 1, 3)]
         assert data.batches.positions == [(first_epoch, 2 * first_step), *later]
-    assert {number: each["epoch_loop.state_dict"] for number, each in again.loops.items()} == {
-        number: each["epoch_loop.state_dict"] for number, each in straight_run.loops.items() if number > step
-    }
 
 
 @pytest.mark.parametrize("step", range(1, 10))
@@ -376,14 +391,6 @@ def test_a_resumed_run_sees_the_rest_where_an_epochs_last_step_is_short(run_of_s
     assert trainer.global_step == 9
 
 
-class Validations(Callback):
-    def __init__(self):
-        self.steps = []
-
-    def on_validation_end(self, trainer, module):
-        self.steps.append(trainer.global_step)
-
-
 @pytest.mark.parametrize("step", range(1, 10))
 @pytest.mark.parametrize(
     "options",
@@ -392,14 +399,18 @@ class Validations(Callback):
         {"val_check_interval": 2},
         {"val_check_interval": 4, "check_val_every_n_epoch": None},
         {"val_check_interval": 6, "check_val_every_n_epoch": None},
+        {"max_steps": 9},
+        {"max_steps": 9, "max_epochs": -1, "val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"max_steps": 9, "max_epochs": -1, "val_check_interval": 6, "check_val_every_n_epoch": None},
     ],
 )
 def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_path, step, options):
     straight = Validations()
-    make_trainer(straight, max_epochs=3, **options).fit(Line(), Data())
+    make_trainer(straight, **{"max_epochs": 3, **options}).fit(Line(), Data())
     validations, again = Validations(), SavesEachStep(tmp_path)
-    trainer = make_trainer(SetsPosition(), validations, again, max_epochs=3, **options)
+    trainer = make_trainer(SetsPosition(), validations, again, **{"max_epochs": 3, **options})
     trainer.fit(Line(), Data(), ckpt_path=straight_run.folder / f"{step}.ckpt")
     # One that was due right after the checkpoint was written is left out: HFCheckpoint knows of it and runs it.
     assert validations.steps == [n for n in straight.steps if n > step]
     assert again.values == straight_run.values[2 * step :]
+    assert_equal_logging_steps(again, straight_run, step)
