@@ -27,7 +27,7 @@ def test_twenty_steps_on_gsm8k_and_again_from_the_tenth(gsm8k, tmp_path, monkeyp
     assert len(losses) == 20
     assert losses[-1] < losses[9] < losses[0]
     for name in ("checkpoint-10", "checkpoint-20", "final"):
-        assert AutoModelForCausalLM.from_pretrained(f"checkpoints/laptop/{name}").num_parameters() == 504_064
+        assert AutoModelForCausalLM.from_pretrained(f"checkpoints/laptop/{name}").config.hidden_size == 128
 
     again = ["--output_dir", "checkpoints/again", "--ckpt_path", "checkpoints/laptop/checkpoint-10"]
     assert main([*fit, *again]) == 0

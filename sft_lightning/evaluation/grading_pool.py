@@ -98,8 +98,9 @@ def compare(answer: str, truth: str, time_limit_seconds: float) -> Verdict:
 
 def close_idle_workers() -> None:
     """Ends the processes that no one waits for. The next comparison starts a new one."""
-    while _idle_workers:
-        _idle_workers.pop().close()
+    with contextlib.suppress(IndexError):  # asking first would not do: another thread may take the last one
+        while True:
+            _idle_workers.pop().close()
 
 
 def _take_worker() -> _Worker:

@@ -44,7 +44,9 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.dup2(nowhere, sys.stderr.fileno())
+    # Both are inherited, and either could save a task from its time limit.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     while line := sys.stdin.readline():
         answer, truth, time_limit_seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, time_limit_seconds)

@@ -326,6 +326,19 @@ def test_training_is_bit_equal_with_and_without_it(dropout_model_folder, train_f
     assert all(1 <= row["num_tokens"] <= 4 for row in rows)
 
 
+def test_answers_are_generated_in_the_precision_of_training(model_folder, train_file, prompts_file, run):
+    class LooksAtPrecision(Scripted):
+        def generate(self, model, tokenizer, prompts):
+            assert torch.is_autocast_enabled("cpu")
+            return super().generate(model, tokenizer, prompts)
+
+    generator = LooksAtPrecision(1, 2, 2)
+    evaluation = GenerationEvaluation(generator=generator, output_dir=str(run))
+    trainer = make_trainer(evaluation, max_steps=3, precision="bf16-mixed")
+    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    assert len(generator.calls) == 3, "before, during and after: three hooks"
+
+
 # Mistakes
 
 
