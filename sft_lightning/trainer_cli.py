@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -167,7 +168,7 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
     """
-    _quieten()
+    _set_up_logging()
     try:
         SFTCLI(
             SFTModule,
@@ -184,14 +185,23 @@ def run_trainer_command(args: list[str]) -> None:
         raise UserError(str(error)) from error
 
 
-def _quieten() -> None:
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the moment: a progress bar puts itself in between while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _set_up_logging() -> None:
     """Leaves on the screen what tells the user something."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = _CurrentStderr()
+    handler.addFilter(lambda record: not record.getMessage().startswith(_NOISE))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers = [handler]
         logging.getLogger(name).propagate = False
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: not record.getMessage().startswith(_NOISE))
     for message in _NOISY_WARNINGS:
         warnings.filterwarnings("ignore", message)
     hide_progress_bars()
