@@ -1,12 +1,14 @@
 """HFCheckpointIO: Lightning's checkpoint as a model folder that plain transformers loads, and back again."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch import __version__ as lightning_version
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class HFCheckpointIO(CheckpointIO):
                 f"to train from these weights pass --model.model_path '{path}'"
             )
         plain = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning_version, "loops": None}
-        state = torch.load(folder / folders.TRAINER_STATE, map_location="cpu", weights_only=True) if fitting else plain
+        state = _read_state(folder / folders.TRAINER_STATE) if fitting else plain
         return {**state, "state_dict": _read_weights(self._trainer, folder)}
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -69,9 +71,27 @@ def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> N
     save_model(model, tokenizer, folder, state_dict=own, eos_token_id=supervised_stop)
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        # The error's own text proposes weights_only=False, which would run whatever code the file holds.
+        raise UserError(
+            f"checkpoint '{path.parent}': {path.name} holds something else than tensors and plain values, or is "
+            "damaged; it is not loaded"
+        ) from error
+
+
 def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     """Returns the module's state dict. A tied weight stands once on disk and under each of its names here."""
-    stored = {name: w for path in sorted(folder.glob("*.safetensors")) for name, w in load_file(path).items()}
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            stored |= load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"checkpoint '{folder}' is damaged: {path.name} cannot be read: {error}") from error
+    if not stored:
+        raise UserError(f"--ckpt_path '{folder}' holds no model*.safetensors, so it is no model")
     own = trainer.lightning_module.state_dict()
     by_storage = {
         own[_WEIGHTS_PREFIX + name].data_ptr(): w for name, w in stored.items() if _WEIGHTS_PREFIX + name in own
@@ -80,4 +100,10 @@ def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     for name, parameter in own.items():
         if name not in weights and parameter.data_ptr() in by_storage:
             weights[name] = by_storage[parameter.data_ptr()]
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            raise UserError(
+                f"--ckpt_path '{folder}' holds another model than model.model_path: "
+                f"they differ in {name.removeprefix(_WEIGHTS_PREFIX)}"
+            )
     return weights

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,9 @@ from sft_lightning.errors import UserError
 logger = logging.getLogger(__name__)
 
 Initialization = Literal["pretrained", "random"]
-AttentionChoice = Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"]
+AttentionChoice = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-_FLASH_PACKAGES = {"flash_attention_2": ("flash_attn", "flash-attn"), "flash_attention_3": ("flash_attn_interface", "")}
 
 
 def load_model(
@@ -59,13 +59,18 @@ def load_model(
     if init == "pretrained":
         _require_weights(model_path)
     attention = choose_attention(config, attn_implementation, device_type=device_type, half_precision=half_precision)
+    missing: Iterable[str] = ()
     try:
         if init == "random":
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         else:
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=attention)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            )
+            model, missing = loaded[0], loaded[1]["missing_keys"]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
+    _require_all_weights(model_path, missing)
     wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
@@ -79,7 +84,7 @@ def load_config(model_path: str) -> PretrainedConfig:
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.model_path '{model_path}' is a folder without config.json, so it is no model")
-    if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") != 1):
+    if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") > 1):
         raise UserError(f"model.model_path '{model_path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B")
     try:
         config = AutoConfig.from_pretrained(model_path)
@@ -102,26 +107,31 @@ def choose_attention(
     Raises:
         UserError: If FlashAttention is asked for by name and cannot run here.
     """
-    if choice in _FLASH_PACKAGES:
-        module, extra = _FLASH_PACKAGES[choice]
-        if importlib.util.find_spec(module) is None:
-            install = (
-                f"pip install 'sft-lightning[{extra}]' --no-build-isolation" if extra else "see flash-attention/hopper"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if choice == "flash_attention_2":
+        if not installed:
+            raise UserError(
+                f"model.attn_implementation '{choice}' needs the package flash-attn: "
+                "pip install 'sft-lightning[flash-attn]' --no-build-isolation"
             )
-            raise UserError(f"model.attn_implementation '{choice}' needs the package '{module}': {install}")
         if device_type != "cuda" or not half_precision:
             raise UserError(
                 f"model.attn_implementation '{choice}' needs a CUDA device and 16-bit precision such as "
                 "trainer.precision bf16-mixed; use sdpa here"
             )
-        return choice
     if choice != "auto":
         return choice
-    if device_type == "cuda" and half_precision and importlib.util.find_spec("flash_attn") is not None:
-        logger.info("attention: flash_attention_2 (package flash_attn found, CUDA, 16-bit precision)")
+    obstacles = {
+        "no CUDA device": device_type != "cuda",
+        "flash-attn is not installed": not installed,
+        "FlashAttention needs 16-bit precision": not half_precision,
+        "the model has no FlashAttention": not _supports(config, "flash_attn"),
+    }
+    reason = next((text for text, stands_in_the_way in obstacles.items() if stands_in_the_way), None)
+    if reason is None:
+        logger.info("attention: flash_attention_2 (its package is installed, CUDA, 16-bit precision)")
         return "flash_attention_2"
-    reason = "no CUDA device" if device_type != "cuda" else "flash_attn is not installed or precision is 32-bit"
-    taken = "sdpa" if _supports_sdpa(config) else "eager"
+    taken = "sdpa" if _supports(config, "sdpa") else "eager"
     logger.info("attention: %s (%s)", taken, reason)
     return taken
 
@@ -236,9 +246,17 @@ def _require_weights(model_path: str) -> None:
         )
 
 
-def _supports_sdpa(config: PretrainedConfig) -> bool:
+def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
+    if missing := sorted(missing):
+        raise UserError(
+            f"model.model_path '{model_path}' lacks weights that its config.json asks for, {missing[0]} first of "
+            f"{len(missing)}: they would start random; take a config.json that fits the weights"
+        )
+
+
+def _supports(config: PretrainedConfig, attention: str) -> bool:
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    return bool(getattr(model_class, "_supports_sdpa", False))
+    return bool(getattr(model_class, f"_supports_{attention}", False))
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -31,6 +31,7 @@ _NOISE = ("`weights_only` was not set", "\N{ELECTRIC LIGHT BULB} Tip", "GPU avai
 _NOISY_WARNINGS = (
     "LightningCLI's args parameter",
     ".*LeafSpec",
+    "Couldn't infer the batch indices",  # predictions.jsonl needs none
     "Total length of `list` across ranks is zero",  # a run without validation data
 )
 _CHECKPOINT_WORDS = ("auto", "last", "best")

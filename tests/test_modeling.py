@@ -265,6 +265,16 @@ def test_cut_off_weights_are_named(folder, kept_bytes):
     assert message_of(load_model, str(folder)).startswith(f"model.model_path '{folder}' cannot be loaded: ")
 
 
+def test_weights_that_are_missing_are_refused_instead_of_starting_random(folder):
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers + 1}))
+    message = message_of(load_model, str(folder))
+    assert "lacks weights that its config.json asks for" in message
+    assert f"model.layers.{layers}." in message
+
+
 def test_weights_of_another_shape_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
@@ -276,7 +286,7 @@ def test_local_folders_load_without_network(folder, no_network):
     load_model(str(folder), init="random")
 
 
-@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b", "nowhere", "some/where/else"])
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b", "some/where/else"])
 def test_a_path_that_is_no_folder_and_no_hub_name_never_reaches_the_network(path, no_network):
     assert message_of(load_model, path) == (
         f"model.model_path '{path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B"
@@ -331,10 +341,9 @@ def choose(choice, device_type="cuda", half_precision=True, config=ARCHITECTURES
 
 def test_flash_attention_without_its_package_names_the_install_command(installed):
     assert message_of(choose, "flash_attention_2") == (
-        "model.attn_implementation 'flash_attention_2' needs the package 'flash_attn': "
+        "model.attn_implementation 'flash_attention_2' needs the package flash-attn: "
         "pip install 'sft-lightning[flash-attn]' --no-build-isolation"
     )
-    assert "'flash_attn_interface'" in message_of(choose, "flash_attention_3")
 
 
 def test_load_model_refuses_flash_attention_before_it_reads_weights(folder, installed):
@@ -350,19 +359,16 @@ def test_flash_attention_where_it_cannot_run_is_refused(installed, device_type, 
 
 
 def test_flash_attention_where_it_can_run_is_taken(installed):
-    installed.update({"flash_attn", "flash_attn_interface"})
-    assert [choose(name) for name in ("flash_attention_2", "flash_attention_3")] == [
-        "flash_attention_2",
-        "flash_attention_3",
-    ]
+    installed.add("flash_attn")
+    assert choose("flash_attention_2") == "flash_attention_2"
 
 
 @pytest.mark.parametrize(
     ("packages", "device_type", "half_precision", "taken", "reason"),
     [
-        ({"flash_attn"}, "cuda", True, "flash_attention_2", "package flash_attn found, CUDA, 16-bit precision"),
-        (set(), "cuda", True, "sdpa", "flash_attn is not installed or precision is 32-bit"),
-        ({"flash_attn"}, "cuda", False, "sdpa", "flash_attn is not installed or precision is 32-bit"),
+        ({"flash_attn"}, "cuda", True, "flash_attention_2", "its package is installed, CUDA, 16-bit precision"),
+        (set(), "cuda", True, "sdpa", "flash-attn is not installed"),
+        ({"flash_attn"}, "cuda", False, "sdpa", "FlashAttention needs 16-bit precision"),
         ({"flash_attn"}, "cpu", True, "sdpa", "no CUDA device"),
     ],
 )
@@ -376,6 +382,12 @@ def test_auto_says_what_it_took_and_why(installed, caplog, packages, device_type
 def test_auto_takes_eager_where_a_model_has_no_sdpa(monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
     assert choose("auto", "cpu") == "eager"
+
+
+def test_auto_passes_over_flash_attention_where_a_model_has_none(installed, monkeypatch):
+    installed.add("flash_attn")
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flash_attn", False)
+    assert choose("auto") == "sdpa"
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])

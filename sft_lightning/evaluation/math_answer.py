@@ -36,8 +36,9 @@ _COMMANDS = (
 )
 _ALLOWED_COMMANDS = {"\\" + name for name in _COMMANDS.split()} | {r"\{", r"\}"}
 _ALLOWED_WORDS = {"sqrt"}
-# What makes several values, or a statement, out of values. An answer may have of these only what the truth has:
-# mathematics would take "73 = 72" and "72, 72" for 72.
+_CONSTANTS = {"e", "i"}
+# What makes several values, or a statement, out of values. An answer may have of these only what the truth has, and so
+# of letters: mathematics would take "73 = 72" and "72, 72" for 72, and "0 kg" for 0.
 _STRUCTURE = {",": "list", r"\{": "set", r"\pm": "sign", r"\mp": "sign", r"\circ": "degree", "=": "equation"}
 _STRUCTURE |= dict.fromkeys(("<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\ge", r"\geq", r"\ne", r"\neq"), "order")
 _STRUCTURE |= dict.fromkeys((r"\cup", r"\cap"), "set")
@@ -140,9 +141,13 @@ def _expressions(answer: str, truth: str) -> tuple[str, str] | None:
     tokens, true_tokens = _read_expression(answer), _read_expression(truth)
     if not tokens or not true_tokens:
         return None
-    structure = {_STRUCTURE[token] for token in tokens if token in _STRUCTURE}
-    true_structure = {_STRUCTURE[token] for token in true_tokens if token in _STRUCTURE}
-    return (answer, truth) if structure <= true_structure else None
+    return (answer, truth) if _claims(tokens) <= _claims(true_tokens) else None
+
+
+def _claims(tokens: list[str]) -> set[str]:
+    """Returns what an expression has beside numbers and operations: kinds of structure, and letters of variables."""
+    words = set(filter(str.isalpha, tokens)) - _ALLOWED_WORDS - _CONSTANTS
+    return {_STRUCTURE[token] for token in tokens if token in _STRUCTURE} | set("".join(words))
 
 
 def _bare(text: str) -> str:
