@@ -68,7 +68,19 @@ class HFCheckpoint(ModelCheckpoint):
         self._validation_pending = False
         self._step_metrics: dict[str, float] = {}
 
-    find = staticmethod(lambda run, word="auto": _as_text(folders.find(Path(run), word)))
+    @staticmethod
+    def find(run: str | Path, word: Literal["auto", "last", "best"] = "auto") -> str | None:
+        """Returns the folder to give as ``ckpt_path``.
+
+        Args:
+            run: Folder of the run.
+            word: auto is the newest checkpoint whose manifest verifies, None where there is none.
+
+        Raises:
+            UserError: If last or best has nothing to stand for.
+        """
+        folder = folders.find(Path(run), word)
+        return None if folder is None else str(folder)
 
     @property
     def state_key(self) -> str:
@@ -231,7 +243,3 @@ def claim_run_folder(run: Path, *, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
-
-
-def _as_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

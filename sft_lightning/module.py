@@ -184,7 +184,8 @@ class SFTModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_token_metrics("val")
-        self._log_step(self.trainer.global_step)
+        if self.trainer.state.fn == "fit":
+            self._log_step(self.trainer.global_step)
 
     def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

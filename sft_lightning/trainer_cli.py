@@ -75,6 +75,8 @@ class SFTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from other options, where the user left it open."""
+        # Saved as it is now: with another output_dir or model_path the same file shall follow those.
+        self.config_to_save = self._without_answers_of_the_moment()
         config = self.config[self.subcommand]
         config.checkpoint.dirpath = config.checkpoint.dirpath or config.output_dir
         config.evaluation.output_dir = config.evaluation.output_dir or config.output_dir
@@ -95,14 +97,16 @@ class SFTCLI(LightningCLI):
         if is_new_run and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
             claim_run_folder(Path(config.checkpoint.dirpath), overwrite=False)
 
+    def _without_answers_of_the_moment(self) -> dict[str, Any]:
+        """Returns the whole config but for what a user says to this one start: where from, and over what."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
+        config.update(ckpt_path=None, overwrite=False, resume_override=False)
+        return config
+
     def _resolve_checkpoint(self, word: str | None) -> str | None:
         """Returns the folder that --ckpt_path stands for."""
         config = self.config[self.subcommand]
         if word not in _CHECKPOINT_WORDS:
-            if word is not None and not Path(word).is_dir():
-                raise UserError(
-                    f"--ckpt_path '{word}' is not a folder; name a checkpoint-<step> folder, last, best or auto"
-                )
             return word
         run = Path(config.checkpoint.dirpath)
         folder = folders.find(run, word)
@@ -158,8 +162,7 @@ class SavedConfig(Callback):
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
         folders.claim(run, name)
-        dump = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, format="yaml"))
-        text = yaml.safe_dump(dump[cli.subcommand], sort_keys=False)
+        text = yaml.safe_dump(cli.config_to_save, sort_keys=False)
         (run / name).write_text(text, encoding="utf-8")
 
 

@@ -47,15 +47,15 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     assert "step 6/6  loss" in capsys.readouterr().err
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert saved["data"]["tokenizer_path"] == saved["model"]["model_path"]
     assert saved["seed_everything"] == 42
+    assert saved["data"]["max_length"] == 512
 
 
 def test_the_saved_config_repeats_the_run(command, tmp_path):
-    assert main(command) == 0
-    again = ["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(tmp_path / "again")]
-    again += ["--checkpoint.dirpath", "null", "--evaluation.output_dir", "null"]
-    assert main(again) == 0
+    assert main([*command, "--overwrite"]) == 0
+    saved = ["fit", "--config", str(tmp_path / "run" / "config.yaml")]
+    assert main(saved) == 2, "a saved config must not overwrite the run that it was saved in"
+    assert main([*saved, "--output_dir", str(tmp_path / "again")]) == 0
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 
