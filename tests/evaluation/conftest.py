@@ -1,5 +1,6 @@
 """Grading processes: the ones that a test starts, and none left behind."""
 
+import os
 import subprocess
 
 import pytest
@@ -15,7 +16,7 @@ def _no_worker_survives():
 
 @pytest.fixture
 def started(monkeypatch):
-    """The grading processes that a test starts; in the end each of them has been waited for."""
+    """The grading processes that a test starts. In the end none is alive, and none a zombie."""
     grading_pool.close_idle_workers()
     processes = []
 
@@ -27,4 +28,6 @@ def started(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     yield processes
     grading_pool.close_idle_workers()
-    assert [process.returncode for process in processes if process.returncode is None] == []
+    for process in processes:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)

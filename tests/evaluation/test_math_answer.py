@@ -217,7 +217,9 @@ def test_accepted_answers(ground_truth, texts):
 
 @pytest.mark.parametrize("ground_truth", [None, "", " \n", [], {"a": 1}, [None], [["72"]], ["72", ""], b"72"])
 def test_a_useless_ground_truth_is_refused_in_one_line(ground_truth):
-    with pytest.raises(UserError, match=r"^ground_truth .* must be a text, a number or a list of those, and not empty$"):
+    with pytest.raises(
+        UserError, match=r"^ground_truth .* must be a text, a number or a list of those, and not empty$"
+    ):
         accepted_answers(ground_truth)
 
 
