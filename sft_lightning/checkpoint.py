@@ -18,8 +18,6 @@ from sft_lightning.lightning_compat import (
     logs_this_step,
     resume_path,
     run_validation,
-    set_loop_position,
-    start_epoch_afresh,
     validation_is_due,
 )
 from sft_lightning.metrics_csv import MetricsCSVLogger
@@ -79,7 +77,7 @@ class HFCheckpoint(ModelCheckpoint):
         Raises:
             UserError: If last or best has nothing to stand for.
         """
-        folder = folders.find(Path(run), word)
+        folder = folders.find(Path(run).expanduser(), word)
         return None if folder is None else str(folder)
 
     @property
@@ -95,31 +93,30 @@ class HFCheckpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = HFCheckpointIO(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resumed = resume_path(trainer)
+        if resumed is None:
+            self._last_step_saved, self._validation_pending, self._step_metrics = 0, False, {}
+            self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
-        if self.monitor is not None and datamodule_of(trainer).paths["val"] is None:
+        if self.monitor is not None and getattr(datamodule_of(trainer), "paths", {"val": ""})["val"] is None:
             raise UserError(
                 f"checkpoint.monitor '{self.monitor}' needs validations: set data.val_path, or monitor null"
             )
-        if resume_path(trainer) is None:
+        if goes_on_elsewhere(resumed, self.run):
             claim_run_folder(self.run, overwrite=self.overwrite)
+        elif resumed is not None:
+            folders.point(self.run / "last", Path(resumed).resolve())
         folders.remove_unfinished(self.run)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        set_loop_position(
-            checkpoint["loops"]["fit_loop"],
-            global_step=checkpoint["global_step"],
-            steps_per_epoch=datamodule_of(trainer).steps_per_epoch,
-            accumulate=trainer.accumulate_grad_batches,
-        )
         self._last_step_saved = checkpoint["global_step"]
-        self._validation_pending = checkpoint["validation_pending"]
-        self._step_metrics = checkpoint["step_metrics"]
+        self._validation_pending = checkpoint.get("validation_pending", False)
+        self._step_metrics = checkpoint.get("step_metrics", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        start_epoch_afresh(trainer)
         for each in trainer.loggers:
             if isinstance(each, MetricsCSVLogger):
                 each.start_after(
@@ -158,7 +155,8 @@ class HFCheckpoint(ModelCheckpoint):
         if self._improves(value):
             self.best_model_score = value.detach().cpu()
             self.best_model_path = str(self.run / f"checkpoint-{trainer.global_step}")
-            if not trainer.strategy.broadcast(Path(self.best_model_path).is_dir()):
+            is_saved = self._last_step_saved == trainer.global_step and Path(self.best_model_path).is_dir()
+            if not trainer.strategy.broadcast(is_saved):
                 self._save_step(trainer)
             if trainer.is_global_zero:
                 folders.point(self.run / "best", Path(self.best_model_path))
@@ -202,25 +200,25 @@ class HFCheckpoint(ModelCheckpoint):
             return
         step = trainer.global_step
         folder = self.run / f"checkpoint-{step}"
+        about = {**self._about(trainer), "previous_step": self._last_step_saved}
         self._last_step_saved = step
         self.last_model_path = str(folder)
-        trainer.save_checkpoint(folder, storage_options=self._about(trainer))
+        if self.best_model_path == str(folder) and self.monitor is not None and self.best_model_score is not None:
+            about[self.monitor] = float(self.best_model_score)
+        trainer.save_checkpoint(folder, storage_options=about)
         if trainer.is_global_zero:
             folders.point(self.run / "last", folder)
             if self.keep_last is not None:
                 folders.prune(self.run, self.keep_last)
 
     def _about(self, trainer: Trainer) -> dict[str, Any]:
-        about: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        data_state = datamodule_of(trainer).state_dict()
-        about["digest"] = data_state.get("decides_steps", {})
-        if (
-            self.monitor is not None
-            and self.best_model_path == self.last_model_path
-            and self.best_model_score is not None
-        ):
-            about[self.monitor] = float(self.best_model_score)
-        return about
+        decides_steps = datamodule_of(trainer).state_dict().get("decides_steps", {})
+        return {"step": trainer.global_step, "epoch": trainer.current_epoch, "digest": decides_steps}
+
+
+def goes_on_elsewhere(resumed: str | None, run: Path) -> bool:
+    """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
+    return resumed is None or Path(resumed).resolve().parent != run.resolve()
 
 
 def claim_run_folder(run: Path, *, overwrite: bool) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ TRAINER_STATE = "trainer_state.ckpt"
 RUN_FILES = "run_files.json"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 _SET_ASIDE = ".replaced"
+# What is written under a temporary name first.
+_OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", RUN_FILES)
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
     """Writes a folder so that it appears complete or not at all, whatever dies in between.
 
     Args:
-        folder: The final place. A folder that stands there is replaced.
+        folder: The final place. One of ours that stands there is replaced, any other moved aside.
         write: Fills the empty folder that it is given.
         about: Goes into the manifest beside the size and sha256 of each file.
     """
@@ -61,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
-            if not {"size", "sha256"} <= expected.keys() or Path(name).is_absolute() or ".." in Path(name).parts:
+            if not {"size", "sha256"} <= expected.keys() or _leads_out(name):
                 raise ValueError(name)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -95,32 +98,51 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def is_run(run: Path) -> bool:
-    """Returns whether a folder holds a run: a saved config or a checkpoint."""
-    return (run / "config.yaml").exists() or bool(checkpoints(run))
+    """Returns whether a folder holds a run: a saved config, a checkpoint or a final model."""
+    return (run / "config.yaml").exists() or (run / "final").exists() or bool(checkpoints(run))
 
 
 def find(run: Path, word: str) -> Path | None:
-    """Returns the checkpoint that ``auto``, ``last`` or ``best`` stands for; None if ``auto`` finds none.
+    """Returns the checkpoint that ``auto``, ``last`` or ``best`` stands for; None if there is none for ``auto``.
 
-    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not.
+    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not. Checkpoints that a
+    run left behind when it was resumed from an earlier one are not its newest.
 
     Raises:
-        UserError: If ``last`` or ``best`` names no good checkpoint.
+        UserError: If the word is another, ``last`` or ``best`` names no checkpoint, or ``auto`` finds no good one.
     """
+    if word not in ("auto", "last", "best"):
+        raise UserError(f"'{word}' stands for no checkpoint; choose auto, last or best")
     found = checkpoints(run)
     if word == "auto":
-        for folder in reversed(found):
-            try:
-                verify(folder)
-            except UserError as error:
-                logger.warning("%s; trying the one before it", error)
-            else:
-                return folder
-        return None
+        return _newest_good(run, found)
     link = run / word
     if not link.exists():
         raise UserError(f"--ckpt_path {word}: there is no '{link}'; use auto to start fresh where there is none")
     return link.resolve()
+
+
+def _newest_good(run: Path, found: list[Path]) -> Path | None:
+    last = _STEP_FOLDER.fullmatch((run / "last").resolve().name)
+    for folder in reversed(found):
+        try:
+            verify(folder)
+        except UserError as error:
+            logger.warning("%s; trying the one before it", error)
+            continue
+        # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly; any
+        # other beyond `last` is of a branch that was given up.
+        is_beyond = last is not None and int(folder.name.split("-")[1]) > int(last[1])
+        if is_beyond and last is not None and read_manifest(folder).get("previous_step") != int(last[1]):
+            logger.warning("checkpoint '%s' was left behind when the run went on from an earlier one", folder)
+            continue
+        return folder
+    if found:
+        raise UserError(
+            f"--ckpt_path auto: none of the {len(found)} checkpoints in '{run}' is good; name another folder as "
+            "output_dir, or pass --overwrite without --ckpt_path to replace the run"
+        )
+    return None
 
 
 def point(link: Path, target: Path) -> None:
@@ -149,7 +171,7 @@ def remove(folder: Path) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Deletes what processes that died left unfinished in a run folder."""
-    for path in run.glob(".*.tmp-*"):
+    for path in (path for name in _OURS for path in run.glob(f".{name}.tmp-*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -178,11 +200,16 @@ def clear(run: Path) -> None:
                 _unlink(folder / name, below=run)
         _remove_empty(folder, below=run)
     for name in _claimed(run):
-        _unlink(run / name, below=run)
+        if not _leads_out(name):
+            _unlink(run / name, below=run)
     for name in ("last", "best"):
         if (run / name).is_symlink():
             (run / name).unlink()
     (run / RUN_FILES).unlink(missing_ok=True)
+
+
+def _leads_out(name: str) -> bool:
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def _claimed(run: Path) -> list[str]:
@@ -228,6 +255,10 @@ def _sync(path: Path) -> None:
 
 def _swap_in(unfinished: Path, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}{_SET_ASIDE}")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        kept = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.aside-{n}")).exists())
+        logger.warning("'%s' is not of our making; moved to '%s'", folder, kept)
+        folder.rename(kept)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)

@@ -1,7 +1,6 @@
 """HFCheckpointIO: Lightning's checkpoint as a model folder that plain transformers loads, and back again."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -74,8 +73,8 @@ def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> N
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        # The error's own text proposes weights_only=False, which would run whatever code the file holds.
+    except Exception as error:  # a broken or hostile pickle may provoke any
+        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
         raise UserError(
             f"checkpoint '{path.parent}': {path.name} holds something else than tensors and plain values, or is "
             "damaged; it is not loaded"

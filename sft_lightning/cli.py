@@ -17,7 +17,7 @@ commands:
   prepare gsm8k       raw GSM8K rows -> prompt/response/ground_truth
   prepare quickstart  the embedded data set, with a tiny model and tokenizer made on the spot
   fit                 train:               sft-lightning fit --config configs/sft_gsm8k.yaml
-  validate            loss on data.val_path
+  validate            loss and graded answers on data.val_path
   test                loss and graded answers on data.test_path
   predict             answers to the prompts of data.test_path, as predictions.jsonl
   evaluate            graded answers of any model: the baseline and the final measurement
@@ -102,6 +102,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
+    parser.add_argument("--grader", default="R1ZeroGrader", choices=["R1ZeroGrader"], help="default: R1ZeroGrader")
     parser.add_argument("--batch_tokens", type=int, default=65536, help="tokens of a batch at the most; default: 65536")
     options = parser.parse_args(args)
     from sft_lightning.commands import evaluate_model

@@ -38,6 +38,7 @@ def evaluate_model(
     temperature: float,
     greedy: bool,
     seed: int,
+    grader: str,
     batch_tokens: int,
 ) -> EvaluationResult:
     """Returns how well a model folder answers the prompts of a data file; writes samples and metrics to ``output``."""
@@ -46,6 +47,7 @@ def evaluate_model(
     from sft_lightning.data.tokenization import load_tokenizer
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.evaluation.generation import TransformersGenerator
+    from sft_lightning.evaluation.grading import R1ZeroGrader
     from sft_lightning.modeling import hide_progress_bars, load_model
 
     if num_examples is not None and num_examples < 1:
@@ -71,6 +73,7 @@ def evaluate_model(
         [record.ground_truth for record in records],
         tokenizer=load_tokenizer(model),
         generator=generator,
+        grader={"R1ZeroGrader": R1ZeroGrader}[grader](),
         output_dir=output,
     )
 

@@ -141,13 +141,16 @@ class SFTDataModule(LightningDataModule):
     def predict_dataloader(self) -> RecordBatches:
         num_replicas, replica = replicas(self._running_trainer)
         mine = [asdict(record) for record in self.evaluation_records("test")[replica::num_replicas]]
-        return RecordBatches(mine, self.batch_size)
+        if self.paths["test"] is None:
+            raise UserError("data.test_path is not set, and no data.val_path either: there is nothing to predict")
+        # In one batch: the generator makes batches of its own, by length.
+        return RecordBatches(mine, max(len(mine), 1))
 
     def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:
-        """Returns the records whose prompts are to be answered, in file order."""
+        """Returns the records whose prompts are to be answered, in file order; none where there is no such set."""
         path = self.paths[name]
         if path is None:
-            raise UserError(f"data.{name}_path is not set: there is nothing to generate answers for")
+            return []
         return list(read_records(path, template=self.template, columns=self.columns, max_bad_rows=self.max_bad_rows))
 
     @property
@@ -177,7 +180,7 @@ class SFTDataModule(LightningDataModule):
     def _what_decides_steps(self) -> dict[str, Any]:
         """Returns what the tokens and the steps of a run follow from, by name."""
         return {
-            **self.training_tokens.fingerprint,
+            **{f"data.{name}": value for name, value in self.training_tokens.fingerprint.items()},
             "data.max_train_examples": self.max_train_examples,
             "data.seed": self.seed,
             "data.loss_normalization": self.loss_normalization,
@@ -188,7 +191,8 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def _running_trainer(self) -> Trainer:
-        assert self.trainer is not None, "SFTDataModule works inside a Trainer"
+        if self.trainer is None:
+            raise UserError("SFTDataModule plans the steps of a Trainer: hand it to trainer.fit(module, datamodule)")
         return self.trainer
 
     @property

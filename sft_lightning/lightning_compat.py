@@ -42,6 +42,14 @@ def replicas(trainer: Trainer) -> tuple[int, int]:
     return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
 
 
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Returns the optimizer steps of an epoch, from the data's plan."""
+    datamodule = datamodule_of(trainer)
+    if not hasattr(datamodule, "steps_per_epoch"):
+        raise UserError("SFTModule trains on an SFTDataModule, which plans its steps: trainer.fit(module, datamodule)")
+    return datamodule.steps_per_epoch
+
+
 def total_optimizer_steps(trainer: Trainer) -> int:
     """Returns the optimizer steps of the whole run, from the data's plan and the Trainer's limits.
 
@@ -49,7 +57,7 @@ def total_optimizer_steps(trainer: Trainer) -> int:
     """
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * datamodule_of(trainer).steps_per_epoch)
+        limits.append(trainer.max_epochs * steps_per_epoch(trainer))
     if not limits:
         raise UserError("trainer.max_epochs is -1 and trainer.max_steps is -1: a run needs one of the two")
     return max(min(limits), 1)

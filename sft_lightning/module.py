@@ -1,6 +1,8 @@
 """SFTModule: the training and validation steps, the optimizer, the non-finite guard and what is logged."""
 
+from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +17,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.evaluation.generation import Generator, TransformersGenerator
-from sft_lightning.lightning_compat import callbacks_of, datamodule_of, replicas, total_optimizer_steps
+from sft_lightning.lightning_compat import (
+    callbacks_of,
+    datamodule_of,
+    replicas,
+    set_loop_position,
+    start_epoch_afresh,
+    steps_per_epoch,
+    total_optimizer_steps,
+)
 from sft_lightning.loss import token_nll
 from sft_lightning.metrics import TokenMetrics
 from sft_lightning.modeling import AttentionChoice, Initialization, check_vocabulary, label_logits, load_model
+from sft_lightning.nonfinite import describe_non_finite
 from sft_lightning.optim import Schedule, build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
 
 if TYPE_CHECKING:
@@ -120,6 +131,18 @@ class SFTModule(LightningModule):
         if tokenizer is not None:
             check_vocabulary(self.model, tokenizer)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
+        # Lightning's bf16-true casts buffers too. transformers keeps its float32 ones, such as the rotary frequencies,
+        # in float32, and the model that is saved here is loaded there.
+        kept = [(module, dict(module.named_buffers(recurse=False))) for module in self.modules()]
+        super()._apply(fn, recurse)
+        for module, buffers in kept:
+            for name, buffer in buffers.items():
+                moved = getattr(module, name)
+                if moved.dtype != buffer.dtype:
+                    setattr(module, name, buffer.to(moved.device))
+        return self
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
         hparams = self.hparams
@@ -136,6 +159,7 @@ class SFTModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        start_epoch_afresh(self.trainer)
         self._step_parts = []  # an earlier fit that was stopped in mid-step leaves some behind
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
@@ -144,7 +168,7 @@ class SFTModule(LightningModule):
         torch.manual_seed(batch.rng_seed)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        nll, _ = self._label_nll(batch)
+        nll = token_nll(self._label_logits(batch), batch.labels)
         self._step_parts.append((nll.detach(), batch))
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
         return _weighted_sum(nll, batch) * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
@@ -158,8 +182,8 @@ class SFTModule(LightningModule):
         self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
         loss_value, norm_value = torch.stack([loss.double(), self._gradient_norm.double()]).tolist()
         scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
-        if not _is_finite(loss_value) or not (_is_finite(norm_value) or scaler_decides):
-            raise NonFiniteError(_describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))
+        if not isfinite(loss_value) or not (isfinite(norm_value) or scaler_decides):
+            raise NonFiniteError(describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))
         self.log("train/loss", loss_value, prog_bar=True)
         self.log("train/grad_norm", norm_value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
@@ -178,9 +202,9 @@ class SFTModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        nll, correct = self._label_nll(batch)
+        logits = self._label_logits(batch)
         if batch.num_rows:
-            self.token_metrics.update(nll, correct)
+            self.token_metrics.update(token_nll(logits, batch.labels), logits.argmax(-1) == batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         self._log_token_metrics("val")
@@ -222,11 +246,19 @@ class SFTModule(LightningModule):
                     f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                     "or pass --resume_override to go on with the new one"
                 )
+        set_loop_position(
+            checkpoint["loops"]["fit_loop"],
+            global_step=checkpoint["global_step"],
+            steps_per_epoch=steps_per_epoch(self.trainer),
+            accumulate=self.trainer.accumulate_grad_batches,
+        )
         self._adopt_optimizer_settings(checkpoint)
 
     def _adopt_optimizer_settings(self, checkpoint: dict[str, Any]) -> None:
         """Puts this run's settings into the saved optimizer and schedule: total steps may differ, and so the factor."""
         peak = self.hparams["learning_rate"]
+        if type(self).configure_optimizers is not SFTModule.configure_optimizers:
+            return  # a subclass's own optimizer and schedule restore as Lightning restores them
         (schedule,) = checkpoint["lr_schedulers"]
         schedule["base_lrs"] = [peak] * len(schedule["base_lrs"])
         factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
@@ -236,10 +268,9 @@ class SFTModule(LightningModule):
             group.update(lr=peak * factor, initial_lr=peak, betas=tuple(self.hparams["betas"]), eps=self.hparams["eps"])
             group["weight_decay"] = own["weight_decay"]
 
-    def _label_nll(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _label_logits(self, batch: MicroBatch) -> Tensor:
         assert self.model is not None
-        logits = label_logits(self.model, batch)
-        return token_nll(logits, batch.labels), logits.detach().argmax(-1) == batch.labels
+        return label_logits(self.model, batch)
 
     def _log_token_metrics(self, stage: str) -> None:
         metrics = self.token_metrics.compute()
@@ -263,23 +294,3 @@ class SFTModule(LightningModule):
 
 def _weighted_sum(nll: Tensor, batch: MicroBatch) -> Tensor:
     return (batch.loss_weights.to(nll.dtype) * nll).sum()
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) != float("inf") and value == value
-
-
-def _describe_non_finite(step: int, loss: float, norm: float, parts: list[tuple[Tensor, MicroBatch]]) -> str:
-    """Names the rows whose own loss is not finite, or every row of the step when only the gradient is not."""
-    named = [
-        batch.sources[row]
-        for nll, batch in parts
-        for row in batch.label_rows[~nll.isfinite()].unique().tolist()
-        if batch.sources
-    ]
-    rows = named or [source for _, batch in parts for source in batch.sources]
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return (
-        f"loss {loss} and gradient norm {norm} in optimizer step {step + 1}: stopped before the step, the weights and "
-        f"the last checkpoint are untouched. Examples: {shown}"
-    )

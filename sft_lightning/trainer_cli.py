@@ -18,7 +18,7 @@ from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.callbacks.predictions import PredictionWriter
 from sft_lightning.callbacks.progress import StepProgress
 from sft_lightning.callbacks.throughput import Throughput
-from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder
+from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.metrics_csv import MetricsCSVLogger
@@ -78,29 +78,30 @@ class SFTCLI(LightningCLI):
         # Saved as it is now: with another output_dir or model_path the same file shall follow those.
         self.config_to_save = self._without_answers_of_the_moment()
         config = self.config[self.subcommand]
-        config.checkpoint.dirpath = config.checkpoint.dirpath or config.output_dir
+        config.output_dir = str(Path(config.output_dir).expanduser())
+        config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath or config.output_dir).expanduser())
         config.evaluation.output_dir = config.evaluation.output_dir or config.output_dir
         config.data.tokenizer_path = config.data.tokenizer_path or config.model.model_path
         config.checkpoint.overwrite = config.checkpoint.overwrite or config.overwrite
         config.model.resume_override = config.model.resume_override or config.resume_override
         if config.model.generator is None:
             config.model.generator = config.evaluation.generator
-        if config.data.val_path is None:
-            config.evaluation.num_examples = 0
         if config.validate_every_n_steps is not None:
             if config.validate_every_n_steps < 1:
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
             config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
             config.trainer.check_val_every_n_epoch = None
         config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
-        is_new_run = self.subcommand == "fit" and config.ckpt_path is None
-        if is_new_run and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
-            claim_run_folder(Path(config.checkpoint.dirpath), overwrite=False)
+        run = Path(config.checkpoint.dirpath)
+        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
+        if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
+            claim_run_folder(run, overwrite=False)
 
     def _without_answers_of_the_moment(self) -> dict[str, Any]:
         """Returns the whole config but for what a user says to this one start: where from, and over what."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
         config.update(ckpt_path=None, overwrite=False, resume_override=False)
+        config["checkpoint"]["overwrite"] = config["model"]["resume_override"] = False
         return config
 
     def _resolve_checkpoint(self, word: str | None) -> str | None:
@@ -112,10 +113,10 @@ class SFTCLI(LightningCLI):
         folder = folders.find(run, word)
         if folder is None:
             print(f"--ckpt_path auto: no checkpoint in '{run}', starting fresh")
-            # Nothing is lost by it: what is there are the traces of a run that saved no checkpoint.
-            config.checkpoint.overwrite = True
+            # Of a run that died before its first checkpoint there are only traces, which may be replaced.
+            config.checkpoint.overwrite = not (run / "final").exists()
             return None
-        print(f"--ckpt_path {word}: going on from '{folder}'")
+        print(f"--ckpt_path {word}: '{folder}'")
         return str(folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -141,7 +142,7 @@ class SFTCLI(LightningCLI):
         if path is not None and folders.read_manifest(Path(path)).get("step") == self.trainer.global_step:
             print(
                 f"nothing to do: the run has finished its {self.trainer.global_step} optimizer steps; "
-                "raise --trainer.max_epochs to go on"
+                "raise --trainer.max_epochs or --trainer.max_steps to go on"
             )
 
 

@@ -15,7 +15,7 @@ LAYERS = (
     {"__init__", "__main__", "cli", "commands", "trainer_cli"},
     {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv"},
     {"lightning_compat"},
-    {"modeling", "attention", "optim", "evaluation", "loss", "metrics", "checkpoint_folder", "quickstart"},
+    {"modeling", "attention", "optim", "evaluation", "loss", "metrics", "nonfinite", "checkpoint_folder", "quickstart"},
     {"data"},
     {"data.batch"},
     {"errors"},

@@ -11,7 +11,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.evaluation.evaluate import EvaluationResult, evaluate
 from sft_lightning.evaluation.generation import Generator
 from sft_lightning.evaluation.grading import Grader
-from sft_lightning.lightning_compat import datamodule_of, is_dry_run
+from sft_lightning.lightning_compat import datamodule_of, is_dry_run, resume_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,27 +52,44 @@ class GenerationEvaluation(Callback):
         self.grader = grader
         self.generator = generator
         self.output_dir = output_dir
+        self._records: dict[str, list[Any]] = {}
         self._before: dict[str, Any] | None = None
         self._latest: dict[str, Any] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Read before anything is trained or deleted: a mistake in these rows then costs nothing.
+        self._records = {}
+        name: Literal["val", "test"] = "test" if stage == "test" else "val"
+        if self.num_examples == 0 or is_dry_run(trainer) or stage == "predict":
+            return
+        records = datamodule_of(trainer).evaluation_records(name)
+        graded = [record for record in records if record.ground_truth is not None][: self.num_examples]
+        if records and not graded:
+            logger.info("no row of the %s set has a ground_truth: answers are not generated and graded", name)
+        self._records[name] = graded
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if resume_path(trainer) is None:
+            self._before = self._latest = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.evaluate_before_training and trainer.global_step == 0 and self._is_on(trainer):
+        if self.evaluate_before_training and trainer.global_step == 0 and self._is_on():
             self._before = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._before)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not self._is_on(trainer):
+        if trainer.sanity_checking or not self._is_on():
             return
         if self._is_due(trainer):
             self._latest = self._evaluate(trainer, pl_module)
         pl_module.log_dict(_rates("val", self._latest), prog_bar=True)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_on(trainer, "test"):
+        if self._is_on("test"):
             pl_module.log_dict(_rates("test", self._evaluate(trainer, pl_module, "test")))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_on(trainer) and (self._latest is None or self._latest["step"] != trainer.global_step):
+        if self._is_on() and (self._latest is None or self._latest["step"] != trainer.global_step):
             self._latest = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._latest)
 
@@ -93,9 +110,8 @@ class GenerationEvaluation(Callback):
             return True
         return trainer.global_step - self._latest["step"] >= self.every_n_steps
 
-    def _is_on(self, trainer: Trainer, name: Literal["val", "test"] = "val") -> bool:
-        datamodule = datamodule_of(trainer)
-        return self.num_examples > 0 and not is_dry_run(trainer) and datamodule.paths[name] is not None
+    def _is_on(self, name: Literal["val", "test"] = "val") -> bool:
+        return bool(self._records.get(name))
 
     def _evaluate(
         self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"] = "val"
@@ -108,13 +124,7 @@ class GenerationEvaluation(Callback):
         return trainer.strategy.broadcast(result)
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"]) -> EvaluationResult:
-        datamodule = datamodule_of(trainer)
-        records = [r for r in datamodule.evaluation_records(name) if r.ground_truth is not None][: self.num_examples]
-        if not records:
-            raise UserError(
-                f"data.{name}_path '{datamodule.paths[name]}' has no row with a ground_truth to grade answers by; "
-                "set evaluation.num_examples 0 to train without graded answers"
-            )
+        records = self._records[name]
         model: Any = pl_module.model
         folder = self._folder(trainer, name, trainer.global_step)
         logger.info("answering %d prompts of %s after step %d", len(records), name, trainer.global_step)
@@ -123,7 +133,7 @@ class GenerationEvaluation(Callback):
                 model,
                 [record.prompt for record in records],
                 [record.ground_truth for record in records],
-                tokenizer=datamodule.tokenizer,
+                tokenizer=datamodule_of(trainer).tokenizer,
                 generator=self.generator,
                 grader=self.grader,
                 output_dir=folder,
@@ -134,7 +144,8 @@ class GenerationEvaluation(Callback):
 
     def _run(self, trainer: Trainer) -> Path:
         checkpoint = trainer.checkpoint_callback
-        return Path(self.output_dir or getattr(checkpoint, "dirpath", None) or trainer.default_root_dir)
+        folder = self.output_dir or getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
+        return Path(folder).expanduser()
 
     def _folder(self, trainer: Trainer, name: str, step: int) -> Path:
         # Outside of fit Lightning restores no step: step-0 would be overwritten, the answers before training.

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from sft_lightning.checkpoint_folder import claim
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the rows that ``predict_step`` returned, in file order, one JSON object a line.
@@ -36,7 +38,7 @@ class PredictionWriter(BasePredictionWriter):
             # Rank r answered the prompts r, r + world_size, ...
             rows = [row for group in zip_longest(*parts) for row in group if row is not None]
         if trainer.is_global_zero:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            claim(self._path.parent, self._path.name)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self._path.write_text(text, encoding="utf-8", errors="backslashreplace")
             print(f"wrote {len(rows)} rows to {self._path}")

@@ -135,7 +135,7 @@ def test_gsm8k_references(started):
 
 def test_grade_all_keeps_the_order_and_counts_time_outs(started):
     answers = ["72", TOWER, "144/2", "1/3", TOWER, r"\frac{144}{2}"]
-    grades = grade_all(R1ZeroGrader(0.5), [respond(answer) for answer in answers], ["72"] * 6, num_workers=2)
+    grades = grade_all(R1ZeroGrader(1.0), [respond(answer) for answer in answers], ["72"] * 6, num_workers=2)
     assert [grade.answer_correct for grade in grades] == [True, False, True, False, False, True]
     assert [grade.timed_out for grade in grades] == [False, True, False, False, True, False]
     assert [grade.failure for grade in grades] == [None, "timed_out", None, "wrong", "timed_out", None]
@@ -144,7 +144,7 @@ def test_grade_all_keeps_the_order_and_counts_time_outs(started):
 
 
 def test_a_later_alternative_can_still_be_right():
-    assert R1ZeroGrader(0.5).grade(respond("144/2"), [TOWER, "72"]).answer_correct
+    assert R1ZeroGrader(1.0).grade(respond("144/2"), [TOWER, "72"]).answer_correct
 
 
 def test_crash_counts_as_wrong_and_is_told_apart(tmp_path, monkeypatch, started):
