@@ -200,7 +200,7 @@ class HFCheckpoint(ModelCheckpoint):
             return
         step = trainer.global_step
         folder = self.run / f"checkpoint-{step}"
-        about = {**self._about(trainer), "previous_step": self._last_step_saved}
+        about = {**self._about(trainer), "previous": folders.identity(self.run / "last")}
         self._last_step_saved = step
         self.last_model_path = str(folder)
         if self.best_model_path == str(folder) and self.monitor is not None and self.best_model_score is not None:

@@ -113,6 +113,7 @@ def find(run: Path, word: str) -> Path | None:
     """
     if word not in ("auto", "last", "best"):
         raise UserError(f"'{word}' stands for no checkpoint; choose auto, last or best")
+    run = run.resolve()
     found = checkpoints(run)
     if word == "auto":
         return _newest_good(run, found)
@@ -122,8 +123,14 @@ def find(run: Path, word: str) -> Path | None:
     return link.resolve()
 
 
+def identity(folder: Path) -> str:
+    """Returns a hash that tells a checkpoint from any other, also of the same step; empty where there is none."""
+    manifest = folder / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+
+
 def _newest_good(run: Path, found: list[Path]) -> Path | None:
-    last = _STEP_FOLDER.fullmatch((run / "last").resolve().name)
+    last = (run / "last").resolve()
     for folder in reversed(found):
         try:
             verify(folder)
@@ -132,8 +139,8 @@ def _newest_good(run: Path, found: list[Path]) -> Path | None:
             continue
         # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly; any
         # other beyond `last` is of a branch that was given up.
-        is_beyond = last is not None and int(folder.name.split("-")[1]) > int(last[1])
-        if is_beyond and last is not None and read_manifest(folder).get("previous_step") != int(last[1]):
+        is_beyond = last in found and _step(folder) > _step(last)
+        if is_beyond and read_manifest(folder).get("previous") != identity(last):
             logger.warning("checkpoint '%s' was left behind when the run went on from an earlier one", folder)
             continue
         return folder
@@ -143,6 +150,10 @@ def _newest_good(run: Path, found: list[Path]) -> Path | None:
             "output_dir, or pass --overwrite without --ckpt_path to replace the run"
         )
     return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def point(link: Path, target: Path) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DEFAULT_SEED = 42
+# What the token store calls otherwise than the user does.
+_OPTION_BEHIND = {"data": "the content of data.train_path", "tokenizer": "the tokenizer of data.tokenizer_path"}
 
 
 class SFTDataModule(LightningDataModule):
@@ -180,7 +182,7 @@ class SFTDataModule(LightningDataModule):
     def _what_decides_steps(self) -> dict[str, Any]:
         """Returns what the tokens and the steps of a run follow from, by name."""
         return {
-            **{f"data.{name}": value for name, value in self.training_tokens.fingerprint.items()},
+            **{_OPTION_BEHIND.get(name, f"data.{name}"): v for name, v in self.training_tokens.fingerprint.items()},
             "data.max_train_examples": self.max_train_examples,
             "data.seed": self.seed,
             "data.loss_normalization": self.loss_normalization,

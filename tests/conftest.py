@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -165,7 +166,7 @@ def fit(model_folder: str, train_file: str):
         saving = [] if output_dir is None else [HFCheckpoint(str(output_dir), **(checkpoint or {}))]
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
         options = {**quiet, "max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, **trainer}
-        options["enable_checkpointing"] = output_dir is not None
+        options["enable_checkpointing"] = bool(saving) or any(isinstance(c, ModelCheckpoint) for c in callbacks)
         runner = Trainer(callbacks=[recorder, *callbacks, *saving], **options)
         runner.fit(module, datamodule, ckpt_path=ckpt_path)
         return Run(runner, module, recorder.losses, recorder.gradients)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import AutoModelForCausalLM
 
 from sft_lightning import HFCheckpoint
+from sft_lightning import checkpoint_folder as folders
 from sft_lightning.errors import UserError
 from sft_lightning.metrics_csv import MetricsCSVLogger
 
@@ -184,7 +186,7 @@ def test_resume_refuses_other_data_and_another_learning_rate(fit, tmp_path):
     ckpt = str(tmp_path / "checkpoint-2")
     with pytest.raises(UserError, match=r"cannot resume: data\.seed is 8, the checkpoint was trained with 7"):
         fit(tmp_path, ckpt_path=ckpt, data={"seed": 8})
-    with pytest.raises(UserError, match=r"cannot resume: max_length is 500, the checkpoint was trained with 512"):
+    with pytest.raises(UserError, match=r"cannot resume: data\.max_length is 500, the checkpoint was trained with 512"):
         fit(tmp_path, ckpt_path=ckpt, data={"max_length": 500})
     with pytest.raises(UserError, match=r"model\.learning_rate is 0\.5, but the checkpoint was trained with 0\.01"):
         fit(tmp_path, ckpt_path=ckpt, model={"learning_rate": 0.5})
@@ -216,6 +218,59 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(fit, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint-4' is damaged: model\.safetensors has \d+ of \d+ bytes"):
         fit(tmp_path, ckpt_path=str(tmp_path / "checkpoint-4"))
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-2")
+
+
+def test_resuming_elsewhere_spares_the_run_that_is_there(fit, tmp_path):
+    fit(tmp_path / "a", max_steps=2)
+    fit(tmp_path / "b", max_steps=3)
+    before = (tmp_path / "b" / "final" / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="holds another run"):
+        fit(tmp_path / "b", ckpt_path=str(tmp_path / "a" / "checkpoint-2"), max_steps=3)
+    assert (tmp_path / "b" / "final" / "manifest.json").read_bytes() == before
+
+
+def test_a_final_model_alone_is_a_run_too(fit, tmp_path):
+    fit(tmp_path, max_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match="holds another run"):
+        fit(tmp_path, max_steps=1)
+
+
+def test_auto_follows_the_branch_that_was_resumed_last(fit, tmp_path):
+    every = {"every_n_train_steps": 2}
+    fit(tmp_path, max_steps=8, checkpoint=every)
+    other = {"learning_rate": 0.5, "resume_override": True}
+    fit(tmp_path, max_steps=4, checkpoint=every, ckpt_path=str(tmp_path / "checkpoint-2"), model=other)
+    assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-4")
+    # A run that dies right after it published a checkpoint has not moved `last` yet.
+    folders.point(tmp_path / "last", tmp_path / "checkpoint-2")
+    assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-4")
+
+
+def test_one_callback_serves_two_fits(fit, tmp_path, val_file):
+    first = fit(tmp_path / "a", max_steps=2, data={"val_path": val_file}, checkpoint={"monitor": "val/loss"})
+    callback = first.trainer.checkpoint_callback
+    callback.overwrite = True
+    fit(None, max_steps=2, data={"val_path": val_file}, callbacks=(callback,), model={"learning_rate": 0.5})
+    assert (tmp_path / "a" / "checkpoint-2").is_dir()
+    assert (tmp_path / "a" / "last").resolve().name == "checkpoint-2"
+
+
+def test_plain_model_checkpoint_resumes_between_epochs_too(fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1)
+    straight = fit(None, callbacks=(saver,))
+    resumed = fit(None, callbacks=(), ckpt_path=str(tmp_path / "epoch=0-step=6.ckpt"))
+    assert resumed.losses == straight.losses[6:]
+
+
+def test_float32_buffers_stay_so_under_bf16_true(fit, tmp_path):
+    run = fit(tmp_path, max_steps=1, precision="bf16-true")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.bfloat16)
+    ours = dict(run.module.model.named_buffers())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(ours[name], buffer)
+        assert ours[name].dtype == torch.float32
+    assert {p.dtype for p in run.module.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_failing_save_leaves_the_last_good_checkpoint(fit, tmp_path, monkeypatch):

@@ -326,9 +326,29 @@ def test_auto_takes_the_newest_good_one_and_warns_about_newer_ones(tmp_path, cap
     assert [record.message.split("'")[1].rpartition("-")[2] for record in caplog.records] == ["12", "11", "10"]
 
 
-def test_auto_without_a_good_one_is_none(tmp_path):
-    (publish(tmp_path) / "config.json").unlink()
+def test_auto_is_none_only_where_there_is_no_checkpoint(tmp_path):
     assert folders.find(tmp_path, "auto") is None
+    (publish(tmp_path) / "config.json").unlink()
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* is good"):
+        folders.find(tmp_path, "auto")
+
+
+def test_what_is_not_of_our_making_is_moved_aside(tmp_path):
+    theirs = tmp_path / "checkpoint-5"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    publish(tmp_path, "checkpoint-5")
+    assert (tmp_path / "checkpoint-5.aside-1" / "thesis.txt").read_text() == "precious"
+    folders.verify(theirs)
+
+
+def test_a_list_of_files_that_leads_out_of_the_run_deletes_nothing_there(tmp_path):
+    (tmp_path / "victim.txt").write_text("alive")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / folders.RUN_FILES).write_text('["../victim.txt"]')
+    folders.clear(run)
+    assert (tmp_path / "victim.txt").read_text() == "alive"
 
 
 def test_last_and_best_are_where_their_links_point(tmp_path):

@@ -64,7 +64,7 @@ def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, t
     assert main([*command, "--ckpt_path", "auto", "--trainer.max_steps", "3"]) == 0
     assert f"--ckpt_path auto: no checkpoint in '{run}', starting fresh" in capsys.readouterr().out
     assert main([*command, "--ckpt_path", "auto"]) == 0
-    assert f"--ckpt_path auto: going on from '{run / 'checkpoint-3'}'" in capsys.readouterr().out
+    assert f"--ckpt_path auto: '{run / 'checkpoint-3'}'" in capsys.readouterr().out
     assert (run / "config.resume-3.yaml").is_file()
     assert main([*command, "--ckpt_path", "auto"]) == 0
     assert "nothing to do: the run has finished its 6 optimizer steps" in capsys.readouterr().out
@@ -87,6 +87,25 @@ def test_a_run_in_the_way_needs_overwrite_and_loses_only_its_own_files(command, 
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"mine.txt", "checkpoint-1"} <= names
     assert not {"checkpoint-2", "checkpoint-4", "checkpoint-6"} & names
+
+
+def test_auto_never_replaces_a_run_whose_checkpoints_are_all_damaged(command, tmp_path, capsys):
+    assert main(command) == 0
+    run = tmp_path / "run"
+    for config in run.glob("checkpoint-*/generation_config.json"):
+        config.write_text("{}")
+    weights = (run / "final" / "model.safetensors").read_bytes()
+    assert main([*command, "--ckpt_path", "auto"]) == 2
+    assert "none of the 3 checkpoints" in capsys.readouterr().err
+    assert (run / "final" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_home_folder_is_expanded_everywhere(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--output_dir", "~/deep/run", "--trainer.max_steps", "1"]) == 0
+    assert {"config.yaml", "metrics.csv", "checkpoint-1"} <= {path.name for path in (tmp_path / "deep/run").iterdir()}
+    assert not (tmp_path / "~").exists()
 
 
 def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(command, tmp_path, capsys):
