@@ -129,6 +129,10 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     printed = capsys.readouterr().out
     assert "format accuracy        0.000     0.000       4" in printed
     assert f"model:   {run / 'final'}" in printed
+    assert main([*command, *options, "--ckpt_path", "auto"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to do: the run has finished its 6 optimizer steps" in printed
+    assert "format accuracy" not in printed, "an unfinished evaluation of an earlier step must not pass for the result"
 
 
 def test_validate_test_and_predict_a_checkpoint_and_a_final_model(command, tmp_path, val_file, capsys):

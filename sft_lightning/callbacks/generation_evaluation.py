@@ -55,6 +55,7 @@ class GenerationEvaluation(Callback):
         self._records: dict[str, list[Any]] = {}
         self._before: dict[str, Any] | None = None
         self._latest: dict[str, Any] | None = None
+        self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Read before anything is trained or deleted: a mistake in these rows then costs nothing.
@@ -69,6 +70,7 @@ class GenerationEvaluation(Callback):
         self._records[name] = graded
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = False
         if resume_path(trainer) is None:
             self._before = self._latest = None
 
@@ -89,12 +91,13 @@ class GenerationEvaluation(Callback):
             pl_module.log_dict(_rates("test", self._evaluate(trainer, pl_module, "test")))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = True  # resuming a finished run comes to no end of training, and has nothing new to tell
         if self._is_on() and (self._latest is None or self._latest["step"] != trainer.global_step):
             self._latest = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._latest)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self._before is not None and self._latest is not None:
+        if trainer.is_global_zero and self._trained and self._before is not None and self._latest is not None:
             print(_table(self._before, self._latest))
             print(f"model:   {self._run(trainer) / 'final'}")
             print(f"samples: {self._folder(trainer, 'val', self._latest['step']) / 'predictions.jsonl'}")
