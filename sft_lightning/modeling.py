@@ -5,6 +5,7 @@ import importlib.util
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from sft_lightning.data.batch import MicroBatch
+from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from sft_lightning.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +138,21 @@ def choose_attention(
     return taken
 
 
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
+    """Checks that a tokenizer and a model go together, in training and in what is saved of it.
+
+    Raises:
+        UserError: See :func:`check_vocabulary`.
+    """
+    check_vocabulary(model, tokenizer)
+    if tokenizer.name_or_path != model_path and not survives_saving(model, tokenizer):
+        logger.warning(
+            "the tokenizer of '%s' loads as another one from a folder of this model type: checkpoints will not give "
+            "the ids of training; take the model's own tokenizer",
+            tokenizer.name_or_path,
+        )
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError if the tokenizer can produce an id that the embedding has no row for."""
     embedding = model.get_input_embeddings()
@@ -146,6 +163,18 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"data.tokenizer_path '{tokenizer.name_or_path}' has {len(tokenizer)} tokens but the embedding of "
             f"model.model_path has {num_rows} rows: take the model's own tokenizer or resize the embedding first"
         )
+
+
+def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a folder with this model and tokenizer loads with the same tokenizer.
+
+    For some model types transformers takes a tokenizer class of its own, whatever was saved beside the model; token ids
+    after loading then differ from those in training.
+    """
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer)
 
 
 class _LabelSelection:

@@ -28,7 +28,7 @@ from sft_lightning.lightning_compat import (
 )
 from sft_lightning.loss import token_nll
 from sft_lightning.metrics import TokenMetrics
-from sft_lightning.modeling import AttentionChoice, Initialization, check_vocabulary, label_logits, load_model
+from sft_lightning.modeling import AttentionChoice, Initialization, check_tokenizer, label_logits, load_model
 from sft_lightning.nonfinite import describe_non_finite
 from sft_lightning.optim import Schedule, build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
 
@@ -129,7 +129,7 @@ class SFTModule(LightningModule):
         )
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
         if tokenizer is not None:
-            check_vocabulary(self.model, tokenizer)
+            check_tokenizer(self.model, tokenizer, self.hparams["model_path"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
         # Lightning's bf16-true casts buffers too. transformers keeps its float32 ones, such as the rotary frequencies,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.errors import UserError
 from sft_lightning.modeling import (
     check_vocabulary,
@@ -34,6 +35,7 @@ from sft_lightning.modeling import (
     load_config,
     load_model,
     save_model,
+    survives_saving,
 )
 
 SHAPE = {
@@ -479,3 +481,10 @@ def test_the_tokenizer_is_saved_beside(folder, tmp_path, tokenizer):
     save_model(load_model(str(folder)), tokenizer, tmp_path)
     text = "again <think> 12 </think>"
     assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_tokenizer_that_a_model_folder_would_replace_is_found(tokenizer, model_folder):
+    """The fixture's tokenizer is a plain one; a Qwen2 folder loads with Qwen2's own pre-tokenizer instead."""
+    model = load_model(model_folder)
+    assert survives_saving(model, load_tokenizer(model_folder))
+    assert not survives_saving(model, tokenizer)
