@@ -1,19 +1,21 @@
 """SFTDataModule: records -> template -> tokens -> plan -> micro-batches. Wires the data rooms, computes nothing."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from sft_lightning.data.batch import Layout
 from sft_lightning.data.cache import TokenStore, load_or_build_tokens
 from sft_lightning.data.loader import MicroBatches, PlannedLoader, RecordBatches, TrainingShare, ValidationShare
-from sft_lightning.data.plan import EpochPlan, LossNormalization, StepShape, num_steps, validation_batches
+from sft_lightning.data.plan import EpochPlan, LossNormalization, StepShape, epoch_size, num_steps, validation_batches
 from sft_lightning.data.records import Record, read_records
 from sft_lightning.data.templates import Template
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat import fit_position, repeats_one_epoch, replicas
+from sft_lightning.lightning_compat import fit_position, micro_batch_limit, repeats_one_epoch, replicas, usable_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +35,7 @@ class SFTDataModule(LightningDataModule):
         tokenizer_path: Folder or hub name of the tokenizer; on the command line the model's, unless given.
         template: auto chooses by each file's keys; or a template class such as R1Zero.
         columns: Our name to the file's, for other column names, e.g. {prompt: instruction, response: output}.
-        batch_size: Rows of a micro-batch, at the most.
+        batch_size: Rows of a micro-batch: at the most when padded, on average otherwise.
         max_length: Tokens of prompt and response together.
         overlength: drop, error or truncate_prompt (from the left) for longer rows. A response is never cut.
         append_eos: End each response with the tokenizer's EOS, supervised.
@@ -41,7 +43,8 @@ class SFTDataModule(LightningDataModule):
         max_train_examples: Train on the first so many rows in file order, after filtering.
         loss_normalization: token (mean over the step's response tokens), sequence, constant or micro_batch.
         normalize_constant: Divides the loss of each row in the mode constant, instead of its token count.
-        pad_to_multiple_of: Rounds padded row lengths up.
+        layout: auto, padded, packed or shared_prefix; auto takes the last of them that the model supports.
+        pad_to_multiple_of: Rounds row lengths up.
         cache_dir: Where tokens are kept, by default in the user's cache folder.
         num_workers: Processes that collate batches.
         seed: Of the data order, by default that of seed_everything.
@@ -63,6 +66,7 @@ class SFTDataModule(LightningDataModule):
         max_train_examples: int | None = None,
         loss_normalization: LossNormalization = "token",
         normalize_constant: float = 1.0,
+        layout: Literal["auto"] | Layout = "auto",
         pad_to_multiple_of: int | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
@@ -84,22 +88,26 @@ class SFTDataModule(LightningDataModule):
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
         self.tokenizer_path = tokenizer_path
-        self.template = None if template == "auto" else template
-        self.columns = columns
+        self._reading: dict[str, Any] = {
+            "template": None if template == "auto" else template,
+            "columns": columns,
+            "max_bad_rows": max_bad_rows,
+        }
         self.batch_size = batch_size
         self.max_length = max_length
         self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
         self.append_eos = append_eos
-        self.max_bad_rows = max_bad_rows
         self.max_train_examples = max_train_examples
         self.loss_normalization: LossNormalization = loss_normalization
         self.normalize_constant = normalize_constant
+        self.layout: Literal["auto"] | Layout = layout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._stores: dict[str, TokenStore] = {}
+        self._usable_layout: Layout | None = None
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -122,17 +130,13 @@ class SFTDataModule(LightningDataModule):
         self.setup("")
 
     def setup(self, stage: str) -> None:
+        self._usable_layout = None
         for name in self._sets_of_run():
             if name not in self._stores:
                 self._stores[name] = self._load_tokens(name)
 
     def train_dataloader(self) -> PlannedLoader:
-        return PlannedLoader(
-            self._epoch_plan(0, limited=False).num_micro_batches,
-            self._open_training_epoch,
-            num_workers=self.num_workers,
-            pin_memory=self._pin_memory,
-        )
+        return self._loader(epoch_size(len(self.training_tokens), self._step_shape)[2], self._open_training_epoch)
 
     def val_dataloader(self) -> PlannedLoader | list:
         return self._evaluation_loader("val")
@@ -150,15 +154,14 @@ class SFTDataModule(LightningDataModule):
 
     def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:
         """Returns the records whose prompts are to be answered, in file order; none where there is no such set."""
-        path = self.paths[name]
-        if path is None:
+        if (path := self.paths[name]) is None:
             return []
-        return list(read_records(path, template=self.template, columns=self.columns, max_bad_rows=self.max_bad_rows))
+        return list(read_records(path, **self._reading))
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, under the Trainer's limits."""
-        return self._epoch_plan(0).num_steps
+        return num_steps(self._num_epoch_examples, self._step_shape)
 
     @property
     def training_tokens(self) -> TokenStore:
@@ -188,7 +191,7 @@ class SFTDataModule(LightningDataModule):
             "data.loss_normalization": self.loss_normalization,
             "data.normalize_constant": self.normalize_constant,
             "examples per step (batch_size x accumulate_grad_batches x devices)": self._step_shape.examples_per_step,
-            "examples per epoch (under trainer.limit_train_batches)": self._epoch_plan(0).num_examples,
+            "examples per epoch (under trainer.limit_train_batches)": self._num_epoch_examples,
         }
 
     @property
@@ -196,10 +199,6 @@ class SFTDataModule(LightningDataModule):
         if self.trainer is None:
             raise UserError("SFTDataModule plans the steps of a Trainer: hand it to trainer.fit(module, datamodule)")
         return self.trainer
-
-    @property
-    def _pin_memory(self) -> bool:
-        return self._running_trainer.strategy.root_device.type == "cuda"
 
     @property
     def _step_shape(self) -> StepShape:
@@ -229,35 +228,45 @@ class SFTDataModule(LightningDataModule):
             store = load_or_build_tokens(
                 path,
                 tokenizer=tokenizer,
-                template=self.template,
-                columns=self.columns,
                 max_length=self.max_length,
                 overlength=self.overlength,
                 append_eos=self.append_eos,
-                max_bad_rows=self.max_bad_rows,
                 cache_dir=self.cache_dir,
+                **self._reading,
             )
         except UserError as error:
             raise UserError(f"data.{name}_path: {error}") from error
         return store.first(self.max_train_examples) if name == "train" and self.max_train_examples else store
 
-    def _epoch_plan(self, epoch: int, *, limited: bool = True) -> EpochPlan:
-        store, shape = self.training_tokens, self._step_shape
-        limit = self._running_trainer.limit_train_batches if limited else None
-        if isinstance(limit, float):
-            # In the order in which Lightning multiplies: rounded otherwise, the two may differ by one.
-            whole = num_steps(len(store), shape) * shape.num_micro_batches
-            limit = int(whole * limit) if limit < 1.0 else None
+    @property
+    def _num_epoch_examples(self) -> int:
+        return epoch_size(len(self.training_tokens), self._step_shape, self._max_micro_batches)[0]
+
+    @property
+    def _max_micro_batches(self) -> int | None:
+        return micro_batch_limit(self._running_trainer, epoch_size(len(self.training_tokens), self._step_shape)[2])
+
+    @property
+    def _layout(self) -> Layout:
+        # Asked for when a loader is: the model stands on its device then, and can be tried.
+        if self._usable_layout is None:
+            self._usable_layout = usable_layout(self._running_trainer, self.layout)
+        return self._usable_layout
+
+    def _epoch_plan(self, epoch: int) -> EpochPlan:
+        store = self.training_tokens
         return EpochPlan(
             store.total_lengths,
             store.label_lengths,
             store.weights,
-            shape=shape,
+            shape=self._step_shape,
             seed=self.seed,
             epoch=epoch,
             normalization=self.loss_normalization,
             normalize_constant=self.normalize_constant,
-            max_micro_batches=limit,
+            max_micro_batches=self._max_micro_batches,
+            layout=self._layout,
+            prompt_of=store.prompt,
         )
 
     def _open_training_epoch(self) -> tuple[MicroBatches, int]:
@@ -265,19 +274,20 @@ class SFTDataModule(LightningDataModule):
         if repeats_one_epoch(self._running_trainer):
             epoch = 0  # the same examples in every epoch
         plan = self._epoch_plan(epoch)
-        _, replica = replicas(self._running_trainer)
-        return self._micro_batches("train", TrainingShare(plan, replica), plan.num_micro_batches), done
+        share = TrainingShare(plan, replicas(self._running_trainer)[1])
+        return self._micro_batches("train", share, plan.num_micro_batches), done
 
     def _evaluation_loader(self, name: str) -> PlannedLoader | list:
         if name not in self._stores:
             return []
-        num_replicas, replica = replicas(self._running_trainer)
         lengths = self._stores[name].total_lengths
-        batches = validation_batches(lengths, self.batch_size, num_replicas, replica)
+        batches = validation_batches(lengths, self.batch_size, *replicas(self._running_trainer), layout=self._layout)
         micro_batches = self._micro_batches(name, ValidationShare(batches), len(batches))
-        return PlannedLoader(
-            len(batches), lambda: (micro_batches, 0), num_workers=self.num_workers, pin_memory=self._pin_memory
-        )
+        return self._loader(len(batches), lambda: (micro_batches, 0))
+
+    def _loader(self, length: int, open_epoch: Callable[[], tuple[MicroBatches, int]]) -> PlannedLoader:
+        on_gpu = self._running_trainer.strategy.root_device.type == "cuda"
+        return PlannedLoader(length, open_epoch, num_workers=self.num_workers, pin_memory=on_gpu)
 
     def _micro_batches(self, name: str, share: TrainingShare | ValidationShare, length: int) -> MicroBatches:
         return MicroBatches(
@@ -286,4 +296,5 @@ class SFTDataModule(LightningDataModule):
             length,
             pad_token_id=pad_token_id(self.tokenizer),
             pad_to_multiple_of=self.pad_to_multiple_of,
+            layout=self._layout,
         )

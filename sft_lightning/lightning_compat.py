@@ -42,12 +42,29 @@ def replicas(trainer: Trainer) -> tuple[int, int]:
     return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
 
 
+def micro_batch_limit(trainer: Trainer, whole: int) -> int | None:
+    """Returns how many micro-batches of an epoch that has ``whole`` the Trainer will run, None for all of them."""
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float):
+        # As Lightning multiplies: rounded otherwise, the two may differ by one.
+        return int(whole * limit) if limit < 1.0 else None
+    return limit
+
+
 def steps_per_epoch(trainer: Trainer) -> int:
     """Returns the optimizer steps of an epoch, from the data's plan."""
     datamodule = datamodule_of(trainer)
     if not hasattr(datamodule, "steps_per_epoch"):
         raise UserError("SFTModule trains on an SFTDataModule, which plans its steps: trainer.fit(module, datamodule)")
     return datamodule.steps_per_epoch
+
+
+def usable_layout(trainer: Trainer, choice: Any) -> Any:
+    """Returns the layout of ``choice`` that the module's model can be given; ``auto`` is padded for other modules."""
+    module: Any = trainer.lightning_module
+    if hasattr(module, "usable_layout"):
+        return module.usable_layout(choice)
+    return "padded" if choice == "auto" else choice
 
 
 def total_optimizer_steps(trainer: Trainer) -> int:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from sft_lightning.data.batch import MicroBatch
+from sft_lightning.linear_cross_entropy import LabelLosses
+
 # Apple's GPUs have no float64; everywhere else sums over millions of tokens are kept exact enough to compare runs.
 _SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
 
@@ -50,3 +53,19 @@ class TokenMetrics(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         # Moves and never casts: Lightning's bf16-true calls .to(bfloat16) on all there is, where 256 + 1 is 256.
         return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+
+def step_sums(parts: Sequence[tuple[LabelLosses, MicroBatch]]) -> Tensor:
+    """Returns one process's share of an optimizer step's sums: over processes and steps they simply add up.
+
+    Returns:
+        Shape [4], dtype of the losses: the weighted loss; and of all label tokens, without the dummies of empty
+        micro-batches, the number predicted right, the sum of entropies in nats (0 if not computed) and the number.
+    """
+    loss = torch.stack([losses.weighted_sum for losses, _ in parts]).sum()
+    filled = [losses for losses, batch in parts if batch.num_rows]
+    zero = loss.new_zeros(())
+    num_correct = sum((losses.correct.sum() for losses in filled if losses.correct is not None), zero)
+    entropy = sum((losses.entropy.sum() for losses in filled if losses.entropy is not None), zero)
+    num_labels = loss.new_tensor(sum(len(losses.nll) for losses in filled))
+    return torch.stack([loss, num_correct.to(loss.dtype), entropy.to(loss.dtype), num_labels])

@@ -1,7 +1,6 @@
-"""Models: loading with an explicit dtype, the choice of attention, and logits at label positions only."""
+"""Models: loading with an explicit dtype, checks against the tokenizer, and saving."""
 
 import copy
-import importlib.util
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,14 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from sft_lightning.data.batch import MicroBatch
+from sft_lightning.attention import AttentionChoice, choose_attention
 from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from sft_lightning.errors import UserError
+from sft_lightning.label_loss import install_label_loss
 
 logger = logging.getLogger(__name__)
 
 Initialization = Literal["pretrained", "random"]
-AttentionChoice = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
@@ -49,7 +48,7 @@ def load_model(
         model_path: Folder or hub name.
         init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
         dtype: Of the parameters. Always passed on, because transformers would otherwise take the checkpoint's own.
-        attn_implementation: See :func:`choose_attention`.
+        attn_implementation: See ``attention.choose_attention``.
         device_type: Where the model will run, ``cuda`` or ``cpu``: decides what ``auto`` attention may take.
         half_precision: Whether activations will be bfloat16 or float16, which FlashAttention needs.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
@@ -77,7 +76,7 @@ def load_model(
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    install_label_selection(model)
+    install_label_loss(model)
     return model.train()
 
 
@@ -96,46 +95,6 @@ def load_config(model_path: str) -> PretrainedConfig:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
     return config
-
-
-def choose_attention(
-    config: PretrainedConfig, choice: AttentionChoice, *, device_type: str, half_precision: bool
-) -> str:
-    """Returns the attention implementation by its transformers name.
-
-    ``auto`` takes FlashAttention 2 where its package is installed and it can run (CUDA, half precision), else torch's
-    scaled dot product attention, and says in one line which and why.
-
-    Raises:
-        UserError: If FlashAttention is asked for by name and cannot run here.
-    """
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if choice == "flash_attention_2":
-        if not installed:
-            raise UserError(
-                f"model.attn_implementation '{choice}' needs the package flash-attn: "
-                "pip install 'sft-lightning[flash-attn]' --no-build-isolation"
-            )
-        if device_type != "cuda" or not half_precision:
-            raise UserError(
-                f"model.attn_implementation '{choice}' needs a CUDA device and 16-bit precision such as "
-                "trainer.precision bf16-mixed; use sdpa here"
-            )
-    if choice != "auto":
-        return choice
-    obstacles = {
-        "no CUDA device": device_type != "cuda",
-        "flash-attn is not installed": not installed,
-        "FlashAttention needs 16-bit precision": not half_precision,
-        "the model has no FlashAttention": not _supports(config, "flash_attn"),
-    }
-    reason = next((text for text, stands_in_the_way in obstacles.items() if stands_in_the_way), None)
-    if reason is None:
-        logger.info("attention: flash_attention_2 (its package is installed, CUDA, 16-bit precision)")
-        return "flash_attention_2"
-    taken = "sdpa" if _supports(config, "sdpa") else "eager"
-    logger.info("attention: %s (%s)", taken, reason)
-    return taken
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
@@ -175,58 +134,6 @@ def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer)
-
-
-class _LabelSelection:
-    """Lets a causal LM compute logits at label positions only, inside its own forward.
-
-    The model is called with one more keyword, ``label_positions``; the hidden states are narrowed right before the
-    output embedding, so that whatever the model does to its logits afterwards (scaling, soft-capping) still happens,
-    and so that wrappers around the model (DDP, FSDP2, PEFT, compile) see one ordinary call.
-    """
-
-    def __init__(self) -> None:
-        self.positions: Tensor | None = None
-        self.selected = False
-
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self.positions = kwargs.pop("label_positions", None)
-        self.selected = False
-        return args, kwargs
-
-    def before_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.positions is None:
-            return None
-        self.selected = True
-        return (args[0].flatten(0, 1)[self.positions].unsqueeze(0), *args[1:])
-
-    def after_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        positions, self.positions = self.positions, None
-        if positions is not None and output is not None and not self.selected:
-            # A model that does not call its output embedding as a module: correct, and as slow as without us.
-            output.logits = output.logits.flatten(0, 1)[positions].unsqueeze(0)
-        return output
-
-
-def install_label_selection(model: PreTrainedModel) -> None:
-    """Teaches ``model.forward`` the keyword ``label_positions``. Adds hooks only: weights, names and config stay."""
-    selection = _LabelSelection()
-    model.register_forward_pre_hook(selection.before_model, with_kwargs=True)
-    model.register_forward_hook(selection.after_model, always_call=True)
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(selection.before_head)
-
-
-def label_logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Returns the logits that predict the batch's labels. Shape [M, V], in the dtype the model computes in."""
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        label_positions=batch.label_positions,
-        use_cache=False,
-    )
-    return output.logits.squeeze(0)
 
 
 def save_model(
@@ -281,11 +188,6 @@ def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
             f"model.model_path '{model_path}' lacks weights that its config.json asks for, {missing[0]} first of "
             f"{len(missing)}: they would start random; take a config.json that fits the weights"
         )
-
-
-def _supports(config: PretrainedConfig, attention: str) -> bool:
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    return bool(getattr(model_class, f"_supports_{attention}", False))
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sft_lightning.data.batch import MicroBatch
+from sft_lightning.attention import AttentionChoice
+from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.evaluation.generation import Generator, TransformersGenerator
+from sft_lightning.label_loss import label_losses
+from sft_lightning.layout_guard import LayoutChoice, choose_layout
 from sft_lightning.lightning_compat import (
     callbacks_of,
     datamodule_of,
@@ -26,11 +29,11 @@ from sft_lightning.lightning_compat import (
     steps_per_epoch,
     total_optimizer_steps,
 )
-from sft_lightning.loss import token_nll
-from sft_lightning.metrics import TokenMetrics
-from sft_lightning.modeling import AttentionChoice, Initialization, check_tokenizer, label_logits, load_model
+from sft_lightning.linear_cross_entropy import LabelLosses
+from sft_lightning.metrics import TokenMetrics, step_sums
+from sft_lightning.modeling import Initialization, check_tokenizer, load_model
 from sft_lightning.nonfinite import describe_non_finite
-from sft_lightning.optim import Schedule, build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
+from sft_lightning.optim import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +70,9 @@ class SFTModule(LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0, in every schedule.
         warmup_ratio: The same as a share of all optimizer steps; set one of the two.
         min_lr_factor: Where cosine and linear end, as a share of the peak.
-        attn_implementation: auto takes FlashAttention 2 where it is installed and can run, else sdpa.
+        attn_implementation: auto takes FlashAttention 3 or 2 or torch's varlen where one can run, else sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        log_token_statistics: Log train/token_accuracy and train/entropy, too.
         generator: Writes the answers of predict, by default TransformersGenerator.
         resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
     """
@@ -87,6 +91,7 @@ class SFTModule(LightningModule):
         min_lr_factor: float = 0.0,
         attn_implementation: AttentionChoice = "auto",
         gradient_checkpointing: bool = False,
+        log_token_statistics: bool = True,
         generator: Generator | None = None,
         resume_override: bool = False,
     ) -> None:
@@ -99,7 +104,7 @@ class SFTModule(LightningModule):
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
         self.token_metrics = TokenMetrics()
-        self._step_parts: list[tuple[Tensor, MicroBatch]] = []
+        self._step_parts: list[tuple[LabelLosses, MicroBatch]] = []
         self._gradient_norm: Tensor | None = None
 
     def setup(self, stage: str) -> None:
@@ -130,6 +135,16 @@ class SFTModule(LightningModule):
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
         if tokenizer is not None:
             check_tokenizer(self.model, tokenizer, self.hparams["model_path"])
+
+    def usable_layout(self, choice: LayoutChoice) -> Layout:
+        """Returns the layout that micro-batches are given: ``choice``, or the best one that changes nothing."""
+        assert self.model is not None
+        return choose_layout(
+            self.model,
+            choice,
+            precision=self.trainer.precision_plugin.forward_context,
+            with_gradients=self.trainer.state.fn == "fit",
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
         # Lightning's bf16-true casts buffers too. transformers keeps its float32 ones, such as the rotary frequencies,
@@ -168,25 +183,29 @@ class SFTModule(LightningModule):
         torch.manual_seed(batch.rng_seed)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
-        nll = token_nll(self._label_logits(batch), batch.labels)
-        self._step_parts.append((nll.detach(), batch))
+        assert self.model is not None
+        losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
+        self._step_parts.append((losses._replace(weighted_sum=losses.weighted_sum.detach()), batch))
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
-        return _weighted_sum(nll, batch) * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
+        return losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step's exact loss, and stops the run before a non-finite step reaches the weights."""
         parts, self._step_parts = self._step_parts, []
-        own_loss = torch.stack([_weighted_sum(nll, batch) for nll, batch in parts]).sum()
-        loss = self.trainer.strategy.reduce(own_loss, reduce_op="sum")
+        sums = self.trainer.strategy.reduce(step_sums(parts), reduce_op="sum")
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
-        loss_value, norm_value = torch.stack([loss.double(), self._gradient_norm.double()]).tolist()
+        # The one time in a step that the host waits for the device.
+        loss_value, *statistics, norm_value = torch.cat([sums, self._gradient_norm.to(sums.dtype).view(1)]).tolist()
         scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
         if not isfinite(loss_value) or not (isfinite(norm_value) or scaler_decides):
             raise NonFiniteError(describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))
-        self.log("train/loss", loss_value, prog_bar=True)
-        self.log("train/grad_norm", norm_value)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        metrics = {"grad_norm": norm_value, "lr": optimizer.param_groups[0]["lr"]}
+        if self.hparams["log_token_statistics"]:
+            num_correct, entropy_sum, num_labels = statistics
+            metrics |= {"token_accuracy": num_correct / num_labels, "entropy": entropy_sum / num_labels}
+        self.log("train/loss", torch.tensor(loss_value), prog_bar=True)
+        self.log_dict({f"train/{name}": torch.tensor(value) for name, value in metrics.items()})
         self._log_step(self.trainer.global_step + 1)
 
     def configure_gradient_clipping(
@@ -202,9 +221,11 @@ class SFTModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        logits = self._label_logits(batch)
+        assert self.model is not None
+        losses = label_losses(self.model, batch)
         if batch.num_rows:
-            self.token_metrics.update(token_nll(logits, batch.labels), logits.argmax(-1) == batch.labels)
+            assert losses.correct is not None
+            self.token_metrics.update(losses.nll, losses.correct)
 
     def on_validation_epoch_end(self) -> None:
         self._log_token_metrics("val")
@@ -252,25 +273,9 @@ class SFTModule(LightningModule):
             steps_per_epoch=steps_per_epoch(self.trainer),
             accumulate=self.trainer.accumulate_grad_batches,
         )
-        self._adopt_optimizer_settings(checkpoint)
-
-    def _adopt_optimizer_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Puts this run's settings into the saved optimizer and schedule: total steps may differ, and so the factor."""
-        peak = self.hparams["learning_rate"]
-        if type(self).configure_optimizers is not SFTModule.configure_optimizers:
-            return  # a subclass's own optimizer and schedule restore as Lightning restores them
-        (schedule,) = checkpoint["lr_schedulers"]
-        schedule["base_lrs"] = [peak] * len(schedule["base_lrs"])
-        factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
-        assert self.model is not None
-        own_groups = parameter_groups(self.model, self.hparams["weight_decay"])
-        for group, own in zip(checkpoint["optimizer_states"][0]["param_groups"], own_groups, strict=True):
-            group.update(lr=peak * factor, initial_lr=peak, betas=tuple(self.hparams["betas"]), eps=self.hparams["eps"])
-            group["weight_decay"] = own["weight_decay"]
-
-    def _label_logits(self, batch: MicroBatch) -> Tensor:
-        assert self.model is not None
-        return label_logits(self.model, batch)
+        if type(self).configure_optimizers is SFTModule.configure_optimizers:  # a subclass's own restore as saved
+            assert self.model is not None
+            adopt_settings(checkpoint, self.model, self.hparams, self._schedule_settings())
 
     def _log_token_metrics(self, stage: str) -> None:
         metrics = self.token_metrics.compute()
@@ -279,7 +284,8 @@ class SFTModule(LightningModule):
 
     def _log_step(self, step: int) -> None:
         # Loggers take a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
-        self.log("step", float(step))
+        # A tensor, here and above: of a number, Lightning makes one on the device, and the host waits for it.
+        self.log("step", torch.tensor(float(step)))
 
     def _schedule_settings(self) -> dict[str, Any]:
         total = total_optimizer_steps(self.trainer)
@@ -290,7 +296,3 @@ class SFTModule(LightningModule):
             "warmup_steps": resolve_warmup_steps(total, **warmup),
             "min_factor": self.hparams["min_lr_factor"],
         }
-
-
-def _weighted_sum(nll: Tensor, batch: MicroBatch) -> Tensor:
-    return (batch.loss_weights.to(nll.dtype) * nll).sum()

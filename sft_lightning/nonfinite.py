@@ -1,11 +1,12 @@
 """What to tell of an optimizer step that must not be taken."""
 
-from torch import Tensor
+from collections.abc import Sequence
 
 from sft_lightning.data.batch import MicroBatch
+from sft_lightning.linear_cross_entropy import LabelLosses
 
 
-def describe_non_finite(step: int, loss: float, norm: float, parts: list[tuple[Tensor, MicroBatch]]) -> str:
+def describe_non_finite(step: int, loss: float, norm: float, parts: Sequence[tuple[LabelLosses, MicroBatch]]) -> str:
     """Returns one line that names the rows behind a loss or gradient that is NaN or infinite.
 
     Those whose own loss is not finite; where every row's is (only the gradient overflowed, or the row is another
@@ -15,12 +16,12 @@ def describe_non_finite(step: int, loss: float, norm: float, parts: list[tuple[T
         step: Optimizer steps done before this one.
         loss: Of the step, in nats.
         norm: Of the step's gradient.
-        parts: For each micro-batch of the step, its labels' losses, shape [M], and the micro-batch.
+        parts: For each micro-batch of the step, its labels' losses and the micro-batch.
     """
     named = [
         batch.sources[row]
-        for nll, batch in parts
-        for row in batch.label_rows[~nll.isfinite()].unique().tolist()
+        for losses, batch in parts
+        for row in batch.label_rows[~losses.nll.isfinite()].unique().tolist()
         if batch.sources
     ]
     rows = named or [source for _, batch in parts for source in batch.sources]

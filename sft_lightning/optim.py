@@ -1,6 +1,7 @@
 """AdamW with decay groups, and learning-rate schedules as pure functions of the optimizer step."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -136,6 +137,29 @@ def resolve_warmup_steps(total_steps: int, *, warmup_steps: int = 0, warmup_rati
     if not 0.0 <= warmup_ratio <= 1.0:
         raise UserError(f"warmup_ratio {warmup_ratio} is outside of [0, 1]; it is a share of the run's steps")
     return warmup_steps or round(warmup_ratio * total_steps)
+
+
+def adopt_settings(
+    checkpoint: dict[str, Any], model: nn.Module, settings: Mapping[str, Any], schedule_settings: Mapping[str, Any]
+) -> None:
+    """Puts a run's settings into the optimizer and the schedule of the checkpoint that it goes on from.
+
+    The run may have more or fewer steps than the saved one, and so another factor in the same step.
+
+    Args:
+        checkpoint: As Lightning hands it to ``on_load_checkpoint``, changed in place.
+        model: The module to train.
+        settings: ``learning_rate``, ``weight_decay``, ``betas`` and ``eps``.
+        schedule_settings: Keywords of ``learning_rate_factor``.
+    """
+    peak = settings["learning_rate"]
+    (schedule,) = checkpoint["lr_schedulers"]
+    schedule["base_lrs"] = [peak] * len(schedule["base_lrs"])
+    factor = learning_rate_factor(schedule["last_epoch"], **schedule_settings)
+    own_groups = parameter_groups(model, settings["weight_decay"])
+    for group, own in zip(checkpoint["optimizer_states"][0]["param_groups"], own_groups, strict=True):
+        group.update(lr=peak * factor, initial_lr=peak, betas=tuple(settings["betas"]), eps=settings["eps"])
+        group["weight_decay"] = own["weight_decay"]
 
 
 def _is_decayed(module: nn.Module, name: str, parameter: Tensor) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -110,6 +111,57 @@ def gsm8k() -> Path:
     if not (folder / "train.jsonl").is_file():
         pytest.skip(f"no GSM8K in {folder}; set SFT_GSM8K_DIR to a folder with train.jsonl and test.jsonl")
     return folder
+
+
+class MetricsRecorder(Logger):
+    """Keeps what is logged."""
+
+    name = "recorder"
+    version = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+    def series(self, key: str) -> list[tuple[int | None, float]]:
+        """Returns (optimizer step, value) of each time that a metric was logged."""
+        return [(step, metrics[key]) for step, metrics in self.rows if key in metrics]
+
+
+@pytest.fixture(scope="session")
+def make_trainer():
+    """Makes a quiet Trainer on one CPU; keywords override. What it logs is in ``trainer.logger.series(key)``."""
+
+    def make(*callbacks: Callback, **options: object) -> Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": MetricsRecorder(),
+            "log_every_n_steps": 1,
+            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_data(model_folder: str):
+    """Makes a data module over files, of micro-batches of two rows; keywords override."""
+
+    def make(train_path: str | None = None, val_path: str | None = None, **options: object) -> SFTDataModule:
+        defaults = {"tokenizer_path": model_folder, "batch_size": 2, "seed": 1}
+        return SFTDataModule(train_path=train_path, val_path=val_path, **{**defaults, **options})
+
+    return make
 
 
 class Recorder(Callback):

@@ -7,16 +7,18 @@ k": it reads the file, tokenises row by row, computes all logits and takes the f
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sft_lightning.data.plan import EpochPlan, StepShape
 
 CONSTANT = 7.0
 SPLITS = [(4, 8), (32, 1), (1, 32)]  # of 42 rows in steps of 32: a full step, then a short one of ten rows
 MODES = ["token", "sequence", "constant", "micro_batch"]
+LAYOUTS = ["padded", "packed", "shared_prefix"]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +57,14 @@ def reference_loss(model, mode, micro_batches):
     return sum(torch.cat(rows).mean() for rows in nll) / len(nll)
 
 
-def dealt(rows, batch_size, accumulate, step, seed=7):
+def dealt(rows, batch_size, accumulate, step, layout, seed=7):
     """Returns the step's rows by micro-batch, as the plan deals them."""
     totals = torch.tensor([len(ids) for ids, _ in rows]).numpy()
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
-    plan = EpochPlan(totals, labels, totals * 0.0 + 1.0, shape=shape, seed=seed, epoch=0)
+    prompts = [np.array(ids[:prompt]) for ids, prompt in rows]
+    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "prompt_of": prompts.__getitem__}
+    plan = EpochPlan(totals, labels, totals * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]
 
@@ -83,10 +87,13 @@ def assert_gradients_equal(ours, reference, tolerance=1e-5):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("split", SPLITS)
-def test_gradients_of_every_split_and_mode_equal_the_formula(fit, reference_rows, model_folder, split, mode):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_every_layout_split_and_mode_equal_the_formula(
+    fit, reference_rows, model_folder, layout, split, mode
+):
     batch_size, accumulate = split
     run = fit(
-        data={"batch_size": batch_size, "loss_normalization": mode, "normalize_constant": CONSTANT},
+        data={"batch_size": batch_size, "loss_normalization": mode, "normalize_constant": CONSTANT, "layout": layout},
         model={"learning_rate": 0.0},
         accumulate_grad_batches=accumulate,
         gradient_clip_val=None,
@@ -94,7 +101,7 @@ def test_gradients_of_every_split_and_mode_equal_the_formula(fit, reference_rows
     )
     assert len(run.gradients) == 2
     for step, gradients in enumerate(run.gradients):
-        micro_batches = dealt(reference_rows, batch_size, accumulate, step)
+        micro_batches = dealt(reference_rows, batch_size, accumulate, step, layout)
         assert sum(map(len, micro_batches)) == (32, 10)[step]
         loss, reference = reference_gradients(model_folder, mode, micro_batches)
         assert run.losses[step] == pytest.approx(loss, rel=1e-6)  # float32 sums of about 300 terms
@@ -105,7 +112,7 @@ def test_gradients_of_every_split_and_mode_equal_the_formula(fit, reference_rows
 def test_twenty_steps_follow_one_trajectory_whatever_the_split(fit, precision, tolerance):
     runs = [
         fit(
-            data={"batch_size": batch_size},
+            data={"batch_size": batch_size, "layout": "padded"},
             model={"learning_rate": 1e-3},
             accumulate_grad_batches=accumulate,
             max_epochs=4,
@@ -116,6 +123,35 @@ def test_twenty_steps_follow_one_trajectory_whatever_the_split(fit, precision, t
     ]
     assert len(runs[0].losses) == 20
     assert runs[0].losses[-1] < runs[0].losses[0]
+    for run in runs[1:]:
+        assert run.losses == pytest.approx(runs[0].losses, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory, tokenizer):
+    """A model that computes in one dtype throughout: RMSNorm is float32 in transformers, also in a float64 model."""
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": len(tokenizer), "n_positions": 512}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(GPT2Config(**size, **off, bos_token_id=None, eos_token_id=0)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-9), ("32-true", 1e-4)])
+def test_twenty_steps_follow_one_trajectory_in_every_layout(fit, gpt2_folder, precision, tolerance):
+    runs = [
+        fit(
+            data={"batch_size": batch_size, "layout": layout},
+            model={"model_path": gpt2_folder, "learning_rate": 1e-3},
+            accumulate_grad_batches=8 // batch_size,
+            max_epochs=4,
+            max_steps=20,
+            precision=precision,
+        )
+        for layout, batch_size in [("padded", 4), ("packed", 4), ("shared_prefix", 4), ("shared_prefix", 8)]
+    ]
+    assert len(runs[0].losses) == 20
     for run in runs[1:]:
         assert run.losses == pytest.approx(runs[0].losses, rel=tolerance)
 
@@ -152,9 +188,11 @@ def test_a_record_weight_changes_no_count(fit, tmp_path, train_file, reference_r
     assert_gradients_equal(run.gradients[0], {name: p.grad for name, p in model.named_parameters()})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_validation_is_exact_for_every_batch_size(fit, val_file, model_folder, batch_size):
-    run = fit(data={"val_path": val_file, "batch_size": batch_size}, model={"learning_rate": 0.0}, max_epochs=1)
+def test_validation_is_exact_for_every_batch_size_and_layout(fit, val_file, model_folder, batch_size, layout):
+    data = {"val_path": val_file, "batch_size": batch_size, "layout": layout}
+    run = fit(data=data, model={"learning_rate": 0.0}, max_epochs=1)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
     rows = read_rows(val_file, model_folder)
     nll = torch.cat([row_nll(model, row) for row in rows])
@@ -167,15 +205,17 @@ def test_validation_is_exact_for_every_batch_size(fit, val_file, model_folder, b
     assert metrics["val/token_accuracy"] == pytest.approx(float(hits.float().mean()), abs=1e-7)
 
 
-def test_a_straight_run_equals_stop_and_resume_bit_for_bit(fit, tmp_path, dropout_model_folder):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_straight_run_equals_stop_and_resume_bit_for_bit(fit, tmp_path, dropout_model_folder, layout):
     """From any of its twelve steps, epoch ends included, with dropout."""
-    model = {"model_path": dropout_model_folder}
-    straight = fit(tmp_path / "straight", model=model, checkpoint={"every_n_train_steps": 1})
+    model, data = {"model_path": dropout_model_folder}, {"layout": layout}
+    straight = fit(tmp_path / "straight", model=model, data=data, checkpoint={"every_n_train_steps": 1})
     assert len(straight.losses) == 12
     for step in range(1, 12):
         resumed = fit(
             tmp_path / str(step),
             model=model,
+            data=data,
             ckpt_path=str(tmp_path / "straight" / f"checkpoint-{step}"),
         )
         assert resumed.losses == straight.losses[step:], f"from step {step}"

@@ -1,6 +1,5 @@
 import copy
 import json
-import logging
 import socket
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,11 +25,9 @@ from transformers import (
 from sft_lightning.data.batch import Example, collate_padded
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.errors import UserError
+from sft_lightning.label_loss import label_losses
 from sft_lightning.modeling import (
     check_vocabulary,
-    choose_attention,
-    install_label_selection,
-    label_logits,
     load_config,
     load_model,
     save_model,
@@ -111,102 +107,6 @@ def message_of(call, *args, **kwargs):
     return message
 
 
-# Logits at label positions
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_label_logits_are_the_plain_logits_at_these_positions(name):
-    model, batch = make_model(name).eval(), make_batch()
-    full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    expected = torch.stack([full[0, 1], full[0, 2], full[0, 3], full[1, 0], full[1, 1], *full[2, 2:5]])
-    install_label_selection(model)
-    logits = label_logits(model, batch)
-    assert logits.shape == (8, 61)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_scaled_and_capped_models_do_scale_and_cap():
-    """Otherwise the test above would not notice a head that is read past the model's forward."""
-    for name in ("gemma2-soft-capped", "cohere-scaled", "granite-scaled"):
-        model, batch = make_model(name).eval(), make_batch()
-        heads = []
-        model.get_output_embeddings().register_forward_hook(lambda module, args, out, heads=heads: heads.append(out))
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        assert (logits - heads[0]).abs().max() > 1.0, name
-
-
-def test_the_head_sees_label_positions_only():
-    model, batch = make_model(), make_batch()
-    install_label_selection(model)
-    shapes = []
-    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append((args[0].shape, output.shape)))
-    label_logits(model, batch)
-    assert shapes == [((1, 8, 16), (1, 8, 61))]
-
-
-def test_gradients_are_those_of_the_plain_forward():
-    batch = make_batch()
-    plain = make_model("gemma2-soft-capped")
-    ours = make_model("gemma2-soft-capped")
-    install_label_selection(ours)
-    full = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    F.cross_entropy(full.flatten(0, 1)[batch.label_positions], batch.labels).backward()
-    F.cross_entropy(label_logits(ours, batch), batch.labels).backward()
-    for (name, expected), actual in zip(plain.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_a_model_that_does_not_call_its_head_as_a_module_still_gives_the_right_logits():
-    class Unusual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(61, 8)
-            self.head = nn.Linear(8, 61)
-
-        def get_output_embeddings(self):
-            return self.head
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return SimpleNamespace(logits=F.linear(self.embedding(input_ids), self.head.weight, self.head.bias))
-
-    torch.manual_seed(0)
-    model, batch = Unusual(), make_batch()
-    install_label_selection(model)
-    inputs = batch.input_ids.flatten()[[1, 2, 3, 5, 6, 12, 13, 14]]
-    torch.testing.assert_close(label_logits(model, batch), model.head(model.embedding(inputs)))
-
-
-def test_plain_calls_and_generate_are_untouched():
-    model, batch = make_model().eval(), make_batch()
-    plain = model(input_ids=batch.input_ids).logits
-    answers = model.generate(batch.input_ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    install_label_selection(model)
-    label_logits(model, batch)
-    assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
-    assert torch.equal(model.generate(batch.input_ids, max_new_tokens=6, do_sample=False, pad_token_id=0), answers)
-    assert answers.shape == (3, 11)
-
-
-def test_a_failed_forward_leaves_no_selection_behind():
-    model, batch = make_model().eval(), make_batch()
-    plain = model(input_ids=batch.input_ids).logits
-    install_label_selection(model)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.tensor([[999]]), label_positions=torch.tensor([0]))
-    assert model.lm_head(torch.zeros(2, 3, 16)).shape == (2, 3, 61)
-    assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
-
-
-def test_installing_changes_no_name_weight_or_config():
-    model = make_model()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    config = model.config.to_json_string()
-    install_label_selection(model)
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert model.config.to_json_string() == config
-
-
 # Loading
 
 
@@ -217,7 +117,7 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(folder):
         calls = []
         model.model.layers[0].self_attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         batch = make_batch()
-        F.cross_entropy(label_logits(model, batch), batch.labels).backward()
+        label_losses(model, batch).weighted_sum.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         num_calls.append(len(calls))
     assert num_calls == [1, 2]
@@ -326,75 +226,14 @@ def test_a_model_of_another_kind_is_refused(tmp_path, init):
     )
 
 
-# Attention
+@pytest.mark.parametrize(("name", "registered"), [("sdpa", "sft_segments"), ("eager", "sft_segments_eager")])
+def test_the_chosen_attention_reaches_the_model(folder, name, registered):
+    assert load_model(str(folder), attn_implementation=name).config._attn_implementation == registered
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """The packages that seem to be installed, of those that are asked for."""
-    names = set()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: name if name in names else None)
-    return names
-
-
-def choose(choice, device_type="cuda", half_precision=True, config=ARCHITECTURES["llama"]):
-    return choose_attention(config, choice, device_type=device_type, half_precision=half_precision)
-
-
-def test_flash_attention_without_its_package_names_the_install_command(installed):
-    assert message_of(choose, "flash_attention_2") == (
-        "model.attn_implementation 'flash_attention_2' needs the package flash-attn: "
-        "pip install 'sft-lightning[flash-attn]' --no-build-isolation"
-    )
-
-
-def test_load_model_refuses_flash_attention_before_it_reads_weights(folder, installed):
+def test_load_model_refuses_flash_attention_before_it_reads_weights(folder):
     (folder / "model.safetensors").write_bytes(b"")
     assert "pip install" in message_of(load_model, str(folder), attn_implementation="flash_attention_2")
-
-
-@pytest.mark.parametrize(("device_type", "half_precision"), [("cpu", True), ("cuda", False)])
-def test_flash_attention_where_it_cannot_run_is_refused(installed, device_type, half_precision):
-    installed.add("flash_attn")
-    message = message_of(choose, "flash_attention_2", device_type, half_precision)
-    assert message.startswith("model.attn_implementation 'flash_attention_2' needs a CUDA device and 16-bit precision")
-
-
-def test_flash_attention_where_it_can_run_is_taken(installed):
-    installed.add("flash_attn")
-    assert choose("flash_attention_2") == "flash_attention_2"
-
-
-@pytest.mark.parametrize(
-    ("packages", "device_type", "half_precision", "taken", "reason"),
-    [
-        ({"flash_attn"}, "cuda", True, "flash_attention_2", "its package is installed, CUDA, 16-bit precision"),
-        (set(), "cuda", True, "sdpa", "flash-attn is not installed"),
-        ({"flash_attn"}, "cuda", False, "sdpa", "FlashAttention needs 16-bit precision"),
-        ({"flash_attn"}, "cpu", True, "sdpa", "no CUDA device"),
-    ],
-)
-def test_auto_says_what_it_took_and_why(installed, caplog, packages, device_type, half_precision, taken, reason):
-    installed.update(packages)
-    caplog.set_level(logging.INFO, "sft_lightning.modeling")
-    assert choose("auto", device_type, half_precision) == taken
-    assert caplog.messages == [f"attention: {taken} ({reason})"]
-
-
-def test_auto_takes_eager_where_a_model_has_no_sdpa(monkeypatch):
-    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_sdpa", False)
-    assert choose("auto", "cpu") == "eager"
-
-
-def test_auto_passes_over_flash_attention_where_a_model_has_none(installed, monkeypatch):
-    installed.add("flash_attn")
-    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flash_attn", False)
-    assert choose("auto") == "sdpa"
-
-
-@pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_the_chosen_attention_reaches_the_model(folder, name):
-    assert load_model(str(folder), attn_implementation=name).config._attn_implementation == name
 
 
 # Vocabulary

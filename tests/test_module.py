@@ -1,43 +1,22 @@
 import json
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.checkpoint import HFCheckpoint
-from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.evaluation.generation import Generation, Generator
 from sft_lightning.module import SFTModule
 
 # 42 rows, at most 2 in each of the 4 micro-batches of a step: five steps of 8 rows and a last one of 2.
 STEP_SIZES = [8, 8, 8, 8, 8, 2]
-
-
-class Recorder(Logger):
-    """Keeps what is logged, by optimizer step."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    name = "recorder"
-    version = ""
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def series(self, key):
-        return [(step, metrics[key]) for step, metrics in self.rows if key in metrics]
 
 
 class StepWatch(Callback):
@@ -63,24 +42,10 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.model.named_parameters()}
 
 
-def make_trainer(*callbacks, logger=False, **options):
-    options = {"max_epochs": 1, "accumulate_grad_batches": 4, **options}
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(callback, HFCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-
-
-def make_data(model_folder, train_file=None, **options):
-    return SFTDataModule(train_path=train_file, tokenizer_path=model_folder, **{"batch_size": 2, "seed": 3, **options})
+@pytest.fixture(scope="module")
+def make_trainer(make_trainer):
+    """One epoch, in steps of four micro-batches."""
+    return partial(make_trainer, max_epochs=1, accumulate_grad_batches=4, num_sanity_val_steps=0)
 
 
 def read_rows(path, model_folder):
@@ -114,14 +79,14 @@ def assert_equal_gradients(actual, expected, tolerance):
 
 
 @pytest.fixture(scope="module")
-def watched_run(model_folder, train_file):
+def watched_run(make_trainer, make_data, model_folder, train_file):
     """One epoch in float32, warm-up and linear decay, clipped at 0.5: what the steps were and what was logged."""
     torch.set_num_threads(1)
-    watch, recorder = StepWatch(), Recorder()
+    watch = StepWatch()
     module = SFTModule(model_folder, learning_rate=1e-3, lr_schedule="linear", warmup_steps=2)
-    trainer = make_trainer(watch, logger=recorder, gradient_clip_val=0.5)
-    trainer.fit(module, make_data(model_folder, train_file))
-    return watch.steps, recorder
+    trainer = make_trainer(watch, gradient_clip_val=0.5)
+    trainer.fit(module, make_data(train_file))
+    return watch.steps, trainer.logger
 
 
 def reference_step(step, model_folder, rows):
@@ -149,15 +114,15 @@ def test_every_row_is_in_one_step(watched_run, train_file):
 
 @pytest.mark.parametrize("index", range(6))
 def test_a_steps_gradient_and_loss_are_those_of_the_plain_equation(watched_run, model_folder, train_file, index):
-    steps, recorder = watched_run
+    steps, logger = watched_run
     loss, gradient = reference_step(steps[index], model_folder, read_rows(train_file, model_folder))
     assert_equal_gradients(steps[index]["gradient"], gradient, tolerance=1e-5)
-    assert recorder.series("train/loss")[index] == (index + 1, pytest.approx(loss, rel=1e-6))
+    assert logger.series("train/loss")[index] == (index + 1, pytest.approx(loss, rel=1e-6))
 
 
 def test_the_logged_norm_is_that_of_the_gradient_before_clipping(watched_run):
-    steps, recorder = watched_run
-    for step, (number, norm) in zip(steps, recorder.series("train/grad_norm"), strict=True):
+    steps, logger = watched_run
+    for step, (number, norm) in zip(steps, logger.series("train/grad_norm"), strict=True):
         expected = math.sqrt(sum(float(g.double().square().sum()) for g in step["gradient"].values()))
         assert expected > 0.5, "this step was not clipped and shows nothing"
         assert norm == pytest.approx(expected, rel=1e-6), number
@@ -189,15 +154,15 @@ def test_the_learning_rate_is_logged_and_stepped_per_optimizer_step(watched_run)
         ),
     ],
 )
-def test_no_clipping_and_clipping_by_value(model_folder, train_file, options, clip):
+def test_no_clipping_and_clipping_by_value(make_trainer, make_data, model_folder, train_file, options, clip):
     watch = StepWatch()
-    make_trainer(watch, max_steps=2, **options).fit(SFTModule(model_folder), make_data(model_folder, train_file))
+    make_trainer(watch, max_steps=2, **options).fit(SFTModule(model_folder), make_data(train_file))
     assert len(watch.steps) == 2
     for step in watch.steps:
         assert all(torch.equal(step["clipped"][name], clip(g)) for name, g in step["gradient"].items())
 
 
-def test_dropout_follows_from_the_plan_alone(dropout_model_folder, train_file):
+def test_dropout_follows_from_the_plan_alone(make_trainer, make_data, dropout_model_folder, train_file):
     class Draws(Callback):
         def on_train_batch_end(self, *args):
             torch.rand(7)
@@ -206,25 +171,24 @@ def test_dropout_follows_from_the_plan_alone(dropout_model_folder, train_file):
     for callbacks, seed in (((), 1), ((Draws(),), 2)):
         torch.manual_seed(seed)
         module = SFTModule(dropout_model_folder, learning_rate=1e-3)
-        make_trainer(*callbacks, max_steps=2).fit(module, make_data(dropout_model_folder, train_file))
+        make_trainer(*callbacks, max_steps=2).fit(module, make_data(train_file))
         weights.append(list(module.parameters()))
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_a_fit_after_one_that_was_stopped_in_mid_step_logs_its_own_loss(model_folder, train_file):
+def test_a_fit_after_one_that_was_stopped_in_mid_step_logs_its_own_loss(
+    make_trainer, make_data, model_folder, train_file
+):
     class StopsInMidStep(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             trainer.should_stop = True
 
     module = SFTModule(model_folder, learning_rate=0.0)
-    make_trainer(StopsInMidStep()).fit(module, make_data(model_folder, train_file))
-    recorder = Recorder()
-    make_trainer(logger=recorder, max_steps=1).fit(module, make_data(model_folder, train_file))
-    fresh = Recorder()
-    make_trainer(logger=fresh, max_steps=1).fit(
-        SFTModule(model_folder, learning_rate=0.0), make_data(model_folder, train_file)
-    )
-    assert recorder.series("train/loss") == fresh.series("train/loss")
+    make_trainer(StopsInMidStep()).fit(module, make_data(train_file))
+    again, fresh = make_trainer(max_steps=1), make_trainer(max_steps=1)
+    again.fit(module, make_data(train_file))
+    fresh.fit(SFTModule(model_folder, learning_rate=0.0), make_data(train_file))
+    assert again.logger.series("train/loss") == fresh.logger.series("train/loss")
 
 
 # Numbers that are not finite
@@ -266,7 +230,7 @@ def rows_with_a_tilde(tmp_path):
     return str(path)
 
 
-def fit_until_it_stops(folder, data, **trainer_options):
+def fit_until_it_stops(make_trainer, folder, data, **trainer_options):
     """Returns (message, weights at the end, weights before the step that was not taken, steps taken)."""
     watch = StepWatch()
     module = SFTModule(folder, learning_rate=1e-2)
@@ -281,12 +245,12 @@ def equal_weights(one, other):
 
 
 def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
-    broken_model_folder, rows_with_a_tilde, tokenizer
+    make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer
 ):
     (tilde,) = tokenizer("~").input_ids
     folder = broken_model_folder(lambda model: model.model.embed_tokens.weight[tilde].fill_(float("nan")))
-    data = make_data(folder, rows_with_a_tilde, batch_size=6)
-    message, weights, before, steps_taken = fit_until_it_stops(folder, data)
+    data = make_data(rows_with_a_tilde, batch_size=6)
+    message, weights, before, steps_taken = fit_until_it_stops(make_trainer, folder, data)
     assert steps_taken == 0
     assert equal_weights(weights, before)
     start, _, named = message.partition(" Examples: ")
@@ -297,13 +261,15 @@ def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
     assert sorted(named.split(", ")) == [f"{rows_with_a_tilde}:5", f"{rows_with_a_tilde}:9"]
 
 
-def test_the_steps_before_a_bad_row_are_taken(broken_model_folder, rows_with_a_tilde, tokenizer):
+def test_the_steps_before_a_bad_row_are_taken(
+    make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer
+):
     (tilde,) = tokenizer("~").input_ids
     folder = broken_model_folder(lambda model: model.model.embed_tokens.weight[tilde].fill_(float("nan")))
     taken, names = [], []
     for seed in range(4):
-        data = make_data(folder, rows_with_a_tilde, batch_size=1, seed=seed)
-        message, weights, before, steps_taken = fit_until_it_stops(folder, data)
+        data = make_data(rows_with_a_tilde, batch_size=1, seed=seed)
+        message, weights, before, steps_taken = fit_until_it_stops(make_trainer, folder, data)
         assert equal_weights(weights, before)
         assert f"in optimizer step {steps_taken + 1}:" in message
         taken.append(steps_taken)
@@ -312,10 +278,10 @@ def test_the_steps_before_a_bad_row_are_taken(broken_model_folder, rows_with_a_t
     assert set(names) <= {f"{rows_with_a_tilde}:5", f"{rows_with_a_tilde}:9"}
 
 
-def test_a_broken_weight_names_the_rows_of_the_step(broken_model_folder, rows_with_a_tilde):
+def test_a_broken_weight_names_the_rows_of_the_step(make_trainer, make_data, broken_model_folder, rows_with_a_tilde):
     folder = broken_model_folder(lambda model: model.lm_head.weight[0].fill_(float("inf")))
-    data = make_data(folder, rows_with_a_tilde, batch_size=6)
-    message, weights, before, steps_taken = fit_until_it_stops(folder, data)
+    data = make_data(rows_with_a_tilde, batch_size=6)
+    message, weights, before, steps_taken = fit_until_it_stops(make_trainer, folder, data)
     assert steps_taken == 0
     assert equal_weights(weights, before)
     named, more = message.partition(" Examples: ")[2].split(" and ")
@@ -326,7 +292,9 @@ def test_a_broken_weight_names_the_rows_of_the_step(broken_model_folder, rows_wi
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run_too(model_folder, rows_with_a_tilde, value):
+def test_a_gradient_that_is_not_finite_stops_the_run_too(
+    make_trainer, make_data, model_folder, rows_with_a_tilde, value
+):
     class BreaksTheGradient(Callback):
         def on_train_start(self, trainer, module):
             module.model.model.norm.weight.register_hook(lambda gradient: gradient * value)
@@ -334,7 +302,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(model_folder, rows_with
     module = SFTModule(model_folder)
     trainer = make_trainer(BreaksTheGradient(), accumulate_grad_batches=1)
     with pytest.raises(NonFiniteError) as raised:
-        trainer.fit(module, make_data(model_folder, rows_with_a_tilde, max_train_examples=2))
+        trainer.fit(module, make_data(rows_with_a_tilde, max_train_examples=2))
     assert trainer.global_step == 0
     plain = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     assert all(torch.equal(weight, plain[name]) for name, weight in module.model.state_dict().items())
@@ -348,8 +316,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(model_folder, rows_with
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
-def test_validation_metrics_are_exact_over_the_set(model_folder, val_file, batch_size):
-    data = make_data(model_folder, batch_size=batch_size, val_path=val_file)
+def test_validation_metrics_are_exact_over_the_set(make_trainer, make_data, model_folder, val_file, batch_size):
+    data = make_data(batch_size=batch_size, val_path=val_file)
     validated = make_trainer().validate(SFTModule(model_folder), data, verbose=False)[0]
     tested = make_trainer().test(SFTModule(model_folder), data, verbose=False)[0]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
@@ -369,11 +337,12 @@ def test_validation_metrics_are_exact_over_the_set(model_folder, val_file, batch
         assert {name: metrics[f"{stage}/{name}"] for name in expected} == expected
 
 
-def test_each_validation_counts_for_itself(model_folder, train_file, val_file):
-    recorder, module = Recorder(), SFTModule(model_folder, learning_rate=1e-2)
-    data = make_data(model_folder, train_file, val_path=val_file)
-    make_trainer(logger=recorder, max_steps=4, val_check_interval=8).fit(module, data)
-    (first, loss), (second, final_loss) = recorder.series("val/loss")
+def test_each_validation_counts_for_itself(make_trainer, make_data, model_folder, train_file, val_file):
+    module = SFTModule(model_folder, learning_rate=1e-2)
+    data = make_data(train_file, val_path=val_file)
+    trainer = make_trainer(max_steps=4, val_check_interval=8)
+    trainer.fit(module, data)
+    (first, loss), (second, final_loss) = trainer.logger.series("val/loss")
     assert (first, second) == (2, 4)
     with torch.no_grad():
         losses = [plain_nll(module.model.eval(), *row) for row in read_rows(val_file, model_folder).values()]
@@ -381,7 +350,7 @@ def test_each_validation_counts_for_itself(model_folder, train_file, val_file):
     assert abs(final_loss - loss) > 0.01
 
 
-def test_an_empty_validation_batch_counts_nothing(model_folder, val_file, monkeypatch):
+def test_an_empty_validation_batch_counts_nothing(make_trainer, make_data, model_folder, val_file, monkeypatch):
     """Of 11 rows in batches of 4, the second of two processes has the second batch and an empty one."""
 
     class Watch(Callback):
@@ -393,7 +362,7 @@ def test_an_empty_validation_batch_counts_nothing(model_folder, val_file, monkey
 
     monkeypatch.setattr("sft_lightning.datamodule.replicas", lambda trainer: (2, 1))
     watch = Watch()
-    data = make_data(model_folder, batch_size=4, val_path=val_file)
+    data = make_data(batch_size=4, val_path=val_file)
     metrics = make_trainer(watch).validate(SFTModule(model_folder), data, verbose=False)[0]
     assert [len(sources) for sources in watch.sources] == [4, 0]
     rows = read_rows(val_file, model_folder)
@@ -411,12 +380,12 @@ class Echo(Generator):
         return [Generation(text=f"<{prompt}>", num_tokens=len(prompt), stop_reason="eos") for prompt in prompts]
 
 
-def test_predict_returns_a_row_for_each_record(model_folder, tmp_path):
+def test_predict_returns_a_row_for_each_record(make_trainer, make_data, model_folder, tmp_path):
     path = tmp_path / "test.jsonl"
     rows = [{"prompt": "one", "response": "x", "ground_truth": "1"}, {"prompt": "three", "response": "y"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = SFTModule(model_folder, generator=Echo())
-    predictions = make_trainer().predict(module, make_data(model_folder, test_path=str(path)))
+    predictions = make_trainer().predict(module, make_data(test_path=str(path)))
     assert predictions == [
         [
             {
@@ -451,17 +420,18 @@ def test_predict_returns_a_row_for_each_record(model_folder, tmp_path):
         ("64-true", torch.float64),
     ],
 )
-def test_parameters_have_the_dtype_of_the_precision(model_folder, train_file, precision, dtype):
-    recorder = Recorder()
+def test_parameters_have_the_dtype_of_the_precision(
+    make_trainer, make_data, model_folder, train_file, precision, dtype
+):
     module = SFTModule(model_folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = make_trainer(precision=precision, max_steps=1, logger=recorder)
-        trainer.fit(module, make_data(model_folder, train_file))
+        trainer = make_trainer(precision=precision, max_steps=1)
+        trainer.fit(module, make_data(train_file))
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     costs = [str(each.message) for each in caught if "rounds away for about half" in str(each.message)]
     assert len(costs) == (precision == "bf16-true")
-    ((_, loss),) = recorder.series("train/loss")
+    ((_, loss),) = trainer.logger.series("train/loss")
     assert loss == pytest.approx(5.75, abs=0.3)  # log(320), as good as guessing
 
 
@@ -485,30 +455,30 @@ def test_the_hyperparameters_in_a_checkpoint_are_plain_values(model_folder):
 
 
 @pytest.fixture
-def checkpoint(model_folder, train_file, tmp_path):
+def checkpoint(make_trainer, make_data, model_folder, train_file, tmp_path):
     """Two steps of a run of one epoch, with a cosine schedule."""
     module = SFTModule(model_folder, learning_rate=1e-3, lr_schedule="cosine", weight_decay=0.1)
     trainer = make_trainer(HFCheckpoint(str(tmp_path / "run"), every_n_train_steps=2), max_steps=2)
-    trainer.fit(module, make_data(model_folder, train_file))
+    trainer.fit(module, make_data(train_file))
     return str(tmp_path / "run" / "checkpoint-2")
 
 
-def resume(checkpoint, model_folder, train_file, **options):
-    recorder, groups = Recorder(), []
+def resume(make_trainer, data, model_folder, checkpoint, **options):
+    groups = []
 
     class Groups(Callback):
         def on_train_start(self, trainer, module):
             groups.extend(dict(group, params=None) for group in trainer.optimizers[0].param_groups)
 
     saves = HFCheckpoint(str(Path(checkpoint).parent), every_n_train_steps=100)
-    trainer = make_trainer(saves, Groups(), logger=recorder)
+    trainer = make_trainer(saves, Groups())
     options = {"learning_rate": 1e-3, "lr_schedule": "cosine", "weight_decay": 0.1, **options}
-    trainer.fit(SFTModule(model_folder, **options), make_data(model_folder, train_file), ckpt_path=checkpoint)
-    return recorder.series("train/lr"), groups
+    trainer.fit(SFTModule(model_folder, **options), data, ckpt_path=checkpoint)
+    return trainer.logger.series("train/lr"), groups
 
 
-def test_a_longer_run_goes_on_with_its_own_schedule(checkpoint, model_folder, train_file):
-    rates, _ = resume(checkpoint, model_folder, train_file)
+def test_a_longer_run_goes_on_with_its_own_schedule(make_trainer, make_data, checkpoint, model_folder, train_file):
+    rates, _ = resume(make_trainer, make_data(train_file), model_folder, checkpoint)
     expected = [1e-3 * (1 + math.cos(math.pi * done / 6)) / 2 for done in (2, 3, 4, 5)]
     assert rates == [(step, pytest.approx(rate)) for step, rate in zip((3, 4, 5, 6), expected, strict=True)]
 
@@ -523,16 +493,20 @@ def test_a_longer_run_goes_on_with_its_own_schedule(checkpoint, model_folder, tr
         ("betas", (0.9, 0.95), r"[\[(]0.9, 0.999[\])]"),
     ],
 )
-def test_another_optimizer_setting_is_refused_by_name(checkpoint, model_folder, train_file, name, value, old):
+def test_another_optimizer_setting_is_refused_by_name(
+    make_trainer, make_data, checkpoint, model_folder, train_file, name, value, old
+):
     with pytest.raises(
         UserError, match=rf"^model\.{name} is .*, but the checkpoint was trained with {old}: .*resume_ov"
     ):
-        resume(checkpoint, model_folder, train_file, **{name: value})
+        resume(make_trainer, make_data(train_file), model_folder, checkpoint, **{name: value})
 
 
-def test_resume_override_goes_on_with_the_new_settings(checkpoint, model_folder, train_file):
+def test_resume_override_goes_on_with_the_new_settings(make_trainer, make_data, checkpoint, model_folder, train_file):
     changed = {"learning_rate": 5e-4, "lr_schedule": "linear", "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
-    rates, groups = resume(checkpoint, model_folder, train_file, resume_override=True, **changed)
+    rates, groups = resume(
+        make_trainer, make_data(train_file), model_folder, checkpoint, resume_override=True, **changed
+    )
     assert rates == [
         (step, pytest.approx(5e-4 * factor)) for step, factor in ((3, 4 / 6), (4, 3 / 6), (5, 2 / 6), (6, 1 / 6))
     ]

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sft_lightning.cli import main
+from sft_lightning.trainer_cli import SFTCLI
 
 
 @pytest.fixture
@@ -49,6 +50,25 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["seed_everything"] == 42
     assert saved["data"]["max_length"] == 512
+
+
+def test_a_command_builds_the_parser_of_no_other(monkeypatch, capsys):
+    parsers = []
+    add_arguments = SFTCLI.add_arguments_to_parser
+
+    def add_and_note(cli, parser):
+        parsers.append(parser)
+        add_arguments(cli, parser)
+
+    monkeypatch.setattr(SFTCLI, "add_arguments_to_parser", add_and_note)
+    for number, name in enumerate(("fit", "validate", "test", "predict"), start=1):
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        assert len(parsers) == number
+        help_text = capsys.readouterr().out
+        assert "--data.max_length" in help_text
+        assert "--ckpt_path" in help_text
 
 
 def test_the_saved_config_repeats_the_run(command, tmp_path):

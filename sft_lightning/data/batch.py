@@ -10,15 +10,23 @@ predicted by the hidden state at position t:
     input            p0  p1  p2   r0  r1          (the last token predicts nothing)
     label positions           2    3   4          (hidden states that are asked for a prediction)
     labels                   r0   r1  eos
+
+A micro-batch lays its rows out in one of three ways. All give the same gradient:
+
+    padded          rows one below the other, filled up to one width
+    packed          rows one behind the other in a single row, each a segment that sees nothing but itself
+    shared_prefix   packed, and prompt tokens that several rows have in common stand once, see data/packing.py
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Layout = Literal["padded", "packed", "shared_prefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +42,108 @@ class Example:
         return len(self.tokens) - self.prompt_length
 
 
+class Span(NamedTuple):
+    """A segment of a packed row: tokens that see themselves causally and all their ancestors.
+
+    Attributes:
+        start: Position of its first own token.
+        end: Position behind its last own token, ``end > start``.
+        subtree_end: Position behind the last token of its last descendant; ``end`` for a leaf. Descendants follow their
+            ancestor directly.
+        parent: Index of the parent span, -1 for a root.
+    """
+
+    start: int
+    end: int
+    subtree_end: int
+    parent: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Who sees whom in a packed row: S spans in depth-first order, which cover the row without gaps.
+
+    Attributes:
+        spans: Shape [S], in host memory.
+        query_offsets: Shape [S + 1], int32: where a span's queries begin, which is ``start``; the last is T.
+        key_offsets: Shape [S + 1], int32: where a span's keys begin among the keys of all spans, a span's keys being
+            those of its ancestors, root first, and its own.
+        key_positions: Shape [K], int64, the position of each of those keys in the row. None where no span has a parent:
+            the keys are then the row itself.
+        max_queries: Of one span.
+        max_keys: Of one span.
+    """
+
+    spans: tuple[Span, ...]
+    query_offsets: Tensor
+    key_offsets: Tensor
+    key_positions: Tensor | None
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    def from_spans(cls, spans: Sequence[Span]) -> "Segments":
+        """Returns the segments with everything that follows from their spans."""
+        positions = np.arange(spans[-1].end)
+        chains: list[list[np.ndarray]] = []
+        num_keys: list[int] = []
+        for start, end, _, parent in spans:
+            chains.append([*(chains[parent] if parent >= 0 else ()), positions[start:end]])
+            num_keys.append(end - start + (num_keys[parent] if parent >= 0 else 0))
+        query_offsets = np.array([0, *(span.end for span in spans)], dtype=np.int32)
+        key_offsets = np.zeros(len(spans) + 1, dtype=np.int32)
+        np.cumsum(num_keys, out=key_offsets[1:])
+        shared = any(span.parent >= 0 for span in spans)
+        gathered = np.concatenate([part for chain in chains for part in chain]) if shared else None
+        return cls(
+            spans=tuple(spans),
+            query_offsets=torch.from_numpy(query_offsets),
+            key_offsets=torch.from_numpy(key_offsets),
+            key_positions=None if gathered is None else torch.from_numpy(gathered),
+            max_queries=int(np.diff(query_offsets).max()),
+            max_keys=max(num_keys),
+        )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Segments":
+        """Returns a copy on ``device``; spans stay in host memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Segments":
+        """Returns a copy in page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Segments":
+        return replace(
+            self,
+            query_offsets=function(self.query_offsets),
+            key_offsets=function(self.key_offsets),
+            key_positions=None if self.key_positions is None else function(self.key_positions),
+        )
+
+
 class MicroBatch:
-    """Rows that go through the model together, right-padded, with the weight of each label in the step's loss.
+    """Rows that go through the model together, with the weight of each label in the step's loss.
+
+    Padded rows have an ``attention_mask`` and neither ``position_ids`` nor ``segments``; packed ones the other way
+    round, and B is 1 then.
 
     Deliberately no dataclass, NamedTuple or dict: Lightning casts every floating-point tensor it finds inside those to
     the training precision, and a loss weight in bfloat16 is wrong in the third digit.
 
     Attributes:
         input_ids: Shape [B, T], int64.
-        attention_mask: Shape [B, T], int64, 1 on tokens and 0 on padding.
+        attention_mask: Shape [B, T], int64, 1 on tokens and 0 on padding; None when packed.
+        position_ids: Shape [1, T], int64, a token's index in its own row; None when padded.
+        segments: Who sees whom; None when padded.
         label_positions: Shape [M], int64, index into the B * T flattened positions whose hidden state predicts a label.
+            May repeat: the last token of a prompt that several rows share predicts the first label of each.
         labels: Shape [M], int64.
-        label_rows: Shape [M], int64, the row in [0, B) that a label belongs to.
+        label_rows: Shape [M], int64, the index in ``sources`` of the row that a label belongs to; ascending.
         loss_weights: Shape [M], float64. The step's loss is ``sum(loss_weights * nll)`` over all its micro-batches; 0
             on the dummy label of an empty micro-batch.
         sources: ``file:line`` of each row; empty for an empty micro-batch.
-        num_tokens: Input tokens that are no padding.
+        num_tokens: Input tokens of all rows without padding, shared ones counted for every row.
+        num_unique_tokens: Input tokens that are computed, without padding: ``num_tokens`` unless some are shared.
         rng_seed: Seeds the model's random numbers (dropout) for this micro-batch.
     """
 
@@ -61,7 +155,10 @@ class MicroBatch:
         "labels",
         "loss_weights",
         "num_tokens",
+        "num_unique_tokens",
+        "position_ids",
         "rng_seed",
+        "segments",
         "sources",
     )
 
@@ -69,23 +166,29 @@ class MicroBatch:
         self,
         *,
         input_ids: Tensor,
-        attention_mask: Tensor,
         label_positions: Tensor,
         labels: Tensor,
         label_rows: Tensor,
         loss_weights: Tensor,
         sources: tuple[str, ...],
         num_tokens: int,
+        num_unique_tokens: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segments: Segments | None = None,
         rng_seed: int = 0,
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
+        self.position_ids = position_ids
+        self.segments = segments
         self.label_positions = label_positions
         self.labels = labels
         self.label_rows = label_rows
         self.loss_weights = loss_weights
         self.sources = sources
         self.num_tokens = num_tokens
+        self.num_unique_tokens = num_unique_tokens
         self.rng_seed = rng_seed
 
     @property
@@ -96,25 +199,33 @@ class MicroBatch:
     def num_label_tokens(self) -> int:
         return len(self.labels) if self.sources else 0
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "MicroBatch":
-        """Returns a copy on ``device``. Lightning calls this to move a batch."""
+    def to(self, device: torch.device, non_blocking: bool | None = None) -> "MicroBatch":
+        """Returns a copy on ``device``. Lightning calls this to move a batch.
 
-        def move(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.float64 and torch.device(device).type == "mps":
-                tensor = tensor.float()  # Apple's GPUs have no float64
-            return tensor.to(device, non_blocking=non_blocking)
+        Args:
+            device: Where to.
+            non_blocking: Whether the host goes on while page-locked memory is copied. By default it does on CUDA, since
+                Lightning asks for that with bare tensors only.
+        """
+        kind = torch.device(device).type
+        asynchronous = kind == "cuda" if non_blocking is None else non_blocking
+
+        def move(value: Tensor | Segments) -> Tensor | Segments:
+            if isinstance(value, Tensor) and value.dtype == torch.float64 and kind == "mps":
+                value = value.float()  # Apple's GPUs have no float64
+            return value.to(device, non_blocking=asynchronous)
 
         return self._map(move)
 
     def pin_memory(self) -> "MicroBatch":
         """Returns a copy in page-locked memory. torch's DataLoader calls this."""
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda value: value.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+    def _map(self, function: Callable[[Tensor | Segments], Tensor | Segments]) -> "MicroBatch":
         values: dict[str, Any] = {}
         for name in self.__slots__:
             value = getattr(self, name)
-            values[name] = function(value) if isinstance(value, Tensor) else value
+            values[name] = function(value) if isinstance(value, Tensor | Segments) else value
         return MicroBatch(**values)
 
 
@@ -136,7 +247,7 @@ def collate_padded(
         rng_seed: Travels with the micro-batch.
     """
     if not examples:
-        return _empty_micro_batch(pad_token_id, rng_seed)
+        return empty_micro_batch(pad_token_id, rng_seed)
     # The last token of a row predicts nothing, so it is a label only and never an input.
     lengths = np.array([len(example.tokens) - 1 for example in examples])
     width = int(lengths.max())
@@ -157,11 +268,13 @@ def collate_padded(
         loss_weights=torch.from_numpy(np.repeat(np.asarray(label_weights, dtype=np.float64), num_labels)),
         sources=tuple(example.source for example in examples),
         num_tokens=int(lengths.sum()),
+        num_unique_tokens=int(lengths.sum()),
         rng_seed=rng_seed,
     )
 
 
-def _empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
+def empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
+    """Returns a micro-batch without rows: one dummy token that predicts one dummy label of weight 0, in any layout."""
     zero = torch.zeros(1, dtype=torch.int64)
     return MicroBatch(
         input_ids=torch.full((1, 1), pad_token_id, dtype=torch.int64),
@@ -172,5 +285,6 @@ def _empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
         loss_weights=torch.zeros(1, dtype=torch.float64),
         sources=(),
         num_tokens=0,
+        num_unique_tokens=0,
         rng_seed=rng_seed,
     )

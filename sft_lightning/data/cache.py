@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+_ROWS_AT_ONCE = 1024
 _ROW = np.dtype(
     [("start", "<i8"), ("line", "<i8"), ("weight", "<f8"), ("file", "<i4"), ("length", "<i4"), ("prompt_length", "<i4")]
 )
@@ -71,6 +73,11 @@ class TokenStore:
     def __getitem__(self, index: int) -> Example:
         start, line, _, file, length, prompt_length = self._rows[index].item()
         return Example(self._tokens[start : start + length], prompt_length, f"{self._files[file]}:{line}")
+
+    def prompt(self, index: int) -> np.ndarray:
+        """Returns the prompt tokens of a row. Shape [prompt length], int32."""
+        start, *_, prompt_length = self._rows[index].item()
+        return self._tokens[start : start + prompt_length]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self._folder, self._files, len(self))
@@ -179,14 +186,17 @@ def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]
     file_numbers = {str(file): number for number, file in enumerate(files)}
     num_rows = start = 0
     with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "rows.bin").open("wb") as rows_file:
-        for record, prompt, response in rows:
-            file, _, line = record.source.rpartition(":")
-            length = len(prompt) + len(response)
-            row = (start, int(line), record.weight, file_numbers[file], length, len(prompt))
-            rows_file.write(np.array(row, dtype=_ROW).tobytes())
-            tokens_file.write(np.array(prompt + response, dtype="<i4").tobytes())
-            start += length
-            num_rows += 1
+        while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            table = []
+            for record, prompt, response in chunk:
+                file, _, line = record.source.rpartition(":")
+                length = len(prompt) + len(response)
+                table.append((start, int(line), record.weight, file_numbers[file], length, len(prompt)))
+                start += length
+            tokens = itertools.chain.from_iterable(ids for _, *both in chunk for ids in both)
+            rows_file.write(np.array(table, dtype=_ROW).tobytes())
+            tokens_file.write(np.fromiter(tokens, dtype="<i4").tobytes())
+            num_rows += len(chunk)
         _sync(tokens_file)
         _sync(rows_file)
     return num_rows

@@ -1,13 +1,15 @@
 """Loaders: planned micro-batches, collated from the token store, from any point of an epoch on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from sft_lightning.data.batch import MicroBatch, collate_padded
+from sft_lightning.data.batch import Layout, MicroBatch, collate_padded
 from sft_lightning.data.cache import TokenStore
+from sft_lightning.data.packing import collate_packed
 from sft_lightning.data.plan import EpochPlan, PlannedMicroBatch
 
 
@@ -20,6 +22,7 @@ class MicroBatches(Dataset):
         length: Micro-batches there are.
         pad_token_id: Fills rows up.
         pad_to_multiple_of: Rounds row lengths up.
+        layout: How a micro-batch lays its rows out.
     """
 
     def __init__(
@@ -30,25 +33,23 @@ class MicroBatches(Dataset):
         *,
         pad_token_id: int,
         pad_to_multiple_of: int | None,
+        layout: Layout = "padded",
     ) -> None:
         self._store = store
         self._planned = planned
         self._length = length
-        self._pad_token_id = pad_token_id
-        self._pad_to_multiple_of = pad_to_multiple_of
+        self._collate: Callable[..., MicroBatch] = (
+            collate_padded if layout == "padded" else partial(collate_packed, share_prefixes=layout == "shared_prefix")
+        )
+        self._options = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> MicroBatch:
         planned = self._planned(index)
-        return collate_padded(
-            [self._store[int(example)] for example in planned.examples],
-            planned.label_weights,
-            pad_token_id=self._pad_token_id,
-            pad_to_multiple_of=self._pad_to_multiple_of,
-            rng_seed=planned.rng_seed,
-        )
+        examples = [self._store[int(example)] for example in planned.examples]
+        return self._collate(examples, planned.label_weights, rng_seed=planned.rng_seed, **self._options)
 
 
 class TrainingShare:

@@ -9,10 +9,15 @@ The loss of a step is ``sum(weight * nll)`` over its labels, so how rows are dea
 the speed and nothing else (the mode ``micro_batch`` excepted).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+
+from sft_lightning.data.batch import Layout
+from sft_lightning.data.packing import deal
 
 LossNormalization = Literal["token", "sequence", "constant", "micro_batch"]
 
@@ -34,7 +39,7 @@ class PlannedMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How a step is cut up. ``batch_size`` rows at the most are in one micro-batch."""
+    """How a step is cut up. ``batch_size`` rows are in one micro-batch: at the most when padded, else on average."""
 
     batch_size: int
     num_micro_batches: int
@@ -58,6 +63,8 @@ class EpochPlan:
         normalization: Chooses the label weights, see :func:`label_weights`.
         normalize_constant: The constant C of the mode ``constant``.
         max_micro_batches: Trainer's ``limit_train_batches``: each replica computes this many in the epoch at the most.
+        layout: Of the micro-batches; decides how a step's rows are dealt, and never which they are.
+        prompt_of: Returns the prompt tokens of an example, shape [prompt length]; needed for ``shared_prefix``.
     """
 
     def __init__(
@@ -72,7 +79,10 @@ class EpochPlan:
         normalization: LossNormalization = "token",
         normalize_constant: float = 1.0,
         max_micro_batches: int | None = None,
+        layout: Layout = "padded",
+        prompt_of: Callable[[int], np.ndarray] | None = None,
     ) -> None:
+        assert layout != "shared_prefix" or prompt_of is not None
         assert len(total_lengths) == len(label_lengths) == len(example_weights) > 0
         assert label_lengths.min() > 0, "a row without labels reached the plan"
         self._total_lengths = total_lengths
@@ -83,14 +93,16 @@ class EpochPlan:
         self._epoch = epoch
         self._normalization: LossNormalization = normalization
         self._normalize_constant = normalize_constant
-        self._order = shuffled(len(total_lengths), seed, epoch)
-        if max_micro_batches is not None:
-            self._order = self._order[: max_micro_batches * shape.batch_size * shape.num_replicas]
-        self.num_examples = len(self._order)
-        self.num_steps = num_steps(self.num_examples, shape)
-        self.num_micro_batches = self.num_steps * shape.num_micro_batches
-        if max_micro_batches is not None:
-            self.num_micro_batches = min(self.num_micro_batches, max_micro_batches)
+        self._layout = layout
+        self._prompt_of = prompt_of
+        self._dealt: tuple[int, list[np.ndarray]] | None = None
+        self.num_examples, self.num_steps, self.num_micro_batches = epoch_size(
+            len(total_lengths), shape, max_micro_batches
+        )
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return shuffled(len(self._total_lengths), self._seed, self._epoch)[: self.num_examples]
 
     def step_examples(self, step: int) -> np.ndarray:
         """Returns the examples of a step. Shape [examples], int64."""
@@ -114,17 +126,44 @@ class EpochPlan:
     def _deal(self, step: int) -> list[np.ndarray]:
         """Returns the step's rows in micro-batch-major order: micro-batch 0 of every replica, then micro-batch 1, ...
 
-        Sorted by length, so that rows of a kind share a micro-batch and little is padded, and so that the replicas'
-        micro-batches at one position cost about the same. The longest come first: what does not fit into memory fails
-        in the first seconds.
+        The costliest micro-batches come first. So those of the replicas at one position cost about the same, and what
+        does not fit into memory fails in the first seconds. The last step is remembered, since it is asked for once
+        for every micro-batch.
         """
-        shape = self._shape
-        rows = self.step_examples(step)
-        num_positions = min(shape.num_micro_batches, self.num_micro_batches - step * shape.num_micro_batches)
-        num_groups = num_positions * shape.num_replicas
-        rows = rows[np.argsort(self._total_lengths[rows], kind="stable")]
-        groups = np.array_split(rows, min(num_groups, len(rows)))[::-1]
-        return groups + [rows[:0]] * (num_groups - len(groups))
+        if self._dealt is None or self._dealt[0] != step:
+            shape = self._shape
+            num_positions = min(shape.num_micro_batches, self.num_micro_batches - step * shape.num_micro_batches)
+            self._dealt = step, self._groups(self.step_examples(step), num_positions * shape.num_replicas)
+        return self._dealt[1]
+
+    def _groups(self, rows: np.ndarray, num_groups: int) -> list[np.ndarray]:
+        lengths = self._total_lengths[rows]
+        if self._layout == "padded":
+            # By length: rows of a kind share a micro-batch, so that little is padded.
+            rows = rows[np.argsort(lengths, kind="stable")]
+            groups = np.array_split(rows, min(num_groups, len(rows)))[::-1]
+            return groups + [rows[:0]] * (num_groups - len(groups))
+        prompts = None
+        if self._layout == "shared_prefix":
+            assert self._prompt_of is not None
+            prompts = [self._prompt_of(int(row)) for row in rows]
+        return [rows[group] for group in deal(lengths, num_groups, prompts)]
+
+
+def epoch_size(num_examples: int, shape: StepShape, max_micro_batches: int | None = None) -> tuple[int, int, int]:
+    """Returns the examples, optimizer steps and micro-batches per replica of an epoch.
+
+    Args:
+        num_examples: Of the data set.
+        shape: How a step is cut up.
+        max_micro_batches: Of each replica, see :class:`EpochPlan`.
+    """
+    if max_micro_batches is None:
+        steps = num_steps(num_examples, shape)
+        return num_examples, steps, steps * shape.num_micro_batches
+    num_examples = min(num_examples, max_micro_batches * shape.batch_size * shape.num_replicas)
+    steps = num_steps(num_examples, shape)
+    return num_examples, steps, min(steps * shape.num_micro_batches, max_micro_batches)
 
 
 def shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -169,13 +208,16 @@ def label_weights(
     return np.full(len(own), 1.0 / (num_non_empty * max(own.sum(), 1.0)))
 
 
-def validation_batches(total_lengths: np.ndarray, batch_size: int, num_replicas: int, replica: int) -> list[np.ndarray]:
+def validation_batches(
+    total_lengths: np.ndarray, batch_size: int, num_replicas: int, replica: int, *, layout: Layout = "padded"
+) -> list[np.ndarray]:
     """Returns one replica's share of a set, each example in exactly one replica's share.
 
-    Longest first. Every replica gets the same number of batches, the last ones possibly empty: a model that is wrapped
-    for several processes may talk to the others in each forward.
+    Padded ones longest first, others in file order, where rows with a common prompt usually stand together. Every
+    replica gets the same number of batches, the last ones possibly empty: a model that is wrapped for several processes
+    may talk to the others in each forward.
     """
-    rows = np.argsort(-total_lengths, kind="stable")
+    rows = np.argsort(-total_lengths, kind="stable") if layout == "padded" else np.arange(len(total_lengths))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     batches += [rows[:0]] * (-len(batches) % num_replicas)
     return batches[replica::num_replicas]

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -133,9 +134,7 @@ def tokenise_records(
     Raises:
         UserError: At the end, if ``overlength`` is ``error`` and there are longer rows.
     """
-    while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
-        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
-        responses = encode_responses(tokenizer, [record.response for record in chunk], append_eos=append_eos)
+    for chunk, prompts, responses in _encoded_chunks(records, tokenizer, append_eos=append_eos):
         for record, prompt, response in zip(chunk, prompts, responses, strict=True):
             if not prompt or not response:
                 name = "response" if prompt else "prompt"
@@ -154,6 +153,32 @@ def tokenise_records(
             f"rows over data.max_length {max_length} ({left_out.overlength_rows.count}): {left_out.overlength_rows}. "
             "Raise it, or set data.overlength to drop or truncate_prompt"
         )
+
+
+def _encoded_chunks(
+    records: Iterator[Record], tokenizer: "PreTrainedTokenizerBase", *, append_eos: bool
+) -> Iterator[tuple[list[Record], list[list[int]], list[list[int]]]]:
+    """Yields chunks of records with their prompt ids and their response ids.
+
+    A fast tokenizer works on all cores and outside the interpreter's lock. So one chunk is encoded in a thread, while
+    this one reads the next and the caller stores the one before.
+    """
+
+    def encode(chunk: list[Record]) -> tuple[list[Record], list[list[int]], list[list[int]]]:
+        # Rows with several responses to one prompt often stand together.
+        distinct = list(dict.fromkeys(record.prompt for record in chunk))
+        prompt_ids = dict(zip(distinct, encode_prompts(tokenizer, distinct), strict=True))
+        responses = encode_responses(tokenizer, [record.response for record in chunk], append_eos=append_eos)
+        return chunk, [prompt_ids[record.prompt] for record in chunk], responses
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead = None
+        while chunk := list(itertools.islice(records, _RECORDS_AT_ONCE)):
+            previous, ahead = ahead, thread.submit(encode, chunk)
+            if previous:
+                yield previous.result()
+        if ahead:
+            yield ahead.result()
 
 
 def truncate_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], num_tokens: int) -> list[int]:
@@ -214,6 +239,13 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
+    if tokenizer.is_fast:
+        # The same ids as below in three quarters of the time: nothing keeps track of where in the text a token stands.
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(
         list(texts),
         add_special_tokens=False,

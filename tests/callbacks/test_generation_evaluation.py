@@ -1,40 +1,21 @@
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers.logger import Logger
 
 from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.checkpoint import HFCheckpoint
-from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.generation import Generation, Generator, TransformersGenerator
 from sft_lightning.evaluation.grading import Grade, Grader
 from sft_lightning.module import SFTModule
 
 KEYS = ("val/format_accuracy", "val/answer_accuracy")
-
-
-class Recorder(Logger):
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    name = "recorder"
-    version = ""
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, metrics))
-
-    def series(self, key):
-        return [(step, metrics[key]) for step, metrics in self.rows if key in metrics]
 
 
 class Scripted(Generator):
@@ -68,31 +49,11 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def make_trainer(*callbacks, logger=False, **options):
+@pytest.fixture
+def make_trainer(make_trainer):
     """Steps of two micro-batches; a validation after every second step."""
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=logger,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(callback, HFCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{
-            "max_steps": 6,
-            "accumulate_grad_batches": 2,
-            "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
-            **options,
-        },
-    )
-
-
-def make_data(model_folder, train_file, val_file, **options):
-    return SFTDataModule(
-        train_path=train_file, val_path=val_file, tokenizer_path=model_folder, batch_size=2, seed=1, **options
-    )
+    often = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    return partial(make_trainer, **{"max_steps": 6, "accumulate_grad_batches": 2, **often})
 
 
 def samples(folder):
@@ -102,15 +63,16 @@ def samples(folder):
 # Values
 
 
-def test_a_fit_is_evaluated_before_during_and_after(model_folder, train_file, prompts_file, run, capsys):
+def test_a_fit_is_evaluated_before_during_and_after(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run, capsys
+):
     generator = Scripted(0, 1, 3, 4)
-    recorder = Recorder()
     evaluation = GenerationEvaluation(generator=generator, output_dir=str(run))
-    trainer = make_trainer(evaluation, logger=recorder, max_steps=5)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer = make_trainer(evaluation, max_steps=5)
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert generator.calls == [["say 0:", "say 1:", "say 2:", "say 3:"]] * 4
     for key in KEYS:
-        assert recorder.series(key) == [(0, 0.0), (2, 0.25), (4, 0.75), (5, 1.0)]
+        assert trainer.logger.series(key) == [(0, 0.0), (2, 0.25), (4, 0.75), (5, 1.0)]
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-2", "step-4", "step-5"]
     table = capsys.readouterr().out.splitlines()[-5:]
     assert [line.split() for line in table[:3]] == [
@@ -124,25 +86,24 @@ def test_a_fit_is_evaluated_before_during_and_after(model_folder, train_file, pr
     ]
 
 
-def test_format_and_answer_are_told_apart(model_folder, train_file, prompts_file, run):
+def test_format_and_answer_are_told_apart(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     class FormatOfAllAnswerOfOne(Grader):
         def grade(self, response, ground_truth):
             return Grade(format_correct=True, answer_correct=ground_truth == "2", failure=None)
 
-    recorder = Recorder()
     evaluation = GenerationEvaluation(
         generator=Scripted(4, 4), grader=FormatOfAllAnswerOfOne(), output_dir=str(run), evaluate_before_training=False
     )
-    trainer = make_trainer(evaluation, logger=recorder, max_steps=2)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
-    assert [recorder.series(key) for key in KEYS] == [[(2, 1.0)], [(2, 0.25)]]
+    trainer = make_trainer(evaluation, max_steps=2)
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
+    assert [trainer.logger.series(key) for key in KEYS] == [[(2, 1.0)], [(2, 0.25)]]
 
 
-def test_samples_and_metrics_are_written_and_belong_to_the_run(model_folder, train_file, prompts_file, run):
+def test_samples_and_metrics_are_written_and_belong_to_the_run(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
     evaluation = GenerationEvaluation(generator=Scripted(1, 2), output_dir=str(run))
-    make_trainer(evaluation, max_steps=2).fit(
-        SFTModule(model_folder), make_data(model_folder, train_file, prompts_file)
-    )
+    make_trainer(evaluation, max_steps=2).fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     folder = run / "evaluation" / "step-2"
     assert samples(folder)[0] == {
         "prompt": "say 0:",
@@ -166,19 +127,19 @@ def test_samples_and_metrics_are_written_and_belong_to_the_run(model_folder, tra
     ]
 
 
-def test_files_go_to_the_checkpoints_run_by_default(model_folder, train_file, prompts_file, run):
+def test_files_go_to_the_checkpoints_run_by_default(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
     evaluation = GenerationEvaluation(generator=Scripted(1, 2))
     trainer = make_trainer(evaluation, HFCheckpoint(str(run)), max_steps=2)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert (run / "evaluation" / "step-2" / "metrics.json").is_file()
 
 
-def test_the_first_prompts_are_answered(model_folder, train_file, prompts_file, run):
+def test_the_first_prompts_are_answered(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     generator = Scripted(1, 2)
     evaluation = GenerationEvaluation(num_examples=2, generator=generator, output_dir=str(run))
-    make_trainer(evaluation, max_steps=2).fit(
-        SFTModule(model_folder), make_data(model_folder, train_file, prompts_file)
-    )
+    make_trainer(evaluation, max_steps=2).fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert generator.calls == [["say 0:", "say 1:"]] * 2
 
 
@@ -190,7 +151,9 @@ def table_row(out, label):
 # When
 
 
-def test_a_validation_that_is_not_due_repeats_the_last_value(model_folder, train_file, prompts_file, run):
+def test_a_validation_that_is_not_due_repeats_the_last_value(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
     """Validations after steps 2, 4, 6, 8; answers at 2, because there is no value yet, and 6; and at the end, 8."""
     generator = Scripted(0, 1, 3, 4)
     seen = []
@@ -201,36 +164,34 @@ def test_a_validation_that_is_not_due_repeats_the_last_value(model_folder, train
 
     evaluation = GenerationEvaluation(every_n_steps=4, generator=generator, output_dir=str(run))
     trainer = make_trainer(evaluation, Watch(), max_steps=8, num_sanity_val_steps=0)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert seen == [(2, 0.25), (4, 0.25), (6, 0.75), (8, 0.75)]
     assert len(generator.calls) == 4
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-2", "step-6", "step-8"]
 
 
-def test_a_repeated_value_never_becomes_best(model_folder, train_file, prompts_file, run):
+def test_a_repeated_value_never_becomes_best(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     evaluation = GenerationEvaluation(
         every_n_steps=3, generator=Scripted(2, 1, 4), output_dir=str(run), evaluate_before_training=False
     )
     checkpoint = HFCheckpoint(str(run), every_n_train_steps=100, monitor="val/answer_accuracy", mode="max")
     trainer = make_trainer(evaluation, checkpoint, max_steps=8)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert (run / "best").resolve().name == "checkpoint-2"
 
 
-def test_early_stopping_works_on_the_same_key(model_folder, train_file, prompts_file, run):
+def test_early_stopping_works_on_the_same_key(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     stops = EarlyStopping("val/answer_accuracy", mode="max", patience=1)
     evaluation = GenerationEvaluation(generator=Scripted(0, 3, 2, 4, 4), output_dir=str(run))
     trainer = make_trainer(evaluation, stops, max_steps=10)
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert trainer.global_step == 4
 
 
-def test_nothing_is_answered_twice_at_the_end(model_folder, train_file, prompts_file, run):
+def test_nothing_is_answered_twice_at_the_end(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     generator = Scripted(0, 1)
     evaluation = GenerationEvaluation(generator=generator, output_dir=str(run))
-    make_trainer(evaluation, max_steps=2).fit(
-        SFTModule(model_folder), make_data(model_folder, train_file, prompts_file)
-    )
+    make_trainer(evaluation, max_steps=2).fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert len(generator.calls) == 2
 
 
@@ -243,23 +204,34 @@ def test_nothing_is_answered_twice_at_the_end(model_folder, train_file, prompts_
     ],
 )
 def test_off_it_does_nothing(
-    model_folder, train_file, prompts_file, run, capsys, options, trainer_options, with_validation_set
+    make_trainer,
+    make_data,
+    model_folder,
+    train_file,
+    prompts_file,
+    run,
+    capsys,
+    options,
+    trainer_options,
+    with_validation_set,
 ):
     evaluation = GenerationEvaluation(generator=Scripted(), output_dir=str(run), **options)
     trainer = make_trainer(evaluation, **{"max_steps": 2, **trainer_options})
-    data = make_data(model_folder, train_file, prompts_file if with_validation_set else None)
+    data = make_data(train_file, prompts_file if with_validation_set else None)
     trainer.fit(SFTModule(model_folder), data)
     assert not set(KEYS) & trainer.callback_metrics.keys()
     assert not run.exists()
     assert "before" not in capsys.readouterr().out
 
 
-def test_a_resumed_run_remembers_the_values_of_the_first(model_folder, train_file, prompts_file, run, capsys):
+def test_a_resumed_run_remembers_the_values_of_the_first(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run, capsys
+):
     def fit(generator, max_steps, **kwargs):
         evaluation = GenerationEvaluation(every_n_steps=100, generator=generator, output_dir=str(run))
         saves = HFCheckpoint(str(run), every_n_train_steps=2)
         trainer = make_trainer(evaluation, saves, max_steps=max_steps, num_sanity_val_steps=0)
-        trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file), **kwargs)
+        trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file), **kwargs)
         return trainer.callback_metrics.get("val/answer_accuracy"), capsys.readouterr().out
 
     fit(Scripted(1, 2, 2), max_steps=3)
@@ -274,11 +246,11 @@ def test_a_resumed_run_remembers_the_values_of_the_first(model_folder, train_fil
 
 
 def test_validate_and_test_answer_and_leave_the_answers_before_training_alone(
-    model_folder, train_file, prompts_file, run
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
 ):
     evaluation = GenerationEvaluation(every_n_steps=100, generator=Scripted(0, 1, 3, 4), output_dir=str(run))
     trainer = make_trainer(evaluation, max_steps=2)
-    data = make_data(model_folder, train_file, prompts_file)
+    data = make_data(train_file, prompts_file)
     module = SFTModule(model_folder)
     trainer.fit(module, data)
     validated = trainer.validate(module, data, verbose=False)[0]
@@ -294,7 +266,9 @@ def test_validate_and_test_answer_and_leave_the_answers_before_training_alone(
 # What training notices of it: nothing
 
 
-def test_training_is_bit_equal_with_and_without_it(dropout_model_folder, train_file, val_file, run):
+def test_training_is_bit_equal_with_and_without_it(
+    make_trainer, make_data, dropout_model_folder, train_file, val_file, run
+):
     class Watch(Callback):
         def __init__(self):
             self.losses = []
@@ -312,7 +286,7 @@ def test_training_is_bit_equal_with_and_without_it(dropout_model_folder, train_f
         watch, module = Watch(), SFTModule(dropout_model_folder, learning_rate=1e-3)
         torch.manual_seed(0)
         trainer = make_trainer(evaluation, watch, max_steps=4)
-        trainer.fit(module, make_data(dropout_model_folder, train_file, val_file))
+        trainer.fit(module, make_data(train_file, val_file))
         runs.append((watch, copy.deepcopy(module.state_dict()), torch.get_rng_state()))
     (watch, weights, state), (other_watch, other_weights, other_state) = runs
     assert watch.losses == other_watch.losses
@@ -326,7 +300,9 @@ def test_training_is_bit_equal_with_and_without_it(dropout_model_folder, train_f
     assert all(1 <= row["num_tokens"] <= 4 for row in rows)
 
 
-def test_answers_are_generated_in_the_precision_of_training(model_folder, train_file, prompts_file, run):
+def test_answers_are_generated_in_the_precision_of_training(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
     class LooksAtPrecision(Scripted):
         def generate(self, model, tokenizer, prompts):
             assert torch.is_autocast_enabled("cpu")
@@ -335,7 +311,7 @@ def test_answers_are_generated_in_the_precision_of_training(model_folder, train_
     generator = LooksAtPrecision(1, 2, 2)
     evaluation = GenerationEvaluation(generator=generator, output_dir=str(run))
     trainer = make_trainer(evaluation, max_steps=3, precision="bf16-mixed")
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, prompts_file))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     assert len(generator.calls) == 3, "before, during and after: three hooks"
 
 
@@ -354,12 +330,12 @@ def test_impossible_options_are_refused(options, message):
         GenerationEvaluation(**options)
 
 
-def test_a_set_without_ground_truths_turns_it_off(model_folder, train_file, tmp_path, run):
+def test_a_set_without_ground_truths_turns_it_off(make_trainer, make_data, model_folder, train_file, tmp_path, run):
     path = tmp_path / "no_truth.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n')
     generator = Scripted()
     trainer = make_trainer(GenerationEvaluation(generator=generator, output_dir=str(run)))
-    trainer.fit(SFTModule(model_folder), make_data(model_folder, train_file, str(path)))
+    trainer.fit(SFTModule(model_folder), make_data(train_file, str(path)))
     assert "val/loss" in trainer.callback_metrics
     assert "val/answer_accuracy" not in trainer.callback_metrics
     assert not Path(run, "evaluation").exists()

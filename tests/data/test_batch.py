@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft_lightning.data.batch import Example, MicroBatch, collate_padded
+from sft_lightning.data.batch import Example, MicroBatch, Segments, Span, collate_padded
+from sft_lightning.data.packing import collate_packed
 
 # Row 0: prompt 11 12 13, response 14 15. Row 1: prompt 21, response 22 23.
 EXAMPLES = [
@@ -46,6 +47,8 @@ def test_each_label_has_the_weight_of_its_row_in_float64():
 def test_counts_and_sources():
     batch = collated(rng_seed=5)
     assert (batch.num_rows, batch.num_label_tokens, batch.num_tokens, batch.rng_seed) == (2, 4, 6, 5)
+    assert batch.num_unique_tokens == 6
+    assert (batch.position_ids, batch.segments) == (None, None)
     assert batch.sources == ("a.jsonl:1", "a.jsonl:2")
 
 
@@ -72,7 +75,7 @@ def test_an_empty_micro_batch_carries_one_dummy_label_of_weight_zero():
     assert_tensor(batch.label_positions, [0])
     assert_tensor(batch.label_rows, [0])
     assert_tensor(batch.loss_weights, [0.0], torch.float64)
-    assert (batch.num_rows, batch.num_label_tokens, batch.num_tokens) == (0, 0, 0)
+    assert (batch.num_rows, batch.num_label_tokens, batch.num_tokens, batch.num_unique_tokens) == (0, 0, 0, 0)
 
 
 def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
@@ -81,6 +84,67 @@ def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
     assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
     assert moved.loss_weights.dtype == torch.float64
     assert (moved.sources, moved.num_tokens, moved.rng_seed) == (("a.jsonl:1", "a.jsonl:2"), 6, 5)
+
+
+def packed():
+    # 16 tokens in common, so that there is a span with a parent.
+    rows = [Example(np.array([*range(1, 17), own, own], dtype=np.int32), 17) for own in (50, 60)]
+    return collate_packed(rows, [1.0, 1.0], pad_token_id=0, share_prefixes=True)
+
+
+def test_segments_move_along_and_their_spans_stay():
+    batch = packed()
+    moved = batch.to(torch.device("meta"))
+    tensors = (moved.segments.query_offsets, moved.segments.key_offsets, moved.segments.key_positions)
+    assert [tensor.device.type for tensor in (*tensors, moved.position_ids)] == ["meta"] * 4
+    assert moved.segments.spans == batch.segments.spans == ((0, 16, 18, -1), (16, 17, 17, 0), (17, 18, 18, 0))
+    assert (moved.segments.max_queries, moved.segments.max_keys, moved.attention_mask) == (16, 17, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [("cuda", {}, True), ("cuda", {"non_blocking": False}, False), ("cpu", {}, False)],
+)
+def test_copies_to_a_gpu_are_asynchronous_as_lightning_calls_for_them(monkeypatch, device, options, expected):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, non_blocking: asked.append(non_blocking) or self)
+    packed().to(torch.device(device), **options)
+    assert asked == [expected] * 9
+
+
+@pytest.mark.gpu
+def test_page_locked_memory_reaches_the_gpu_whole():
+    batch = packed()
+    moved = batch.pin_memory().to(torch.device("cuda"))
+    assert torch.equal(moved.input_ids.cpu(), batch.input_ids)
+    assert torch.equal(moved.segments.key_positions.cpu(), batch.segments.key_positions)
+    assert batch.pin_memory().segments.key_offsets.is_pinned()
+
+
+def test_pinning_pins_every_tensor(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    packed().pin_memory()
+    assert len(pinned) == 9
+
+
+def test_segments_follow_from_their_spans():
+    # 0 has the children 1 and 3, and 1 has the child 2; 4 stands alone.
+    spans = [Span(0, 2, 8, -1), Span(2, 5, 6, 0), Span(5, 6, 6, 1), Span(6, 8, 8, 0), Span(8, 9, 9, -1)]
+    segments = Segments.from_spans(spans)
+    assert segments.spans == tuple(spans)
+    assert_tensor(segments.query_offsets, [0, 2, 5, 6, 8, 9], torch.int32)
+    assert_tensor(segments.key_offsets, [0, 2, 7, 13, 17, 18], torch.int32)
+    keys = [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 6, 7], [8]]
+    assert_tensor(segments.key_positions, [position for each in keys for position in each])
+    assert (segments.max_queries, segments.max_keys) == (3, 6)
+
+
+def test_keys_of_roots_need_no_gathering():
+    segments = Segments.from_spans([Span(0, 2, 2, -1), Span(2, 5, 5, -1)])
+    assert segments.key_positions is None
+    assert_tensor(segments.key_offsets, [0, 2, 5], torch.int32)
+    assert (segments.max_queries, segments.max_keys) == (3, 3)
 
 
 def test_a_precision_plugin_that_casts_collections_leaves_the_weights_alone():

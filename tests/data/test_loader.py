@@ -67,6 +67,48 @@ def test_an_empty_micro_batch_is_one_too():
     assert batch.rng_seed == 9
 
 
+def in_layout(layout):
+    return MicroBatches(STORE, Listed(PLANNED), 3, pad_token_id=PAD, pad_to_multiple_of=None, layout=layout)
+
+
+def test_a_packed_micro_batch_has_its_rows_side_by_side():
+    batch = in_layout("packed")[0]
+    assert batch.input_ids.tolist() == [[5, 14, 15, 1, 2]]
+    assert batch.labels.tolist() == [14, 15, 16, 11]
+    assert batch.loss_weights.tolist() == [0.5, 0.5, 0.5, 0.25]
+    assert (batch.sources, batch.rng_seed) == (("data.jsonl:3", "data.jsonl:1"), 7)
+
+
+def test_a_layout_that_shares_prefixes_does():
+    prompt = list(range(20, 36))
+    store = [Example(np.array([*prompt, own, 1], dtype=np.int32), 17) for own in (3, 4)]
+    planned = [PlannedMicroBatch(np.array([0, 1]), np.ones(2), rng_seed=0)]
+
+    def computed(layout):
+        data = MicroBatches(store, Listed(planned), 1, pad_token_id=PAD, pad_to_multiple_of=20, layout=layout)
+        return data[0].num_unique_tokens, data[0].input_ids.shape
+
+    assert computed("shared_prefix") == (18, (1, 20))
+    assert computed("packed") == (34, (1, 40))
+    assert computed("padded") == (34, (2, 20))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_workers_collate_packed_rows_the_same(layout):
+    def batches(num_workers):
+        return list(PlannedLoader(3, lambda: (in_layout(layout), 0), num_workers=num_workers, pin_memory=False))
+
+    for ours, theirs in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.label_positions, theirs.label_positions)
+        if ours.num_rows:
+            assert torch.equal(ours.position_ids, theirs.position_ids)
+            assert torch.equal(ours.segments.key_offsets, theirs.segments.key_offsets)
+            assert ours.segments.spans == theirs.segments.spans
+        else:
+            assert (ours.segments, theirs.segments) == (None, None)
+
+
 def test_micro_batches_travel_to_other_processes():
     travelled = pickle.loads(pickle.dumps(micro_batches()))
     assert len(travelled) == 3

@@ -1,3 +1,4 @@
+import pickle
 from fractions import Fraction
 from itertools import pairwise
 
@@ -6,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_lightning.data.plan import EpochPlan, StepShape, label_weights, num_steps, shuffled, validation_batches
+from sft_lightning.data.plan import (
+    EpochPlan,
+    StepShape,
+    epoch_size,
+    label_weights,
+    num_steps,
+    shuffled,
+    validation_batches,
+)
 
 MODES = ["token", "sequence", "constant", "micro_batch"]
+LAYOUTS = ["padded", "packed", "shared_prefix"]
+PREAMBLE = list(range(20))
 
 
 def plan_of(total_lengths, label_lengths=None, weights=None, *, shape, **options):
@@ -16,6 +27,11 @@ def plan_of(total_lengths, label_lengths=None, weights=None, *, shape, **options
     labels = np.ones_like(total_lengths) if label_lengths is None else np.asarray(label_lengths, dtype=np.int64)
     weights = np.ones(len(total_lengths)) if weights is None else np.asarray(weights, dtype=np.float64)
     return EpochPlan(total_lengths, labels, weights, shape=StepShape(*shape), **{"seed": 1, "epoch": 0} | options)
+
+
+def prompt_of(example):
+    """One of five questions behind one preamble. At the top of the file, so that it can be pickled."""
+    return np.array([*PREAMBLE, *[100 + example % 5] * 20])
 
 
 def lengths_for(num_examples, seed=0):
@@ -202,6 +218,80 @@ def test_random_numbers_of_micro_batches_differ_and_come_again():
     assert all(type(seed) is int and 0 <= seed < 2**32 for seed in drawn)
 
 
+# Layouts
+
+
+@given(st.integers(1, 60), shapes, limits, st.integers(0, 9))
+def test_a_layout_changes_who_computes_a_row_and_nothing_else(num_examples, shape, limit, seed):
+    totals = lengths_for(num_examples, seed) + 40
+    options = {"shape": shape, "seed": seed, "max_micro_batches": limit, "prompt_of": prompt_of}
+    plans = {layout: plan_of(totals, totals - 40, **options, layout=layout) for layout in LAYOUTS}
+    steps = {layout: steps_of(plan, shape) for layout, plan in plans.items()}
+    seeds = {layout: [each.rng_seed for s in steps[layout] for p in s for each in p] for layout in LAYOUTS}
+    for layout in ("packed", "shared_prefix"):
+        assert [members(step) for step in steps[layout]] == [members(step) for step in steps["padded"]]
+        assert [weight_by_example(s) for s in steps[layout]] == [weight_by_example(s) for s in steps["padded"]]
+        assert seeds[layout] == seeds["padded"]
+        for step in steps[layout]:
+            filled = [len(each.examples) > 0 for position in step for each in position]
+            assert sum(filled) == min(len(filled), len(members(step)))
+            assert filled == sorted(filled, reverse=True)
+
+
+@given(st.integers(1, 60), shapes, st.integers(0, 9))
+def test_packed_micro_batches_have_about_the_same_tokens_costliest_first(num_examples, shape, seed):
+    totals = lengths_for(num_examples, seed)
+    for step in steps_of(plan_of(totals, shape=shape, layout="packed"), shape):
+        costs = [int((totals[each.examples] - 1).sum()) for position in step for each in position]
+        assert costs == sorted(costs, reverse=True)
+        assert costs[0] - costs[-1] <= max(totals[members(step)]) - 1
+
+
+def test_rows_with_a_common_prompt_share_a_micro_batch():
+    shape = (2, 5, 1)
+    plan = plan_of([50] * 10, shape=shape, layout="shared_prefix", prompt_of=prompt_of)
+    (step,) = steps_of(plan, shape)
+    assert sorted(sorted(each.examples.tolist()) for (each,) in step) == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
+
+
+def test_a_step_is_dealt_once_for_all_its_micro_batches():
+    asked = []
+
+    def counted(example):
+        asked.append(example)
+        return prompt_of(example)
+
+    shape = (2, 2, 2)
+    plan = plan_of([50] * 16, shape=shape, layout="shared_prefix", prompt_of=counted)
+    steps_of(plan, shape)
+    assert sorted(asked) == list(range(16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_plan_travels_to_other_processes_at_any_time(layout):
+    def drawn(plan):
+        return [
+            (each.examples.tolist(), each.label_weights.tolist()) for each in map(plan.micro_batch, [0] * 4, range(4))
+        ]
+
+    plan = plan_of(lengths_for(16) + 40, shape=(4, 2, 1), layout=layout, prompt_of=prompt_of)
+    before = pickle.loads(pickle.dumps(plan))
+    assert drawn(plan) == drawn(before) == drawn(pickle.loads(pickle.dumps(plan)))
+
+
+@given(st.integers(1, 90), shapes, limits)
+def test_the_size_of_an_epoch_is_known_without_a_plan(num_examples, shape, limit):
+    plan = plan_of([5] * num_examples, shape=shape, max_micro_batches=limit)
+    steps = steps_of(plan, shape)
+    rows = sum(len(members(step)) for step in steps)
+    assert epoch_size(num_examples, StepShape(*shape), limit) == (rows, len(steps), plan.num_micro_batches)
+
+
+def test_an_epoch_is_shuffled_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr("sft_lightning.data.plan.shuffled", lambda *_: pytest.fail("shuffled too early"))
+    assert plan_of([5] * 10, shape=(2, 2, 1)).num_steps == 3
+
+
 # Loss weights
 
 # Sorted by length and cut in two, longest first: micro-batch 0 is example 2, micro-batch 1 is examples 0 and 1.
@@ -244,12 +334,13 @@ def reference_weights(step, labels, weights, mode, constant):
     return expected
 
 
-@given(st.integers(1, 60), shapes, limits, st.sampled_from(MODES), st.integers(0, 9))
-def test_weights_are_those_of_the_formulas(num_examples, shape, limit, mode, seed):
-    totals = lengths_for(num_examples, seed)
+@given(st.integers(1, 60), shapes, limits, st.sampled_from(MODES), st.sampled_from(LAYOUTS), st.integers(0, 9))
+def test_weights_are_those_of_the_formulas(num_examples, shape, limit, mode, layout, seed):
+    totals = lengths_for(num_examples, seed) + 40
     labels = [int(value) for value in np.random.default_rng(seed + 1).integers(1, totals)]
     weights = [float(value) for value in np.random.default_rng(seed).choice([0.0, 0.5, 1.0, 3.0], num_examples)]
     options = {"normalization": mode, "normalize_constant": 2.5, "max_micro_batches": limit}
+    options |= {"layout": layout, "prompt_of": prompt_of}
     plan = plan_of(totals, labels, weights, shape=shape, **options)
     for step in steps_of(plan, shape):
         expected = reference_weights(step, labels, weights, mode, 2.5)
@@ -302,10 +393,19 @@ def test_validation_is_dealt_longest_first():
     assert [b.tolist() for b in validation_batches(lengths, 2, 2, 1)] == [[0, 4], []]
 
 
-@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 6))
-def test_validation_has_each_example_once_and_as_many_batches_on_every_replica(num_examples, batch_size, num_replicas):
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_packed_validation_keeps_the_order_of_the_file(layout):
+    lengths = np.array([5, 9, 7, 1, 3])
+    assert [b.tolist() for b in validation_batches(lengths, 2, 1, 0, layout=layout)] == [[0, 1], [2, 3], [4]]
+    assert [b.tolist() for b in validation_batches(lengths, 2, 2, 1, layout=layout)] == [[2, 3], []]
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 6), st.sampled_from(LAYOUTS))
+def test_validation_has_each_example_once_and_as_many_batches_on_every_replica(
+    num_examples, batch_size, num_replicas, layout
+):
     lengths = lengths_for(num_examples)
-    shares = [validation_batches(lengths, batch_size, num_replicas, replica) for replica in range(num_replicas)]
+    shares = [validation_batches(lengths, batch_size, num_replicas, r, layout=layout) for r in range(num_replicas)]
     assert len({len(share) for share in shares}) == 1
     assert len(shares[0]) == -(-num_examples // (batch_size * num_replicas))
     everyone = [int(example) for share in shares for batch in share for example in batch]

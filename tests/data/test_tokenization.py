@@ -1,12 +1,14 @@
 """Ids by hand: a tokenizer of whole words with a literal vocabulary, and a byte-level BPE trained on the spot."""
 
 import json
+import threading
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen2Config
 
+from sft_lightning.data import tokenization
 from sft_lightning.data.records import Record
 from sft_lightning.data.tokenization import (
     LeftOut,
@@ -119,6 +121,21 @@ def test_any_text_comes_back_from_its_tokens(byte_level):
     assert [byte_level.decode(row) for row in encode_prompts(byte_level, texts)] == texts
 
 
+@pytest.mark.parametrize("splits_special_tokens", [False, True])
+def test_ids_are_those_of_the_tokenizers_own_call(byte_level, splits_special_tokens):
+    texts = ["two plus two", " two <|end|> two", "\u00e9t\u00e9 \U0001f600\r\n\t{x}", "<|end|>", "a" * 5000]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level.backend_tokenizer,
+        eos_token="<|end|>",
+        split_special_tokens=splits_special_tokens,
+    )
+    own = tokenizer(texts, add_special_tokens=False, split_special_tokens=splits_special_tokens)["input_ids"]
+    # Somebody's call left this behind.
+    tokenizer.backend_tokenizer.encode_special_tokens = not splits_special_tokens
+    assert encode_prompts(tokenizer, texts) == own
+    assert (tokenizer.eos_token_id in own[1]) is not splits_special_tokens
+
+
 def test_padding_and_truncation_left_behind_by_others_change_nothing():
     tokenizer = word_tokenizer(eos_token="</s>", pad_token="<pad>")
     before = tokenizer_fingerprint(tokenizer)
@@ -170,6 +187,65 @@ def test_an_output_without_tokens_masks_nothing_in():
 def test_lists_must_pair_up(prompts, outputs):
     with pytest.raises(UserError, match=f"got {len(prompts)} prompt_strs and {len(outputs)} output_strs"):
         tokenize_prompt_and_output(prompts, outputs, PLAIN)
+
+
+# Records
+
+
+def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
+    return tokenise_records(
+        iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, left_out=LeftOut()
+    )
+
+
+def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
+    prompts = []
+
+    def encode_and_note(tokenizer, texts):
+        prompts.extend(texts)
+        return encode_prompts(tokenizer, texts)
+
+    monkeypatch.setattr(tokenization, "encode_prompts", encode_and_note)
+    records = [Record("one", "two"), Record("two", "three"), Record("one", "is"), Record("one", "two")]
+    rows = [(prompt, response) for _, prompt, response in encoded(records)]
+    assert rows == [
+        ([BOS, 3], [4, EOS]),
+        ([BOS, 4], [7, EOS]),
+        ([BOS, 3], [6, EOS]),
+        ([BOS, 3], [4, EOS]),
+    ]
+    assert prompts == ["one", "two"]
+
+
+def test_rows_are_read_while_earlier_ones_are_encoded_and_come_in_order(monkeypatch):
+    has_read_on = threading.Event()
+
+    def read():
+        for line in range(1, 2501):
+            if line == 1500:
+                has_read_on.set()
+            yield Record("one" if line % 2 else "two", "is", source=f"a:{line}")
+
+    def encode_when_read_on(tokenizer, texts):
+        assert has_read_on.wait(timeout=60), "nothing was read while the first chunk was encoded"
+        return encode_prompts(tokenizer, texts)
+
+    monkeypatch.setattr(tokenization, "encode_prompts", encode_when_read_on)
+    rows = list(encoded(read()))
+    assert [record.source for record, _, _ in rows] == [f"a:{line}" for line in range(1, 2501)]
+    assert [prompt for _, prompt, _ in rows] == [[BOS, 3], [BOS, 4]] * 1250
+
+
+def test_what_goes_wrong_while_reading_or_encoding_reaches_the_caller():
+    def read():
+        yield from [Record("one", "two")] * 2000
+        raise UserError("a:2001 is bad")
+
+    with pytest.raises(UserError, match="a:2001 is bad"):
+        list(encoded(read()))
+    with pytest.raises(UserError, match=r"no EOS token for data\.append_eos"):
+        list(encoded([Record("one", "two")], BARE))
+    assert [response for _, _, response in encoded([Record("one", "two")], BARE, append_eos=False)] == [[4]]
 
 
 # Length

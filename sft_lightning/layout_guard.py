@@ -1,0 +1,185 @@
+"""The guard: whether a loaded model gives the same loss and gradient in a layout as without it, tried before training.
+
+Catches models that look across the rows of a packed micro-batch (state-space and linear-attention models, attention
+that goes by a mask alone) and models that do something unknown to their logits.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sft_lightning.attention import needs_half_precision
+from sft_lightning.data.batch import Example, Layout, MicroBatch, collate_padded
+from sft_lightning.data.packing import MIN_SHARED_TOKENS, collate_packed
+from sft_lightning.errors import UserError
+from sft_lightning.label_loss import label_losses, makes_logits_in_chunks, use_the_models_own_logits
+from sft_lightning.loss import token_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LayoutChoice: TypeAlias = Literal["auto", "padded", "packed", "shared_prefix"]
+
+# Relative, of the loss and of the gradient norm. bfloat16 has 8 bits of precision.
+_TOLERANCE_FLOAT32 = 1e-4
+_TOLERANCE_HALF = 2e-2
+_FROM_BEST: tuple[Layout, ...] = ("shared_prefix", "packed", "padded")
+
+
+def choose_layout(
+    model: "PreTrainedModel",
+    choice: LayoutChoice,
+    *,
+    precision: Callable[[], AbstractContextManager],
+    with_gradients: bool = True,
+) -> Layout:
+    """Returns the layout that a model is given: ``choice``, or for ``auto`` the best one that changes nothing.
+
+    Three tiny examples go through the model: its own unmodified forward on each of them against the padded layout, and
+    that against the layouts in question. Weights, gradients, modes and random numbers are left as they were.
+
+    Args:
+        model: From ``load_model``, on its device.
+        choice: A layout, or ``auto``.
+        precision: Enters the precision of training; left out where attention also runs in float32, which shows more.
+        with_gradients: Compares gradient norms, too.
+
+    Raises:
+        UserError: If the layout that is asked for changes the loss or the gradient.
+    """
+    in_float32 = not needs_half_precision(model) and model.dtype in (torch.float32, torch.float64)
+    tolerance = _TOLERANCE_FLOAT32 if in_float32 else _TOLERANCE_HALF
+    examples = _tiny_examples(model)
+    with _left_as_it_was(model), _no_autocast(model.device) if in_float32 else precision():
+        own = _own_losses(model, examples)
+        if not own.isfinite().all():
+            logger.warning("layout: not tried, the model's losses are not finite")
+            return "padded" if choice == "auto" else choice
+        padded = _measure(model, "padded", examples, with_gradients=with_gradients)
+        if makes_logits_in_chunks(model) and _difference(padded[0], own) > tolerance:
+            logger.info("loss: with the model's own logits, since it does something to them that is not known here")
+            use_the_models_own_logits(model)
+            padded = _measure(model, "padded", examples, with_gradients=with_gradients)
+        if (difference := _difference(padded[0], own)) > tolerance:
+            raise UserError(
+                f"model.model_path: in a padded batch the model gives other losses than on each row alone (relative "
+                f"difference {difference:.1e}, allowed {tolerance:.0e}), so it cannot be trained on batches"
+            )
+        for layout in _FROM_BEST if choice == "auto" else (choice,):
+            problem = _problem_of(model, layout, examples, padded, tolerance) if layout != "padded" else None
+            if problem is None:
+                logger.info("layout: %s", layout)
+                return layout
+            if choice != "auto":
+                raise UserError(f"data.layout '{layout}' does not suit this model: {problem}; use auto or padded")
+            logger.warning("layout: not %s, %s", layout, problem)
+    raise AssertionError("padded has no problem")
+
+
+def _problem_of(
+    model: "PreTrainedModel",
+    layout: Layout,
+    examples: list[Example],
+    padded: tuple[Tensor, Tensor | None],
+    tolerance: float,
+) -> str | None:
+    """Returns what is wrong with a layout, None if nothing is."""
+    try:
+        losses, norm = _measure(model, layout, examples, with_gradients=padded[1] is not None)
+    except Exception as error:  # whatever a model does with arguments that it was not made for
+        return f"the model cannot compute it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if (difference := _difference(losses, padded[0])) > tolerance:
+        return f"its losses differ from those of padded rows by {difference:.1e} (allowed {tolerance:.0e})"
+    if norm is not None and padded[1] is not None and (difference := _difference(norm, padded[1])) > tolerance:
+        return f"its gradient norm differs from that of padded rows by {difference:.1e} (allowed {tolerance:.0e})"
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return "the model attends in chunks of the row, of which its attention is not told"
+    return None
+
+
+def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
+    """Two rows that share the greater part of their prompts and one that shares nothing, of arbitrary tokens.
+
+    What leaks over from the row in front may fade within a few tokens, as a state does and a short convolution: labels
+    stand close behind the place where a row begins in the packed ones.
+    """
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    num_common = MIN_SHARED_TOKENS + 8
+    lengths = ((num_common, 1, 9), (num_common, 1, 5), (0, 1, 5))  # shared and own prompt tokens, response tokens
+    tokens = np.random.default_rng(0).integers(0, vocabulary_size, (4, num_common)).astype(np.int32)
+    common, *rest = tokens
+    return [
+        Example(
+            np.concatenate([common[:num_shared], own[: num_own + num_labels]]),
+            num_shared + num_own,
+            f"example {number}",
+        )
+        for number, ((num_shared, num_own, num_labels), own) in enumerate(zip(lengths, rest, strict=True))
+    ]
+
+
+def _own_losses(model: "PreTrainedModel", examples: list[Example]) -> Tensor:
+    """Returns each label's loss by the model's unmodified forward, a row at a time. Shape [M], float32."""
+    losses = []
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.from_numpy(example.tokens.astype(np.int64)).to(model.device)
+            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+            losses.append(token_nll(logits[example.prompt_length - 1 :], ids[example.prompt_length :]))
+    return torch.cat(losses)
+
+
+def _measure(
+    model: "PreTrainedModel", layout: Layout, examples: list[Example], *, with_gradients: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns each label's loss, shape [M], and the norm of the gradient of their mean."""
+    batch = _collate(layout, examples).to(model.device)
+    with torch.set_grad_enabled(with_gradients):
+        losses = label_losses(model, batch)
+    if not with_gradients:
+        return losses.nll, None
+    model.zero_grad(set_to_none=True)  # of what is left by a layout that failed in the middle of its backward pass
+    losses.weighted_sum.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return losses.nll, norm
+
+
+def _collate(layout: Layout, examples: list[Example]) -> MicroBatch:
+    weights = np.full(len(examples), 1.0 / sum(example.num_labels for example in examples))
+    if layout == "padded":
+        return collate_padded(examples, weights, pad_token_id=0)
+    return collate_packed(examples, weights, pad_token_id=0, share_prefixes=layout == "shared_prefix")
+
+
+def _difference(values: Tensor, reference: Tensor) -> float:
+    """Returns the largest difference relative to the reference's mean size; infinite where one is no number."""
+    difference = (values - reference).abs().max() / reference.abs().mean()
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _left_as_it_was(model: "PreTrainedModel") -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
