@@ -88,6 +88,8 @@ def needs_half_precision(model: PreTrainedModel) -> bool:
 
 def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_precision: bool) -> str | None:
     """Returns what keeps a CUDA kernel from running a model here, None if nothing does."""
+    if not _supports(config, "attention_backend"):
+        return "the model has an attention of its own"
     text_config = config.get_text_config()
     if kernel in _INSTALL:
         module, package, command = _INSTALL[kernel]
@@ -104,7 +106,8 @@ def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_p
         return f"the model's heads have {head_size} dimensions, it takes {_LARGEST_HEAD} at the most"
     if kernel == "varlen" and getattr(text_config, "attn_logit_softcapping", None):
         return "it has no soft-capping"
-    if kernel != "flash_attention_2" and getattr(text_config, "attention_dropout", None):
+    dropouts = [getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop")]
+    if kernel != "flash_attention_2" and any(dropouts):
         return "it has no dropout"
     return None
 
