@@ -104,6 +104,8 @@ def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_p
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     if head_size > _LARGEST_HEAD:
         return f"the model's heads have {head_size} dimensions, it takes {_LARGEST_HEAD} at the most"
+    if getattr(text_config, "v_head_dim", head_size) != head_size:
+        return "the model's values have another size than its keys"
     if kernel == "varlen" and getattr(text_config, "attn_logit_softcapping", None):
         return "it has no soft-capping"
     dropouts = [getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop")]

@@ -1,0 +1,84 @@
+"""This project as a user runs it: SFTDataModule, SFTModule and Lightning's Trainer, nothing written to disk."""
+
+import logging
+import warnings
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from meter import Counts, Measurement, Meter, counts_of_rows
+from rows import Job
+
+from sft_lightning import SFTDataModule, SFTModule
+from sft_lightning.data.batch import MicroBatch
+
+LAYOUTS = ("padded", "packed", "shared_prefix")
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true"}
+
+
+class _StepClock(Callback):
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._meter.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        self._meter.add(lambda: _counts(batch))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self._meter.end_step()
+            if self._meter.first_loss is None:
+                self._meter.first_loss = float(trainer.callback_metrics["train/loss"])
+
+
+def run(job: Job, layout: str, batch_size: int) -> Measurement:
+    """Trains and returns what was measured; ``batch_size`` rows a micro-batch, ``job.rows_per_step`` a step."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    seed_everything(0, verbose=False)
+    meter = Meter(job.device)
+    data = SFTDataModule(
+        train_path=str(job.rows_path),
+        tokenizer_path=str(job.folder),
+        batch_size=batch_size,
+        max_length=4096,
+        cache_dir=str(job.folder.parent / "tokens"),
+        layout=layout,
+    )
+    trainer = Trainer(
+        accelerator="gpu" if job.device == "cuda" else "cpu",
+        devices=1,
+        precision=_PRECISIONS[job.dtype],
+        max_steps=job.num_steps,
+        accumulate_grad_batches=job.rows_per_step // batch_size,
+        gradient_clip_val=1.0,
+        callbacks=[_StepClock(meter)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(SFTModule(model_path=str(job.folder), learning_rate=5e-5), data)
+    return meter.result(job.num_warmup_steps)
+
+
+def _counts(batch: MicroBatch) -> Counts:
+    if batch.segments is None:
+        assert batch.attention_mask is not None
+        lengths = batch.attention_mask.sum(-1).cpu().numpy()
+        return counts_of_rows(lengths, batch.input_ids.numel(), batch.num_label_tokens)
+    # Parents stand before their children, so the number of keys of a span's ancestors is known when it comes.
+    keys: list[int] = []
+    attended = 0
+    for start, end, _, parent in batch.segments.spans:
+        length, of_ancestors = end - start, keys[parent] if parent >= 0 else 0
+        keys.append(of_ancestors + length)
+        attended += length * of_ancestors + length * (length + 1) // 2
+    return Counts(
+        rows=batch.num_rows,
+        tokens=batch.num_tokens,
+        unique_tokens=batch.num_unique_tokens,
+        positions=batch.input_ids.numel(),
+        labels=batch.num_label_tokens,
+        attended=attended,
+    )
