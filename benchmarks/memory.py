@@ -21,9 +21,11 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from meter import machine
 from torch import Tensor
 
 from sft_lightning.linear_cross_entropy import linear_cross_entropy
@@ -77,9 +79,11 @@ def main() -> None:
     if len(names) < len(arguments.variants):
         print("TRL is not installed and left out: see requirements.txt beside this file\n")
     results = [compare(arguments, num_labels, names) for num_labels in arguments.label_tokens]
-    print(table(results, names))
+    text = table(results, names)
+    print(text)
     if arguments.json:
-        report = {"setting": setting(arguments), "results": results}
+        about = {"benchmark": "memory", "table": text, "machine": machine(SimpleNamespace(device=arguments.device))}
+        report = {**about, "setting": setting(arguments), "results": results}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

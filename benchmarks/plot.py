@@ -16,7 +16,7 @@ import throughput
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by plot.py -->", "<!-- end of results -->"
-_COLOURS = {"guide": "#9a9a9a", "trl": "#d08c3f", "ours": "#2f6fab"}
+_COLOURS = {"guide": "#9a9a9a", "trl": "#d08c3f", "trl_changed": "#e5b97f", "ours": "#2f6fab"}
 _AXES = {
     "num_rows": "rows in the data set",
     "responses": "responses per prompt",
@@ -26,11 +26,11 @@ _AXES = {
 
 
 def best_of_each(results: list[dict]) -> list[dict]:
-    """Returns the fastest row of every name, and of TRL the one as shipped and the fastest of all."""
+    """Returns the fastest row of every name, and of TRL the one as shipped and the fastest of either kind."""
     best: dict[str, dict] = {}
     for row in results:
         # Of TRL's many settings a reader wants two: what it does unasked, and the best that it can do.
-        name = "TRL's best" if row["family"] == "trl" else row["name"]
+        name = {"trl": "TRL's best setting", "trl_changed": "TRL's best, loss replaced"}.get(row["family"], row["name"])
         if name not in best or row["tokens_per_second"] > best[name]["tokens_per_second"]:
             best[name] = {**row, "name": name}
         if "as shipped" in row["name"]:
@@ -85,22 +85,24 @@ def draw_scaling(content: dict, path: Path) -> None:
     plt.close(figure)
 
 
+# The others bring their table along.
 KINDS = {"throughput": (draw_throughput, throughput.table), "scaling": (draw_scaling, scaling.table)}
 
 
 def sections(folder: Path) -> list[str]:
-    """Draws every report of a kind that is known here. Returns its section for the README."""
+    """Draws every report of a kind that has a plot. Returns each one's section for the README."""
     result = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("benchmark") not in KINDS:
-            continue
-        draw, table = KINDS[content["benchmark"]]
-        draw(content, path.with_suffix(".png"))
+        body = content.get("table")
+        if content["benchmark"] in KINDS:
+            draw, table = KINDS[content["benchmark"]]
+            draw(content, path.with_suffix(".png"))
+            body = f"{table(content)}\n\n![{path.stem}](results/{path.stem}.png)"
         about, versions = content["machine"], content["machine"]["versions"]
         numbers = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
         result.append(
-            f"### {path.stem}\n\n{table(content)}\n\n![{path.stem}](results/{path.stem}.png)\n\n"
+            f"### {path.stem}\n\n{body}\n\n"
             f"{about['gpu'] or about['processor']}, {about['cores']} cores; Python {about['python']}, {numbers}."
         )
     return result

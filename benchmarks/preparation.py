@@ -56,6 +56,7 @@ def main() -> None:
         args.folder = args.folder or Path(temporary)
         args.folder.mkdir(parents=True, exist_ok=True)
         report = startup(args) if args.startup else preparation(args)
+    print(f"\n{report['table']}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -75,18 +76,18 @@ def preparation(args: argparse.Namespace) -> dict[str, object]:
         runs["cached"].append(in_a_process("cached", args))
     medians = {name: median_of(measured) for name, measured in runs.items()}
     bare = medians["bare"]["rows_per_second"]
-    print(f"\n{args.rows:,} rows: {lengths}; medians of {args.rounds}\n")
-    print("| preparing | rows | rows/s | against the bare tokenizer | peak resident MB |\n|---|---|---|---|---|")
+    lines = [f"{args.rows:,} rows: {lengths}; medians of {args.rounds}.", ""]
+    lines += ["| preparing | rows | rows/s | against the bare tokenizer | peak resident MB |", "|---|---|---|---|---|"]
     for name in names:
         rows, speed, peak = (medians[name][key] for key in ("rows", "rows_per_second", "peak_mb"))
-        print(f"| {LABELS[name]} | {rows:,.0f} | {speed:,.0f} | {speed / bare:.2f} | {peak:,.0f} |")
+        lines.append(f"| {LABELS[name]} | {rows:,.0f} | {speed:,.0f} | {speed / bare:.2f} | {peak:,.0f} |")
     found = medians["cached"]
-    print("\n| cached start | value |\n|---|---|")
-    print(f"| seconds to the first batch, imports done | {found['seconds']:.2f} |")
-    print(f"| resident memory at the first batch, MB | {found['resident_mb']:,.0f} |")
-    print(f"| its peak until then, MB | {found['peak_mb']:,.0f} |")
-    print(f"| of it after the imports alone, MB | {found['resident_after_imports_mb']:,.0f} |")
-    return {"kind": "preparation", "lengths": lengths, "runs": runs, "medians": medians, **about(args)}
+    lines += ["", "| cached start | value |", "|---|---|"]
+    lines.append(f"| seconds to the first batch, imports done | {found['seconds']:.2f} |")
+    lines.append(f"| resident memory at the first batch, MB | {found['resident_mb']:,.0f} |")
+    lines.append(f"| its peak until then, MB | {found['peak_mb']:,.0f} |")
+    lines.append(f"| of it after the imports alone, MB | {found['resident_after_imports_mb']:,.0f} |")
+    return {"benchmark": "preparation", "table": "\n".join(lines), "runs": runs, "medians": medians, **about(args)}
 
 
 def startup(args: argparse.Namespace) -> dict[str, object]:
@@ -102,12 +103,13 @@ def startup(args: argparse.Namespace) -> dict[str, object]:
             measured.append({**found, "seconds": time.perf_counter() - started})
     medians = {name: median_of(measured) for name, measured in runs.items()}
     more = medians["fit"]["seconds"] - medians["imports"]["seconds"]
-    print(f"\n| start of a process, median of {args.rounds} | seconds |\n|---|---|")
-    print(f"| import torch, lightning, transformers | {medians['imports']['seconds']:.2f} |")
-    print(f"| fit, cached data, to the end of its first optimizer step | {medians['fit']['seconds']:.2f} |")
-    print(f"| difference | {more:.2f} |")
-    print(f"| the same in CPU seconds | {medians['fit']['cpu_seconds'] - medians['imports']['cpu_seconds']:.2f} |")
-    return {"kind": "startup", "runs": runs, "medians": medians, "difference_seconds": more, **about(args)}
+    cpu = medians["fit"]["cpu_seconds"] - medians["imports"]["cpu_seconds"]
+    lines = [f"| start of a process, median of {args.rounds} | seconds |", "|---|---|"]
+    lines.append(f"| import torch, lightning, transformers | {medians['imports']['seconds']:.2f} |")
+    lines.append(f"| fit, cached data, to the end of its first optimizer step | {medians['fit']['seconds']:.2f} |")
+    lines.append(f"| difference | {more:.2f} |")
+    lines.append(f"| the same in CPU seconds | {cpu:.2f} |")
+    return {"benchmark": "startup", "table": "\n".join(lines), "runs": runs, "medians": medians, **about(args)}
 
 
 def make_data(args: argparse.Namespace) -> str:

@@ -226,6 +226,7 @@ class _Attention:
         return sys.modules[type(module).__module__].eager_attention_forward
 
 
+@torch.compiler.disable  # the longest segment is a number that differs in every micro-batch
 def _attend_by_kernel(
     function: Callable[..., Tensor],
     query: Tensor,

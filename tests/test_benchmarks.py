@@ -142,9 +142,12 @@ def test_the_plot_writes_tables_between_the_markers_and_draws(benchmark, tmp_pat
             {**row, "name": "guide's loop", "tokens_per_second": 100.0},
             {**row, "name": "shared_prefix", "family": "ours", "tokens_per_second": 250.0},
             {**row, "name": "TRL grouped", "family": "trl", "tokens_per_second": 125.0},
+            {**row, "name": "TRL grouped, full logits", "family": "trl_changed", "tokens_per_second": 200.0},
         ],
     }
     (tmp_path / "one.json").write_text(json.dumps(report))
+    memory = {"benchmark": "memory", "table": "| loss | memory |", "machine": report["machine"]}
+    (tmp_path / "two.json").write_text(json.dumps(memory))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
     plot.fill_in(readme, plot.sections(tmp_path))
@@ -152,5 +155,6 @@ def test_the_plot_writes_tables_between_the_markers_and_draws(benchmark, tmp_pat
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert "| shared_prefix | 4 | 250 | 2.50 | 2.00 | 10 | 1.0 | 25% | 2.500000 |" in text
+    assert "| shared_prefix | 4 | 250 | 2.50 | 2.00 | 1.25 | 10 | 1.0 | 25% | 2.500000 |" in text
+    assert "| loss | memory |" in text
     assert (tmp_path / "one.png").stat().st_size > 1000
