@@ -55,8 +55,6 @@ def attend(
         wide = torch.promote_types(dtype, torch.float32)
         return _OnCPU.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts = [
         _attend_segment(
             query[:, :, span.start : span.end],
@@ -92,15 +90,17 @@ def _attend_segment(
 ) -> Tensor:
     num_queries, num_keys = query.shape[2], key.shape[2]
     windowed = window_tokens is not None and window_tokens < num_keys
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     if softcap is None and not windowed and num_queries == num_keys:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     # Queries are the last of the keys' positions.
     before = num_keys - num_queries
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(before)
     if windowed:
         visible = visible.triu(before - window_tokens + 1)  # type: ignore[operator]
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, **options)
+    key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     # As transformers' own eager attention does: softmax in float32, dropout on the weights.
@@ -120,6 +120,7 @@ class _OnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+        query = _in_rows(query)
         repeated_key, repeated_value = _for_each_query_head(key, query), _for_each_query_head(value, query)
         output = torch.empty_like(query)
         log_sums = output.new_empty(query.shape[:3])
@@ -143,6 +144,7 @@ class _OnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sums = ctx.saved_tensors
+        grad_output = _in_rows(grad_output)
         repeated_key, repeated_value = _for_each_query_head(key, query), _for_each_query_head(value, query)
         gradients = [torch.empty_like(query) for _ in range(3)]
         for queries, keys, causal in _parts(ctx.spans):
@@ -184,4 +186,13 @@ def _parts(spans: tuple[Span, ...]) -> list[tuple[slice, slice, bool]]:
 
 
 def _for_each_query_head(heads: Tensor, query: Tensor) -> Tensor:
-    return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
+    """Returns keys or values with one head for each query head, in the layout that torch's kernels for CPUs read."""
+    repeats = query.shape[1] // heads.shape[1]
+    if repeats > 1:
+        return heads.repeat_interleave(repeats, dim=1)
+    return _in_rows(heads)
+
+
+def _in_rows(heads: Tensor) -> Tensor:
+    # Below the public function nobody checks that a head's numbers stand side by side.
+    return heads if heads.stride(-1) == 1 else heads.contiguous()

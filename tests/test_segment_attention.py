@@ -119,6 +119,16 @@ def test_dropout_drops_and_scales_up():
     assert (dropped.mean(0) - kept).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("num_key_heads", [4, 2])
+def test_heads_may_lie_in_memory_in_any_order(which, num_key_heads):
+    tensors = [tensor.detach() for tensor in heads(num_key_heads=num_key_heads)]
+    expected = ours(*tensors, scale=0.3)
+    tensors[which] = tensors[which].transpose(2, 3).contiguous().transpose(2, 3)
+    assert tensors[which].stride(-1) != 1
+    torch.testing.assert_close(ours(*tensors, scale=0.3), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_backward_of_an_expanded_gradient():
     """The gradient of a sum is one number seen from everywhere: strides of 0."""
     tensors = heads()
