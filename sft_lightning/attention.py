@@ -82,8 +82,8 @@ def choose_attention(
 
 def needs_half_precision(model: PreTrainedModel) -> bool:
     """Returns whether the model's attention over packed rows runs in 16-bit precision only."""
-    implementation = str(model.config._attn_implementation)
-    return any(implementation.startswith(_registered_name(kernel, "sdpa")) for kernel in _CUDA_KERNELS)
+    function = AttentionInterface().get(model.config._attn_implementation)
+    return isinstance(function, _Attention) and function.kernel in _CUDA_KERNELS
 
 
 def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_precision: bool) -> str | None:
@@ -99,11 +99,13 @@ def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_p
         return "it needs a CUDA device"
     if not half_precision:
         return "it needs 16-bit precision such as trainer.precision bf16-mixed"
-    if torch.cuda.get_device_capability() < ((9, 0) if kernel == "flash_attention_3" else (8, 0)):
-        return f"it needs a newer GPU than {torch.cuda.get_device_name()}"
+    capability = torch.cuda.get_device_capability()
+    # FlashAttention 3 is written for Hopper, and no other chip.
+    if capability < (8, 0) or (kernel == "flash_attention_3" and capability[0] != 9):
+        return f"it does not run on {torch.cuda.get_device_name()}"
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    if head_size > _LARGEST_HEAD:
-        return f"the model's heads have {head_size} dimensions, it takes {_LARGEST_HEAD} at the most"
+    if head_size > _LARGEST_HEAD or head_size % 8:
+        return f"the model's heads have {head_size} dimensions, it takes multiples of 8 up to {_LARGEST_HEAD}"
     if getattr(text_config, "v_head_dim", head_size) != head_size:
         return "the model's values have another size than its keys"
     if kernel == "varlen" and getattr(text_config, "attn_logit_softcapping", None):
@@ -187,7 +189,7 @@ class _Attention:
     """An attention function as transformers calls it, with and without segments."""
 
     def __init__(self, kernel: str, without_segments: str) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._without_segments = without_segments
 
     def __call__(
@@ -216,9 +218,9 @@ class _Attention:
             "window_tokens": kwargs.get("sliding_window"),
             "softcap": kwargs.get("softcap"),
         }
-        if self._kernel == "segments":
+        if self.kernel == "segments":
             return segment_attention.attend(query, key, value, segments, **options).transpose(1, 2), None
-        return _attend_by_kernel(_VARLEN_FUNCTIONS[self._kernel], query, key, value, segments, options), None
+        return _attend_by_kernel(_VARLEN_FUNCTIONS[self.kernel], query, key, value, segments, options), None
 
     def _own(self, module: nn.Module) -> Callable[..., Any]:
         if self._without_segments == "sdpa":

@@ -27,30 +27,35 @@ class _LabelLoss:
     """
 
     def __init__(self, head: nn.Module | None, config: "PretrainedConfig") -> None:
+        self._head = head
         self.chunked = type(head) is nn.Linear
         self._scale, self._softcap = _logit_processing(config)
         self._batch: MicroBatch | None = None
+        self._at_head = False
         self._with_entropy = False
         self._hidden: Tensor | None = None
         self._losses: LabelLosses | None = None
 
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before_model(
+        self, module: "PreTrainedModel", args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         self._batch = kwargs.pop("score_labels_of", None)
+        # An adapter may have been put around the head since: then it makes all logits, and labels are picked from them.
+        self._at_head = self._batch is not None and module.get_output_embeddings() is self._head
         self._with_entropy = kwargs.pop("with_entropy", False)
         self._hidden = self._losses = None
         return args, kwargs
 
     def before_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._batch is None:
+        if self._batch is None or not self._at_head:
             return None
         self._hidden = args[0].flatten(0, 1)[self._batch.label_positions]
         seen_by_head = args[0][:1, :0] if self.chunked else self._hidden.unsqueeze(0)
         return (seen_by_head, *args[1:])
 
     def after_head(self, module: nn.Linear, args: tuple[Tensor, ...], logits: Tensor) -> None:
-        if self._batch is None or not self.chunked:
+        if self._batch is None or self._hidden is None or not self.chunked:
             return
-        assert self._hidden is not None
         self._losses = linear_cross_entropy(
             self._hidden,
             module.weight,
@@ -68,7 +73,7 @@ class _LabelLoss:
         losses, self._losses = self._losses, None
         hidden, self._hidden = self._hidden, None
         if batch is None or output is None or losses is not None:
-            return losses or output
+            return output if losses is None else losses
         logits = output.logits.flatten(0, 1)
         if hidden is None:
             # A model that does not call its output embedding as a module.

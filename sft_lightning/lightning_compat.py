@@ -62,9 +62,18 @@ def steps_per_epoch(trainer: Trainer) -> int:
 def usable_layout(trainer: Trainer, choice: Any) -> Any:
     """Returns the layout of ``choice`` that the module's model can be given; ``auto`` is padded for other modules."""
     module: Any = trainer.lightning_module
-    if hasattr(module, "usable_layout"):
-        return module.usable_layout(choice)
-    return "padded" if choice == "auto" else choice
+    if not hasattr(module, "usable_layout"):
+        return "padded" if choice == "auto" else choice
+    answer: Any
+    try:
+        answer = module.usable_layout(choice)
+    except UserError as error:
+        answer = error
+    # Rows are dealt by the layout: the processes must not differ, also where one of them is close to a limit.
+    answer = trainer.strategy.broadcast(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def total_optimizer_steps(trainer: Trainer) -> int:

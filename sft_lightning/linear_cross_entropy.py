@@ -1,4 +1,4 @@
-"""The output embedding and the cross-entropy in one, chunk by chunk: no [M, V] tensor ever exists.
+"""The output embedding and the cross-entropy in one, chunk by chunk: logits of all M labels never exist at once.
 
 The gradients are made on the way forward, while a chunk's probabilities are at hand, so that nothing is computed twice
 and nothing of size V outlives its chunk but the weight's own gradient. The idea is that of Liger Kernel's fused linear
@@ -33,13 +33,13 @@ class LabelLosses(NamedTuple):
         weighted_sum: Scalar, float32 (float64 for float64 logits), with gradient: ``sum(loss_weights * nll)``.
         nll: Shape [M], dtype of ``weighted_sum``, in nats, without gradient.
         correct: Shape [M], bool: whether the most likely token is the label. The first of equally likely ones counts,
-            as in argmax. None where it was not asked for.
+            as in argmax. It costs next to nothing.
         entropy: Shape [M], dtype of ``weighted_sum``, in nats, without gradient. None where it was not asked for.
     """
 
     weighted_sum: Tensor
     nll: Tensor
-    correct: Tensor | None
+    correct: Tensor
     entropy: Tensor | None
 
 
@@ -52,7 +52,6 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     scale: float | None = None,
-    with_accuracy: bool = True,
     with_entropy: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> LabelLosses:
@@ -73,7 +72,6 @@ def linear_cross_entropy(
         loss_weights: Shape [M], float64, constants: what each label counts in the sum.
         softcap: Bound of the logits, as in Gemma 2.
         scale: Factor of the logits, as in Cohere (its inverse in Granite).
-        with_accuracy: Whether to compute ``correct``. Costs next to nothing.
         with_entropy: Whether to compute ``entropy``. Costs a second float32 buffer of the size of a chunk.
         chunk_bytes: Upper bound of a chunk's float32 logits, at least one row. The work space is this, once more in
             half precision (the low-precision logits), with an entropy, and with a softcap in training.
@@ -97,7 +95,6 @@ def linear_cross_entropy(
         num_chunk_rows=-(-len(labels) // num_chunks),
         softcap=softcap,
         scale=1.0 if scale is None else scale,
-        with_accuracy=with_accuracy,
         with_entropy=with_entropy,
         # Inside of an autograd function gradients are always off, and needs_input_grad does not know about no_grad.
         with_gradients=torch.is_grad_enabled(),
@@ -112,7 +109,6 @@ class _Options:
     num_chunk_rows: int
     softcap: float | None
     scale: float
-    with_accuracy: bool
     with_entropy: bool
     with_gradients: bool
 
@@ -127,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         options: _Options,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         with torch.autocast(hidden.device.type, enabled=False):
             needed = [options.with_gradients and needed for needed in ctx.needs_input_grad[:3]]
             run = _Pass(hidden, weight, bias, loss_weights, needed, options)
@@ -182,7 +178,7 @@ class _Pass:
             return torch.empty(shape, dtype=dtype, device=hidden.device)
 
         self.nll = buffer(num_labels)
-        self.correct = buffer(num_labels, dtype=torch.bool) if options.with_accuracy else None
+        self.correct = buffer(num_labels, dtype=torch.bool)
         self.entropy = buffer(num_labels) if options.with_entropy else None
 
         chunk = (options.num_chunk_rows, num_tokens)
@@ -211,8 +207,7 @@ class _Pass:
         top_nll = -probabilities.gather(-1, top).log()
         nll = top_logits - label_logits + top_nll
         self.nll[rows] = nll.squeeze(-1)
-        if self.correct is not None:
-            self.correct[rows] = (top == labels).squeeze(-1)
+        self.correct[rows] = (top == labels).squeeze(-1)
         if self.entropy is not None:
             # 0 * -inf is NaN; 0 times the smallest finite number is the 0 that p log p tends to.
             logits.clamp_(min=torch.finfo(logits.dtype).min).mul_(probabilities)
@@ -275,7 +270,7 @@ def _gradient_unit(loss_weights: Tensor, dtype: torch.dtype) -> Tensor:
     A loss scaler does not help there: its factor arrives with backward only.
     """
     if dtype != torch.float16:
-        return torch.ones((), dtype=torch.float64, device=loss_weights.device)
+        return torch.ones((), dtype=loss_weights.dtype, device=loss_weights.device)
     return _FLOAT16_LARGEST_WEIGHT / loss_weights.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
 
 

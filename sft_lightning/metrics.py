@@ -65,7 +65,7 @@ def step_sums(parts: Sequence[tuple[LabelLosses, MicroBatch]]) -> Tensor:
     loss = torch.stack([losses.weighted_sum for losses, _ in parts]).sum()
     filled = [losses for losses, batch in parts if batch.num_rows]
     zero = loss.new_zeros(())
-    num_correct = sum((losses.correct.sum() for losses in filled if losses.correct is not None), zero)
+    num_correct = sum((losses.correct.sum() for losses in filled), zero)
     entropy = sum((losses.entropy.sum() for losses in filled if losses.entropy is not None), zero)
-    num_labels = loss.new_tensor(sum(len(losses.nll) for losses in filled))
+    num_labels = loss.new_full((), sum(len(losses.nll) for losses in filled))  # filled on the device, not copied to it
     return torch.stack([loss, num_correct.to(loss.dtype), entropy.to(loss.dtype), num_labels])

@@ -81,7 +81,14 @@ class ImaginedDevice(TorchDispatchMode):
     @contextmanager
     def used(self, monkeypatch):
         """Sees beside the operators what never becomes one on a CPU: copies to the host, numbers put on the device."""
-        make_tensor = torch.tensor
+        make_tensor, make_like = torch.tensor, torch.Tensor.new_tensor
+
+        def new_tensor(like, *args, **kwargs):
+            made = make_like(like, *args, **kwargs)
+            if like in self._on_device:
+                self.waits("new_tensor")
+                self.put(made)
+            return made
 
         def tensor(*args, **kwargs):
             made = make_tensor(*args, **kwargs)
@@ -94,6 +101,7 @@ class ImaginedDevice(TorchDispatchMode):
             for name in ("tolist", "numpy", "cpu"):
                 patches.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
             patches.setattr(torch, "tensor", tensor)
+            patches.setattr(torch.Tensor, "new_tensor", new_tensor)
             with self:
                 yield
 

@@ -154,6 +154,29 @@ def test_a_head_that_is_no_plain_linear_layer_makes_its_own_logits(head):
     torch.testing.assert_close(label_losses(model, batch).nll, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+class Adapted(nn.Module):
+    """A head with a low-rank adapter around it, as PEFT puts one there."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.base_layer = head
+        self.low, self.high = nn.Linear(16, 2, bias=False), nn.Linear(2, 61, bias=False)
+
+    def forward(self, hidden):
+        return self.base_layer(hidden) + self.high(self.low(hidden))
+
+
+def test_an_adapter_may_be_put_around_the_head_later():
+    model, batch = make_model(), make_batch()
+    install_label_loss(model)
+    model.lm_head = Adapted(model.lm_head)
+    expected = F.cross_entropy(plain_logits(model, batch), batch.labels, reduction="none")
+    losses = label_losses(model, batch)
+    torch.testing.assert_close(losses.nll, expected.detach(), rtol=1e-5, atol=1e-5)
+    losses.weighted_sum.backward()
+    assert model.lm_head.high.weight.grad.norm() > 0
+
+
 def test_plain_calls_and_generate_are_untouched():
     model, batch = make_model().eval(), make_batch()
     plain = model(input_ids=batch.input_ids).logits

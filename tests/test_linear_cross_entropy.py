@@ -373,10 +373,9 @@ def test_without_gradients_only_the_loss_is_made():
 
 
 def test_only_the_sum_has_a_gradient_and_only_what_was_asked_for_is_there():
-    losses = linear_cross_entropy(*Problem().arguments, with_accuracy=False)
+    losses = linear_cross_entropy(*Problem().arguments)
     assert losses.weighted_sum.requires_grad
     assert not losses.nll.requires_grad
-    assert losses.correct is None
     assert losses.entropy is None
 
 

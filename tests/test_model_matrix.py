@@ -154,7 +154,7 @@ FAMILIES = {
         "Llama4TextConfig",
         "attention in chunks of the row, experts",
         {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": WINDOW},
-        refusal="its losses differ",
+        refusal="attends in chunks",
     ),
     "BLOOM": Family(
         "BloomConfig", "ALiBi", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, refusal="cannot compute"
@@ -162,24 +162,24 @@ FAMILIES = {
     "Falcon": Family(
         "FalconConfig", "attention of its own", {**SMALL, "multi_query": True}, refusal="its losses differ"
     ),
-    "Mamba": Family("MambaConfig", "state space", STATE_SPACE, refusal="cannot compute"),
+    "Mamba": Family("MambaConfig", "state space", STATE_SPACE, refusal="carries a state"),
     "Mamba 2": Family(
         "Mamba2Config",
         "state space",
         {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
-        refusal="its losses differ",
+        refusal="carries a state",
     ),
     "LFM2": Family(
         "Lfm2Config",
         "short convolutions and attention",
         {**GROUPED, "layer_types": ["conv", "full_attention"]},
-        refusal="its losses differ",
+        refusal="carries a state",
     ),
     "Qwen3-Next": Family(
         "Qwen3NextConfig",
         "linear attention and attention, experts",
         {**SHARED_EXPERT, **_LINEAR, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
-        refusal="its losses differ",
+        refusal="carries a state",
     ),
 }
 

@@ -15,7 +15,7 @@ def micro_batch(*lines):
 
 def losses(*values):
     nll = torch.tensor(values)
-    return LabelLosses(weighted_sum=nll.sum(), nll=nll, correct=None, entropy=None)
+    return LabelLosses(weighted_sum=nll.sum(), nll=nll, correct=nll > 0, entropy=None)
 
 
 def test_only_the_rows_whose_own_loss_is_not_finite_are_named():
