@@ -15,7 +15,7 @@ LAYERS = (
     {"__init__", "__main__", "cli", "commands", "trainer_cli"},
     {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv"},
     {"lightning_compat"},
-    {"modeling", "layout_guard", "optim", "evaluation", "metrics", "nonfinite", "checkpoint_folder", "quickstart"},
+    {"modeling", "compilation", "layout_guard", "optim", "evaluation", "metrics", "nonfinite", "checkpoint_folder", "quickstart"},
     {"label_loss", "attention"},
     {"linear_cross_entropy", "segment_attention", "loss", "flops"},
     {"data"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "lightning_fabric": set(),
     "transformers": {
         "modeling",
+        "compilation",
         "attention",
         "data.tokenization",
         "evaluation.generation",

@@ -108,7 +108,14 @@ class TransformersGenerator(Generator):
                 raise UserError(f"prompt {index} is empty; a model needs at least one token to answer")
         generations: dict[int, Generation] = {}
         config = self._generation_config(model, tokenizer)
-        with _evaluation_mode(model), _generation_config_of(model, config), _seeded(self.seed, model.device):
+        # The layers of a model in training may be compiled: its cache would make them compile again and again.
+        as_written = torch.compiler.set_stance("force_eager")
+        with (
+            as_written,
+            _evaluation_mode(model),
+            _generation_config_of(model, config),
+            _seeded(self.seed, model.device),
+        ):
             for batch in self._batches(rows):
                 answers = self._generate_batch(model, tokenizer, [rows[index] for index in batch])
                 generations.update(zip(batch, answers, strict=True))
