@@ -109,7 +109,7 @@ def _attend_segment(
 
 
 class _OnCPU(torch.autograd.Function):
-    """Torch's FlashAttention for CPUs, in two kinds of calls that compute no masked score and copy no key.
+    """Torch's FlashAttention for CPUs, in two kinds of calls that compute no masked score and gather no key.
 
     Each segment attends to itself, causally. Then all descendants of a segment, which stand side by side, attend to it
     in one unmasked call. The parts of a position's output are put together by their log-sum-exp, which is exact: the
