@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft_lightning.data.batch import Example, Layout, MicroBatch, collate_padded
-from sft_lightning.data.packing import MIN_SHARED_TOKENS, collate_packed
+from sft_lightning.data.batch import Example, Layout, MicroBatch
+from sft_lightning.data.packing import collate
+from sft_lightning.data.trie import MIN_SHARED_TOKENS
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses
 
@@ -84,7 +85,4 @@ def _made_up_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
     rows = np.random.default_rng(0).integers(0, vocabulary_size, (_NUM_ROWS, num_tokens)).astype(np.int32)
     rows[:, : MIN_SHARED_TOKENS + 1] = rows[0, : MIN_SHARED_TOKENS + 1]
     examples = [Example(row, num_tokens - 2, f"made-up row {number}") for number, row in enumerate(rows)]
-    weights = np.full(_NUM_ROWS, 1.0)
-    if layout == "padded":
-        return collate_padded(examples, weights, pad_token_id=0)
-    return collate_packed(examples, weights, pad_token_id=0, share_prefixes=layout == "shared_prefix")
+    return collate(examples, np.ones(_NUM_ROWS), layout=layout, pad_token_id=0)

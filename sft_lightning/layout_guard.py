@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sft_lightning.attention import needs_half_precision
-from sft_lightning.data.batch import Example, Layout, MicroBatch, collate_padded
-from sft_lightning.data.packing import MIN_SHARED_TOKENS, collate_packed
+from sft_lightning.data.batch import Example, Layout
+from sft_lightning.data.packing import collate
+from sft_lightning.data.trie import MIN_SHARED_TOKENS
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses, makes_logits_in_chunks, use_the_models_own_logits
 from sft_lightning.loss import token_nll
@@ -179,7 +180,8 @@ def _measure(
     model: "PreTrainedModel", layout: Layout, examples: list[Example], *, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Returns each label's loss, shape [M], and the norm of the gradient of their mean."""
-    batch = _collate(layout, examples).to(model.device)
+    weights = np.full(len(examples), 1.0 / sum(example.num_labels for example in examples))
+    batch = collate(examples, weights, layout=layout, pad_token_id=0).to(model.device)
     with torch.set_grad_enabled(with_gradients):
         losses = label_losses(model, batch)
     if not with_gradients:
@@ -188,13 +190,6 @@ def _measure(
     # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
     gradients = torch.autograd.grad(losses.weighted_sum, trainable, allow_unused=True)
     return losses.nll, torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-
-
-def _collate(layout: Layout, examples: list[Example]) -> MicroBatch:
-    weights = np.full(len(examples), 1.0 / sum(example.num_labels for example in examples))
-    if layout == "padded":
-        return collate_padded(examples, weights, pad_token_id=0)
-    return collate_packed(examples, weights, pad_token_id=0, share_prefixes=layout == "shared_prefix")
 
 
 @contextmanager

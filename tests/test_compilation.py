@@ -112,10 +112,10 @@ def test_the_trial_is_enough_to_compile_for_training_and_leaves_nothing_behind(d
 
 
 def test_a_missing_compiler_is_named_before_training(fit, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"model\.compile does not work here .*C\+\+ compiler") as raised:
+    without_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    expected = pytest.raises(UserError, match=r"model\.compile does not work here .*C\+\+ compiler")
+    with without_compiler, expected as raised:
         fit(model={"compile": True})
     assert "\n" not in str(raised.value)
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from sft_lightning.data.batch import Layout, MicroBatch, collate_padded
+from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.data.cache import TokenStore
-from sft_lightning.data.packing import collate_packed
+from sft_lightning.data.packing import collate
 from sft_lightning.data.plan import EpochPlan, PlannedMicroBatch
 
 
@@ -38,10 +38,9 @@ class MicroBatches(Dataset):
         self._store = store
         self._planned = planned
         self._length = length
-        self._collate: Callable[..., MicroBatch] = (
-            collate_padded if layout == "padded" else partial(collate_packed, share_prefixes=layout == "shared_prefix")
+        self._collate = partial(
+            collate, layout=layout, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of
         )
-        self._options = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
 
     def __len__(self) -> int:
         return self._length
@@ -49,7 +48,7 @@ class MicroBatches(Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         planned = self._planned(index)
         examples = [self._store[int(example)] for example in planned.examples]
-        return self._collate(examples, planned.label_weights, rng_seed=planned.rng_seed, **self._options)
+        return self._collate(examples, planned.label_weights, rng_seed=planned.rng_seed)
 
 
 class TrainingShare:

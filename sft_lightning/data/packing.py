@@ -19,26 +19,34 @@ Without ``share_prefixes`` every row is a span of its own.
 """
 
 from collections.abc import Sequence
-from heapq import heapify, heapreplace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from sft_lightning.data.batch import Example, MicroBatch, Segments, Span, empty_micro_batch
-
-# A node of the trie costs one more attention call in every layer, which fewer shared tokens do not earn back.
-MIN_SHARED_TOKENS = 16
+from sft_lightning.data.batch import Example, Layout, MicroBatch, Segments, Span, collate_padded, empty_micro_batch
+from sft_lightning.data.trie import Branch, grow, sort_prompts
 
 
-class _Branch(NamedTuple):
-    """A span before it has its place: tokens ``row[first:end]`` below another branch."""
-
-    row: int
-    first: int
-    end: int
-    parent: int
+def collate(
+    examples: Sequence[Example],
+    label_weights: Sequence[float] | np.ndarray,
+    *,
+    layout: Layout,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    rng_seed: int = 0,
+) -> MicroBatch:
+    """Returns the examples as one micro-batch in a layout; see ``collate_padded`` and :func:`collate_packed`."""
+    options: dict[str, Any] = {
+        "pad_token_id": pad_token_id,
+        "pad_to_multiple_of": pad_to_multiple_of,
+        "rng_seed": rng_seed,
+    }
+    if layout == "padded":
+        return collate_padded(examples, label_weights, **options)
+    return collate_packed(examples, label_weights, share_prefixes=layout == "shared_prefix", **options)
 
 
 def collate_packed(
@@ -65,8 +73,8 @@ def collate_packed(
     input_lengths = [len(example.tokens) - 1 for example in examples]
     order, common = list(range(len(examples))), [0] * (len(examples) - 1)
     if share_prefixes:
-        order, common = _sort_prompts([example.tokens[: example.prompt_length] for example in examples])
-    branches, last_branches = _grow(order, common, input_lengths)
+        order, common = sort_prompts([example.tokens[: example.prompt_length] for example in examples])
+    branches, last_branches = grow(order, common, input_lengths)
     spans = _place(branches)
     num_tokens = spans[-1].end
     width = num_tokens if not pad_to_multiple_of else -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
@@ -99,108 +107,7 @@ def collate_packed(
     )
 
 
-def deal(total_lengths: np.ndarray, num_groups: int, prompts: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-    """Returns the rows of a step as groups that cost about the same.
-
-    Longest processing time first (Graham, 1969): the costliest piece goes to the group that has the least so far. So no
-    two groups differ by more than the costliest piece. Without prompts, a piece is a row and costs its input tokens.
-
-    With prompts, a piece is a bundle of rows that share ``MIN_SHARED_TOKENS`` more than all rows of the step do, and
-    costs its input tokens behind what all rows share, each one once. A bundle that costs as much as several average
-    groups is cut into as many pieces. Where two pieces of one bundle meet in a group they share again, and the group is
-    cheaper than was reckoned.
-
-    Args:
-        total_lengths: Shape [R], tokens of each row, at least 2.
-        num_groups: Groups to make.
-        prompts: The prompt tokens of each row, shape [prompt length] each: they are shared within a group.
-
-    Returns:
-        ``num_groups`` arrays, int64, of indices into the rows: every row once, the group with the most unique tokens
-        first, none empty unless there are fewer rows than groups.
-    """
-    input_lengths = (np.asarray(total_lengths) - 1).tolist()
-    assert input_lengths, "a step without rows"
-    num_filled = min(num_groups, len(input_lengths))
-    if prompts is None:
-        groups = _spread(input_lengths, num_filled)
-        costs = [sum(input_lengths[row] for row in group) for group in groups]
-    else:
-        groups, costs = _deal_bundles(input_lengths, num_filled, prompts)
-    costliest_first = sorted(range(num_filled), key=lambda group: -costs[group])
-    filled = [np.array(groups[group], dtype=np.int64) for group in costliest_first]
-    return filled + [np.empty(0, dtype=np.int64)] * (num_groups - num_filled)
-
-
-def _deal_bundles(
-    input_lengths: Sequence[int], num_groups: int, prompts: Sequence[np.ndarray]
-) -> tuple[list[list[int]], list[int]]:
-    """Returns groups that keep rows with a common prompt together, and the unique tokens of each."""
-    order, common = _sort_prompts(prompts)
-    pieces, costs = _cut_bundles([input_lengths[row] for row in order], common, num_groups)
-    groups, unique_tokens = [], []
-    for indices in _spread(costs, num_groups):
-        places = sorted(place for index in indices for place in pieces[index])
-        rows = [order[place] for place in places]
-        # Rows that are no neighbours have in common what all rows between them have.
-        between = np.minimum.reduceat(common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
-        branches, _ = _grow(rows, between, input_lengths)
-        groups.append(rows)
-        unique_tokens.append(sum(branch.end - branch.first for branch in branches))
-    return groups, unique_tokens
-
-
-def _sort_prompts(prompts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """Returns the rows with common beginnings side by side, and how many prompt tokens neighbours have in common."""
-    # Bytes do not sort as the numbers do, but they too put what begins alike side by side.
-    keys = [prompt.tobytes() for prompt in prompts]
-    order = sorted(range(len(prompts)), key=keys.__getitem__)
-    return order, [_num_common(prompts[row], prompts[following]) for row, following in pairwise(order)]
-
-
-def _num_common(one: np.ndarray, other: np.ndarray) -> int:
-    length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    first = int(differs.argmax())
-    return first if differs[first] else length
-
-
-def _grow(order: Sequence[int], common: Sequence[int], input_lengths: Sequence[int]) -> tuple[list[_Branch], list[int]]:
-    """Returns the branches of the trie depth-first, and for each row the branch of its last input token.
-
-    Args:
-        order: The rows, those with common tokens side by side.
-        common: Shape [len(order) - 1], tokens that neighbours have in common.
-        input_lengths: Of all rows, by their number.
-    """
-    branches: list[_Branch] = []
-    last_branches = [-1] * len(input_lengths)
-    # No recursion: nested prompts may make a trie deeper than Python's stack.
-    waiting = [(start, stop, 0, -1) for start, stop in reversed(_runs(common, 0, len(order), MIN_SHARED_TOKENS))]
-    while waiting:
-        start, stop, depth, parent = waiting.pop()
-        row = order[start]
-        is_leaf = stop - start == 1
-        end = input_lengths[row] if is_leaf else min(common[start : stop - 1])
-        # A leaf is empty where one label follows a prompt that is shared as a whole: the branch above predicts it.
-        if end > depth:
-            branches.append(_Branch(row, depth, end, parent))
-            parent = len(branches) - 1
-        if is_leaf:
-            last_branches[row] = parent
-        else:
-            runs = _runs(common, start, stop, end + MIN_SHARED_TOKENS)
-            waiting += [(first, behind, end, parent) for first, behind in reversed(runs)]
-    return branches, last_branches
-
-
-def _runs(common: Sequence[int], start: int, stop: int, least: int) -> list[tuple[int, int]]:
-    """Returns the rows from ``start`` to ``stop`` cut between neighbours that have less than ``least`` in common."""
-    cuts = [place + 1 for place in range(start, stop - 1) if common[place] < least]
-    return list(pairwise([start, *cuts, stop]))
-
-
-def _place(branches: Sequence[_Branch]) -> list[Span]:
+def _place(branches: Sequence[Branch]) -> list[Span]:
     starts = [0]
     for branch in branches:
         starts.append(starts[-1] + branch.end - branch.first)
@@ -215,7 +122,7 @@ def _place(branches: Sequence[_Branch]) -> list[Span]:
 
 
 def _label_positions(
-    examples: Sequence[Example], branches: Sequence[_Branch], spans: Sequence[Span], last_branches: Sequence[int]
+    examples: Sequence[Example], branches: Sequence[Branch], spans: Sequence[Span], last_branches: Sequence[int]
 ) -> np.ndarray:
     """Returns where the token before each label stands. Shape [M], int64."""
     parts = []
@@ -227,55 +134,3 @@ def _label_positions(
             positions[0] = spans[branch.parent].end - 1  # the whole prompt is shared, its last token stands above
         parts.append(positions)
     return np.concatenate(parts)
-
-
-def _cut_bundles(input_lengths: Sequence[int], common: Sequence[int], num_groups: int) -> tuple[list[range], list[int]]:
-    """Returns pieces of the sorted rows, and what they cost. See :func:`deal`."""
-    by_all = min(common, default=0)
-    bundles = _runs(common, 0, len(input_lengths), by_all + MIN_SHARED_TOKENS)
-    # What a row adds where it stands behind the one before it.
-    added = [length - shared for length, shared in zip(input_lengths, [by_all, *common], strict=True)]
-
-    def cost(start: int, stop: int) -> int:
-        return input_lengths[start] - by_all + sum(added[start + 1 : stop])
-
-    costs = [cost(start, stop) for start, stop in bundles]
-    average = max(sum(costs), 1) / num_groups
-    num_pieces = [
-        max(1, min(round(each / average), stop - start)) for each, (start, stop) in zip(costs, bundles, strict=True)
-    ]
-    while sum(num_pieces) < num_groups:
-        divisible = [index for index, (start, stop) in enumerate(bundles) if num_pieces[index] < stop - start]
-        num_pieces[max(divisible, key=lambda index: costs[index] / num_pieces[index])] += 1
-    pieces = []
-    for (start, stop), number in zip(bundles, num_pieces, strict=True):
-        if number == 1:
-            pieces.append(range(start, stop))
-            continue
-        # Without what the first row shares with the second, since every piece pays for that again.
-        own = [input_lengths[start] - common[start], *added[start + 1 : stop]]
-        pieces += [range(start + first, start + behind) for first, behind in _cut(own, number)]
-    return pieces, [cost(piece.start, piece.stop) for piece in pieces]
-
-
-def _cut(costs: Sequence[int], num_pieces: int) -> list[tuple[int, int]]:
-    """Returns where pieces of about the same cost begin and end, none of them empty."""
-    steps = np.arange(1, num_pieces)
-    sums = np.cumsum(costs)
-    middles = sums - np.asarray(costs) / 2
-    cuts = np.searchsorted(middles, steps * (sums[-1] / num_pieces))
-    cuts = np.maximum.accumulate(np.maximum(cuts, steps) - steps) + steps
-    cuts = np.minimum(cuts, len(costs) - num_pieces + steps)
-    return list(pairwise([0, *cuts.tolist(), len(costs)]))
-
-
-def _spread(costs: Sequence[int], num_groups: int) -> list[list[int]]:
-    """Returns the indices of the costs for each group, longest processing time first."""
-    loads = [(0, group) for group in range(num_groups)]
-    heapify(loads)
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, group = loads[0]
-        groups[group].append(index)
-        heapreplace(loads, (load + max(costs[index], 1), group))
-    return groups

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from sft_lightning.data.batch import Layout
-from sft_lightning.data.packing import deal
+from sft_lightning.data.dealing import deal
 
 LossNormalization = Literal["token", "sequence", "constant", "micro_batch"]
 

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data import packing
+from sft_lightning.data import trie
 from sft_lightning.data.batch import Example, collate_padded
-from sft_lightning.data.packing import MIN_SHARED_TOKENS, collate_packed, deal
+from sft_lightning.data.packing import collate_packed
+from sft_lightning.data.trie import MIN_SHARED_TOKENS
 
 PAD = 0
 
@@ -20,22 +21,6 @@ def example(prompt, response, source=""):
 def packed(examples, weights=None, **options):
     weights = [1.0] * len(examples) if weights is None else weights
     return collate_packed(examples, weights, pad_token_id=PAD, **{"share_prefixes": True} | options)
-
-
-@st.composite
-def families(draw):
-    """Rows whose prompts begin like those of earlier rows, or are the same, or the beginning of one."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    vocabulary = draw(st.sampled_from([2, 1000]))
-    prompts = [rng.integers(1, vocabulary + 1, draw(st.integers(1, 60)))]
-    for _ in range(draw(st.integers(0, 11))):
-        stem = prompts[rng.integers(len(prompts))]
-        stem = stem[: draw(st.sampled_from([0, 5, 15, 16, 17, 20, 32, 40, 100]))]
-        tail = rng.integers(1, vocabulary + 1, draw(st.sampled_from([0, 0, 1, 3, 16, 40])))
-        prompts.append(np.concatenate([stem, tail])) if len(stem) + len(tail) else prompts.append(prompts[0])
-    num_labels = [draw(st.sampled_from([1, 1, 2, 9])) for _ in prompts]
-    rows = zip(prompts, num_labels, strict=True)
-    return [example(prompt, rng.integers(1, vocabulary + 1, count)) for prompt, count in rows]
 
 
 def span_of(spans, position):
@@ -156,9 +141,10 @@ def test_an_empty_micro_batch_is_the_same_in_every_layout():
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
-@given(examples=families(), multiple=st.sampled_from([None, 8]))
+@given(data=st.data(), multiple=st.sampled_from([None, 8]))
 @settings(deadline=None)
-def test_every_row_is_found_again_in_the_packed_row(share_prefixes, examples, multiple):
+def test_every_row_is_found_again_in_the_packed_row(families, share_prefixes, data, multiple):
+    examples = data.draw(families)
     batch = packed(examples, share_prefixes=share_prefixes, pad_to_multiple_of=multiple)
     rows = rows_of(batch)
     for row, (one, positions) in enumerate(zip(examples, rows, strict=True)):
@@ -181,27 +167,30 @@ def test_every_row_is_found_again_in_the_packed_row(share_prefixes, examples, mu
     assert batch.input_ids.shape[1] == (-(-len(owners) // 8) * 8 if multiple else len(owners))
 
 
-@given(families())
+@given(st.data())
 @settings(deadline=None)
-def test_what_is_worth_sharing_is_shared(examples):
+def test_what_is_worth_sharing_is_shared(families, data):
+    examples = data.draw(families)
     batch = packed(examples)
     least = brute_force_unique_tokens(examples)
     # A row repeats less than a span's worth of what it has in common with others: 15 tokens.
     assert least <= batch.num_unique_tokens <= min(batch.num_tokens, least + 15 * (len(examples) - 1))
 
 
-@given(families())
+@given(st.data())
 @settings(deadline=None)
-def test_with_one_token_worth_a_span_no_prompt_token_stands_twice(examples):
+def test_with_one_token_worth_a_span_no_prompt_token_stands_twice(families, data):
+    examples = data.draw(families)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_SHARED_TOKENS", 1)
+        patch.setattr(trie, "MIN_SHARED_TOKENS", 1)
         assert packed(examples).num_unique_tokens == brute_force_unique_tokens(examples)
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
-@given(examples=families(), multiple=st.sampled_from([None, 8]))
+@given(data=st.data(), multiple=st.sampled_from([None, 8]))
 @settings(deadline=None)
-def test_segments_say_who_sees_whom(share_prefixes, examples, multiple):
+def test_segments_say_who_sees_whom(families, share_prefixes, data, multiple):
+    examples = data.draw(families)
     batch = packed(examples, share_prefixes=share_prefixes, pad_to_multiple_of=multiple)
     segments, spans = batch.segments, batch.segments.spans
     width = batch.input_ids.shape[1]
@@ -224,131 +213,13 @@ def test_segments_say_who_sees_whom(share_prefixes, examples, multiple):
         assert segments.key_positions is None
 
 
-@given(families(), st.randoms(use_true_random=False))
+@given(st.data(), st.randoms(use_true_random=False))
 @settings(deadline=None)
-def test_the_order_of_the_rows_does_not_change_how_much_is_computed(examples, random):
+def test_the_order_of_the_rows_does_not_change_how_much_is_computed(families, data, random):
+    examples = data.draw(families)
     shuffled = list(examples)
     random.shuffle(shuffled)
     assert packed(shuffled).num_unique_tokens == packed(examples).num_unique_tokens
-
-
-# Dealing
-
-
-def input_tokens(examples, group):
-    return sum(len(examples[row].tokens) - 1 for row in group)
-
-
-def dealt(examples, num_groups, share=True):
-    lengths = np.array([len(one.tokens) for one in examples])
-    prompts = [one.tokens[: one.prompt_length] for one in examples]
-    return deal(lengths, num_groups, prompts if share else None)
-
-
-def test_rows_are_dealt_longest_first_to_who_has_least():
-    # Inputs 9 8 4 4 3 2: 9 and 8 and 4 begin a group each, 4 joins 4, 3 joins the first eight and 2 the other.
-    groups = deal(np.array([5, 10, 3, 5, 9, 4]), 3)
-    assert [sorted(group.tolist()) for group in groups] == [[4, 5], [0, 2, 3], [1]]
-
-
-def test_a_prompt_with_several_responses_stays_together():
-    rows = [example([*PREAMBLE, *(100 * q + np.arange(16))], [1, 2, 3]) for q in (3, 4, 5, 6) for _ in range(3)]
-    mixed = [rows[place] for place in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)]
-    groups = dealt(mixed, 2)
-    assert [len(group) for group in groups] == [6, 6]
-    assert all(len({int(row) % 4 for row in group}) == 2 for group in groups)
-    assert [packed([mixed[row] for row in group]).num_unique_tokens for group in groups] == [16 + 2 * (16 + 6)] * 2
-
-
-def of_question(question, num_labels, num_rows=1):
-    """Rows that share 32 prompt tokens, 16 of them with the rows of other questions."""
-    return [example([*PREAMBLE, *[question] * 16], [1] * num_labels) for _ in range(num_rows)]
-
-
-def rows_per_group(groups):
-    return [sorted(group.tolist()) for group in groups]
-
-
-def test_a_bundle_that_costs_as_much_as_several_groups_is_cut_evenly():
-    # Unique tokens behind the preamble: 16 + 32 * 10 of rows 0 to 31, and 16 + 26 of row 32, one ninth of the whole.
-    groups = dealt([*of_question(3, 11, num_rows=32), *of_question(4, 27)], 9)
-    assert sorted(len(group) for group in groups) == [1] + [4] * 8
-    assert rows_per_group(dealt(of_question(3, 11, num_rows=3), 5)) == [[0], [1], [2], [], []]
-
-
-def test_a_large_bundle_is_cut_where_others_would_fill_the_groups():
-    groups = dealt([*of_question(3, 41, num_rows=9), *of_question(4, 2), *of_question(5, 2)], 2)
-    assert sorted(len([row for row in group if row < 9]) for group in groups) == [4, 5]
-
-
-def test_a_bundle_that_costs_about_one_group_is_not_cut():
-    groups = dealt([*of_question(3, 11, num_rows=4), *of_question(4, 9, num_rows=4)], 2)
-    assert rows_per_group(groups) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-def test_cuts_go_by_cost_and_not_by_rows():
-    # Behind the shared 32 tokens, row 0 has 200 tokens and rows 1 to 4 have 50 each. Row 5 costs a third of the whole.
-    rows = [*of_question(3, 201), *of_question(3, 51, num_rows=4), *of_question(4, 201)]
-    assert sorted(rows_per_group(dealt(rows, 3))) == [[0], [1, 2, 3, 4], [5]]
-
-
-def test_where_bundles_are_too_few_the_one_with_the_costliest_pieces_is_cut():
-    # The three bundles cost 56, 62 and 68 behind the preamble, and none of them one and a half average groups.
-    rows = [row for question, num_labels in ((3, 21), (4, 24), (5, 27)) for row in of_question(question, num_labels, 2)]
-    assert sorted(rows_per_group(dealt(rows, 4))) == [[0, 1], [2, 3], [4], [5]]
-
-
-def test_what_all_rows_share_does_not_count():
-    rows = [example([*[9] * 100, question], [1] * 6) for question in range(1, 8)]
-    rows[0] = example([*[9] * 100, 1], [1] * 36)
-    assert rows_per_group(dealt(rows, 2)) == [[0], [1, 2, 3, 4, 5, 6]]
-
-
-def test_rows_that_add_nothing_are_dealt_to_all_groups_too():
-    assert rows_per_group(dealt([example(PREAMBLE, [1])] * 3, 3)) == [[0], [1], [2]]
-
-
-@pytest.mark.parametrize("share", [True, False])
-@given(examples=families(), num_groups=st.integers(1, 16))
-@settings(deadline=None)
-def test_every_row_is_dealt_once_and_no_group_is_empty_without_need(share, examples, num_groups):
-    groups = dealt(examples, num_groups, share)
-    assert sorted(int(row) for group in groups for row in group) == list(range(len(examples)))
-    assert len(groups) == num_groups
-    assert sum(len(group) > 0 for group in groups) == min(num_groups, len(examples))
-    assert all(group.dtype == np.int64 for group in groups)
-    costs = [
-        packed([examples[row] for row in group], share_prefixes=share).num_unique_tokens if len(group) else 0
-        for group in groups
-    ]
-    assert costs == sorted(costs, reverse=True)
-    again = dealt(examples, num_groups, share)
-    assert all(one.tolist() == other.tolist() for one, other in zip(groups, again, strict=True))
-
-
-@given(families(), st.integers(1, 12))
-@settings(deadline=None)
-def test_groups_differ_by_no_more_than_the_longest_row(examples, num_groups):
-    costs = [input_tokens(examples, group) for group in dealt(examples, num_groups, share=False)]
-    assert max(costs) - min(costs) <= max(len(one.tokens) - 1 for one in examples)
-
-
-@given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 99))
-@settings(deadline=None)
-def test_groups_of_single_questions_differ_by_no_more_than_the_longest_own_part(num_rows, num_groups, seed):
-    rng = np.random.default_rng(seed)
-    rows = [example([*PREAMBLE, 200 + row], [1] * rng.integers(1, 60)) for row in range(num_rows)]
-    groups = [group for group in dealt(rows, num_groups) if len(group)]
-    own = [sum(len(rows[row].tokens) - 1 - 16 for row in group) for group in groups]
-    assert max(own) - min(own) <= max(len(one.tokens) - 1 - 16 for one in rows)
-
-
-def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
-    monkeypatch.setattr(packing, "MIN_SHARED_TOKENS", 1)
-    longest = np.arange(1, 1501, dtype=np.int32)
-    prompts = [longest[:length] for length in range(1, 1501)]
-    (group,) = deal(np.arange(2, 1502), 1, prompts)
-    assert sorted(group.tolist()) == list(range(1500))
 
 
 def test_thousands_of_rows_with_one_prompt_make_one_node():
