@@ -31,7 +31,7 @@ class _StepClock(Callback):
                 self._meter.first_loss = float(trainer.callback_metrics["train/loss"])
 
 
-def run(job: Job, layout: str, batch_size: int) -> Measurement:
+def run(job: Job, layout: str, batch_size: int, *, compiled: bool = False) -> Measurement:
     """Trains and returns what was measured; ``batch_size`` rows a micro-batch, ``job.rows_per_step`` a step."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -58,7 +58,7 @@ def run(job: Job, layout: str, batch_size: int) -> Measurement:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(SFTModule(model_path=str(job.folder), learning_rate=5e-5), data)
+    trainer.fit(SFTModule(model_path=str(job.folder), learning_rate=5e-5, compile=compiled), data)
     return meter.result(job.num_warmup_steps)
 
 

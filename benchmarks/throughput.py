@@ -27,6 +27,7 @@ from transformers import AutoConfig
 
 GUIDE = "guide's loop"
 GUIDE_BATCH_SIZE = 4
+COMPILED = "shared_prefix, compiled"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,8 @@ def competitor(name: str, batch_size: int) -> Competitor:
     """Returns the guide's loop or a layout of this project with micro-batches of this size."""
     if name == GUIDE:
         return Competitor(name, "guide", batch_size, partial(guide_loop.run, batch_size=batch_size))
-    run = partial(lightning_trainer.run, layout=name, batch_size=batch_size)
+    layout, _, compiled = name.partition(", ")
+    run = partial(lightning_trainer.run, layout=layout, batch_size=batch_size, compiled=bool(compiled))
     return Competitor(name, "ours", batch_size, run)
 
 
@@ -135,8 +137,9 @@ def main() -> None:
 def compare(job: Job, rounds: int, *, dry_run: bool) -> dict[str, object]:
     """Runs everyone. Returns the machine's matmul rate and a row of results for each competitor."""
     own = [GUIDE, *lightning_trainer.LAYOUTS]
+    compiled = [] if dry_run else [COMPILED]  # a minute of compiling
     theirs = trl_competitors(job.device, dry_run)
-    losses = first_losses([competitor(name, GUIDE_BATCH_SIZE) for name in own] + theirs, job)
+    losses = first_losses([competitor(name, GUIDE_BATCH_SIZE) for name in own + compiled] + theirs, job)
     short = replace(job, num_steps=min(job.num_steps, 3))
     everyone = []
     for name in own:
@@ -144,6 +147,7 @@ def compare(job: Job, rounds: int, *, dry_run: bool) -> dict[str, object]:
         everyone += (
             [fastest] if fastest.batch_size == GUIDE_BATCH_SIZE else [competitor(name, GUIDE_BATCH_SIZE), fastest]
         )
+    everyone += [competitor(name, everyone[-1].batch_size) for name in compiled]  # at that of shared_prefix
     everyone += theirs
     measured = {one: Measurement([], []) for one in everyone}
     rates = []

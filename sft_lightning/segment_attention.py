@@ -10,7 +10,9 @@ a segment stand directly behind it:
 Letters beside those of data/batch.py: H query heads, G key/value heads, E head size.
 """
 
-from typing import Any
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_lightning.data.batch import Segments, Span
+
+# A causal block computes half of its own scores for nothing, and a small one spends its time between matrix products.
+# On two cores 64 to 128 are equally fast, from 64 tokens in a segment to 1,024.
+_BLOCK_TOKENS = 96
 
 
 @torch.compiler.disable  # a graph would hold for these very spans only
@@ -51,9 +57,9 @@ def attend(
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     plain = dropout == 0.0 and softcap is None and (window_tokens is None or window_tokens >= segments.max_keys)
     if plain and device_type == "cpu" and query.shape[-1] == value.shape[-1]:
-        # The backward kernel takes 1.8 times as long in bfloat16 as in float32.
+        # Small matrix products are hardly faster in bfloat16, and what is between them is slower.
         wide = torch.promote_types(dtype, torch.float32)
-        return _OnCPU.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
+        return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     parts = [
         _attend_segment(
@@ -108,91 +114,111 @@ def _attend_segment(
     return F.dropout(weights, dropout) @ value
 
 
-class _OnCPU(torch.autograd.Function):
-    """Torch's FlashAttention for CPUs, in two kinds of calls that compute no masked score and gather no key.
+class _InBlocks(torch.autograd.Function):
+    """Attention by matrix products over blocks of queries, whose keys are gathered from the segments they see.
 
-    Each segment attends to itself, causally. Then all descendants of a segment, which stand side by side, attend to it
-    in one unmasked call. The parts of a position's output are put together by their log-sum-exp, which is exact: the
-    softmax over a union of keys is the average of the softmaxes over its parts, weighted by their sums of exponentials
-    (the online softmax of FlashAttention, Dao et al. 2022; over blocks of keys as in Ring Attention, Liu et al. 2023).
-    In the backward pass, the output and the log-sum-exp over all keys make each part's gradient that of the whole.
+    A block's scores stay in the processor's cache, and the backward pass makes them again (Rabe and Staats, 2021), so
+    that memory grows with T only. Query heads that share keys stand side by side as rows of one matrix: no key is
+    copied for them, and one product sums their gradients. Shapes inside, with R = H / G:
+
+        queries        [G, T * R, E], the R heads of a token one behind the other
+        keys, values   [2, G, T, E]
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
-        query = _in_rows(query)
-        repeated_key, repeated_value = _for_each_query_head(key, query), _for_each_query_head(value, query)
-        output = torch.empty_like(query)
-        log_sums = output.new_empty(query.shape[:3])
-        for queries, keys, causal in _parts(spans):
-            part, part_log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, queries], repeated_key[:, :, keys], repeated_value[:, :, keys], 0.0, causal, scale=scale
-            )
-            if causal:
-                output[:, :, queries], log_sums[:, :, queries] = part, part_log_sums
-                continue
-            so_far = log_sums[:, :, queries]
-            together = torch.logaddexp(so_far, part_log_sums)
-            output[:, :, queries].mul_((so_far - together).exp_().unsqueeze(-1))
-            output[:, :, queries].addcmul_(part, (part_log_sums - together).exp_().unsqueeze(-1))
-            log_sums[:, :, queries] = together
-        ctx.save_for_backward(query, key, value, output, log_sums)
-        ctx.spans, ctx.scale = spans, scale
+        (_, num_heads, num_tokens, head_size), num_groups = query.shape, key.shape[1]
+        shared_by = num_heads // num_groups
+        query = _side_by_side(query, num_groups) * scale
+        both = torch.cat([key, value])
+        output = query.new_empty(num_tokens, num_groups, shared_by, head_size)
+        for block in _blocks(spans):
+            keys, values = block.seen(both)
+            weights = block.weights(query[:, block.rows(shared_by)], keys, shared_by)
+            output[block.start : block.end] = torch.bmm(weights, values).unflatten(1, (-1, shared_by)).transpose(0, 1)
+        output = output.view(1, num_tokens, num_heads, head_size).transpose(1, 2)
+        ctx.save_for_backward(query, both, output)
+        ctx.spans, ctx.scale, ctx.shared_by = spans, scale, shared_by
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sums = ctx.saved_tensors
-        grad_output = _in_rows(grad_output)
-        repeated_key, repeated_value = _for_each_query_head(key, query), _for_each_query_head(value, query)
-        gradients = [torch.empty_like(query) for _ in range(3)]
-        for queries, keys, causal in _parts(ctx.spans):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_output[:, :, queries],
-                query[:, :, queries],
-                repeated_key[:, :, keys],
-                repeated_value[:, :, keys],
-                output[:, :, queries],
-                log_sums[:, :, queries],
-                0.0,
-                causal,
-                scale=ctx.scale,
-            )
-            for gradient, part, where in zip(gradients, parts, (queries, keys, keys), strict=True):
-                if causal:
-                    gradient[:, :, where] = part
-                else:
-                    gradient[:, :, where] += part
-        grad_query, grad_key, grad_value = gradients
-        return (
-            grad_query,
-            grad_key.unflatten(1, (key.shape[1], -1)).sum(2),
-            grad_value.unflatten(1, (key.shape[1], -1)).sum(2),
-            None,
-            None,
-        )
+        (query, both, output), shared_by = ctx.saved_tensors, ctx.shared_by
+        num_groups = both.shape[1]
+        # The softmax takes from each score's gradient the mean of its row, which is this (Dao et al., 2022).
+        means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
+        grad_output = _side_by_side(grad_output, num_groups)
+        grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
+        for block in _blocks(ctx.spans):
+            rows = block.rows(shared_by)
+            seen = block.seen(both)
+            keys, values = seen
+            weights = block.weights(query[:, rows], keys, shared_by)
+            grad_scores = torch.baddbmm(means[:, rows], grad_output[:, rows], values.mT, beta=-1).mul_(weights)
+            grad_query[:, rows] = torch.bmm(grad_scores, keys)
+            grad_seen = torch.empty_like(seen)
+            torch.bmm(grad_scores.mT, query[:, rows], out=grad_seen[0])
+            torch.bmm(weights.mT, grad_output[:, rows], out=grad_seen[1])
+            block.add_to(grad_both, grad_seen)
+        grad_query = grad_query.mul_(ctx.scale).unflatten(1, (-1, shared_by)).transpose(1, 2).flatten(0, 1)
+        return grad_query.unsqueeze(0), grad_both[:1], grad_both[1:], None, None
 
 
-def _parts(spans: tuple[Span, ...]) -> list[tuple[slice, slice, bool]]:
-    """Returns (queries, keys, causal) of each call: every segment on itself first, then descendants on ancestors."""
-    own = [(slice(span.start, span.end), slice(span.start, span.end), True) for span in spans]
-    shared = [
-        (slice(span.end, span.subtree_end), slice(span.start, span.end), False)
-        for span in spans
-        if span.subtree_end > span.end
-    ]
-    return own + shared
+class _Block(NamedTuple):
+    """Queries from ``start`` to ``end``, of one segment, and the ranges of keys that they see: their own come last."""
+
+    start: int
+    end: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def rows(self, shared_by: int) -> slice:
+        return slice(self.start * shared_by, self.end * shared_by)
+
+    def seen(self, both: Tensor) -> Tensor:
+        """Returns the keys and values that the queries see. Shape [2, G, keys, E]."""
+        parts = [both[:, :, start:end] for start, end in self.ranges]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+    def add_to(self, total: Tensor, seen: Tensor) -> None:
+        """Adds the gradients of what the queries see to those of all keys and values."""
+        parts = seen.split([end - start for start, end in self.ranges], dim=2)
+        for (start, end), part in zip(self.ranges, parts, strict=True):
+            total[:, :, start:end] += part
+
+    def weights(self, query: Tensor, keys: Tensor, shared_by: int) -> Tensor:
+        """Returns the attention weights. Shape [G, queries * R, keys]."""
+        scores = torch.bmm(query, keys.mT)
+        num_queries = self.end - self.start
+        scores[:, :, -num_queries:] += _future(shared_by, scores.dtype)[: num_queries * shared_by, :num_queries]
+        return torch.softmax(scores, dim=-1, out=scores)
+
+
+@lru_cache(maxsize=4)  # each layer's forward and backward pass ask for the same
+def _blocks(spans: tuple[Span, ...]) -> list[_Block]:
+    """Returns the row's queries in blocks of about ``_BLOCK_TOKENS`` at the most."""
+    blocks = []
+    chains: list[tuple[tuple[int, int], ...]] = []  # of each segment: its ancestors and itself
+    for start, end, _, parent in spans:
+        above = chains[parent] if parent >= 0 else ()
+        chains.append((*above, (start, end)))
+        num_blocks = -(-(end - start) // _BLOCK_TOKENS)
+        cuts = [start + (end - start) * number // num_blocks for number in range(num_blocks + 1)]
+        blocks += [_Block(first, behind, (*above, (start, behind))) for first, behind in pairwise(cuts)]
+    return blocks
+
+
+@lru_cache(maxsize=8)
+def _future(shared_by: int, dtype: torch.dtype) -> Tensor:
+    """Returns what hides the keys behind a query from it. Shape [_BLOCK_TOKENS * R, _BLOCK_TOKENS]."""
+    hidden = torch.full((_BLOCK_TOKENS, _BLOCK_TOKENS), float("-inf"), dtype=dtype).triu(1)
+    return hidden.repeat_interleave(shared_by, dim=0)
+
+
+def _side_by_side(heads: Tensor, num_groups: int) -> Tensor:
+    """Returns [1, H, T, any] as [G, T * R, any]."""
+    return heads.unflatten(1, (num_groups, -1)).squeeze(0).transpose(1, 2).flatten(1, 2)
 
 
 def _for_each_query_head(heads: Tensor, query: Tensor) -> Tensor:
-    """Returns keys or values with one head for each query head, in the layout that torch's kernels for CPUs read."""
-    repeats = query.shape[1] // heads.shape[1]
-    if repeats > 1:
-        return heads.repeat_interleave(repeats, dim=1)
-    return _in_rows(heads)
-
-
-def _in_rows(heads: Tensor) -> Tensor:
-    # Below the public function nobody checks that a head's numbers stand side by side.
-    return heads if heads.stride(-1) == 1 else heads.contiguous()
+    return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)

@@ -434,6 +434,16 @@ def test_a_compiled_model_gives_the_same_for_every_number_of_labels():
             torch.testing.assert_close(own, expected)
 
 
+def test_a_cpu_takes_768_rows_at_once_whatever_the_budget():
+    problem = Problem(num_labels=1600)
+    with CreatedTensors() as created:
+        losses = linear_cross_entropy(*problem.arguments)
+    # 1,600 rows in three even chunks: the buffer that they share is the only tensor with a row of logits a label.
+    assert {shape for shape in created.shapes if shape[-1:] == (V,) and len(shape) == 2 and shape[0] > D} == {(534, V)}
+    truth = problem.gradients(problem.plain(torch.float64)[0])
+    assert max(errors(problem.gradients(losses.weighted_sum), truth)) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

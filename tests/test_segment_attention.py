@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from sft_lightning import segment_attention
 from sft_lightning.data.batch import Segments, Span
 from sft_lightning.segment_attention import attend
 
@@ -10,6 +13,18 @@ from sft_lightning.segment_attention import attend
 SPANS = [Span(0, 7, 25, -1), Span(7, 12, 20, 0), Span(12, 15, 15, 1), Span(15, 20, 20, 1), Span(20, 25, 25, 0)]
 SPANS += [Span(25, 36, 36, -1)]
 NUM_TOKENS = 36
+
+
+@pytest.fixture(params=[4, 96], ids="blocks of {}".format)
+def _blocks_of(request, monkeypatch):
+    """Also with segments that are cut into several blocks of queries, the last one shorter."""
+    monkeypatch.setattr(segment_attention, "_BLOCK_TOKENS", request.param)
+    caches = [segment_attention._blocks, segment_attention._future]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def visible(window_tokens=None):
@@ -41,6 +56,18 @@ def heads(num_query_heads=4, num_key_heads=2, size=16, value_size=16, dtype=torc
     return [torch.randn(1, n, NUM_TOKENS, e, dtype=torch.float64).to(dtype).requires_grad_() for n, e in shapes]
 
 
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
+        return output
+
+
 def outputs_and_gradients(function, tensors, **options):
     output = function(*tensors, **options)
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
@@ -55,6 +82,7 @@ def ours(query, key, value, **options):
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
+@pytest.mark.usefixtures("_blocks_of")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("num_key_heads", [4, 2, 1])
 def test_output_and_gradients_equal_the_formula(dtype, num_key_heads):
@@ -136,3 +164,12 @@ def test_backward_of_an_expanded_gradient():
     expected = torch.autograd.grad(formula(*tensors, scale=0.3).sum(), tensors)
     for mine, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_no_tensor_grows_with_the_square_of_the_row():
+    segments = Segments.from_spans([Span(0, 1000, 1000, -1)])
+    tensors = [torch.randn(1, count, 1000, 8, requires_grad=True) for count in (4, 2, 2)]
+    with LargestTensor() as largest:
+        attend(*tensors, segments, scale=0.3).sum().backward()
+    # A block has at most 96 queries in 4 heads, and sees at most 1,000 keys.
+    assert 0 < largest.num_elements <= 96 * 4 * 1000
