@@ -6,6 +6,7 @@ generation need no switching.
 """
 
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -37,6 +38,12 @@ _INSTALL = {
 # The best first.
 _CUDA_KERNELS = ("flash_attention_3", "flash_attention_2", "varlen")
 _LARGEST_HEAD = 256
+# What a kernel leaves out, by the name of the argument with which a model's attention asks for it.
+_NOT_IN_KERNEL = {
+    "flash_attention_3": {"dropout": "dropout"},
+    "flash_attention_2": {},
+    "varlen": {"dropout": "dropout", "softcap": "soft-capping"},
+}
 # Arguments of a model's attention that change its result and that nobody here computes.
 _REFUSED = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache"}
 
@@ -108,12 +115,21 @@ def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_p
         return f"the model's heads have {head_size} dimensions, it takes multiples of 8 up to {_LARGEST_HEAD}"
     if getattr(text_config, "v_head_dim", head_size) != head_size:
         return "the model's values have another size than its keys"
-    if kernel == "varlen" and getattr(text_config, "attn_logit_softcapping", None):
-        return "it has no soft-capping"
-    dropouts = [getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop")]
-    if kernel != "flash_attention_2" and any(dropouts):
-        return "it has no dropout"
-    return None
+    if kernel == "varlen" and not _takes_grouped_heads():
+        return f"that of torch {torch.__version__} takes no grouped heads"
+    asked_for = {
+        "dropout": any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop")),
+        "softcap": getattr(text_config, "attn_logit_softcapping", None),
+    }
+    lacking = [text for name, text in _NOT_IN_KERNEL[kernel].items() if asked_for[name]]
+    return f"it has no {' and no '.join(lacking)}" if lacking else None
+
+
+def _takes_grouped_heads() -> bool:
+    """Returns whether torch's varlen attention is new enough; its signature has grown since it came."""
+    from torch.nn.attention import varlen
+
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def _supports(config: PretrainedConfig, feature: str) -> bool:
@@ -206,6 +222,7 @@ class _Attention:
         if segments is None:
             return self._own(module)(module, query, key, value, attention_mask, *args, **kwargs)
         refused = [text for name, text in _REFUSED.items() if kwargs.get(name) is not None]
+        refused += [text for name, text in _NOT_IN_KERNEL.get(self.kernel, {}).items() if kwargs.get(name)]
         if refused or args or not getattr(module, "is_causal", True):
             raise NotImplementedError(f"packed rows have no {' and no '.join(refused) or 'bidirectional attention'}")
         if "sliding_window" not in kwargs and getattr(getattr(module, "config", None), "sliding_window", None):

@@ -15,9 +15,11 @@ from torch.autograd.function import once_differentiable
 # A chunk costs one pass over the weight and over its gradient, whatever its height: a low chunk spends its time there.
 # 256 MiB are 441 rows of a vocabulary of 151,936: on a CPU the three matrix products then run at 98% of their speed at
 # 882 rows (at 110 rows 84%), and the chunk is small beside the weight's gradient (890 MiB).
-DEFAULT_CHUNK_BYTES = 256 * 2**20
-# More rows than this gain nothing on a CPU, and cost where the vocabulary is small: the system hands out and takes back
-# buffers of more than 32 MiB page by page. 1,750 rows of 6,016 tokens took 145 ms in chunks of 697 and 170 ms as one.
+_LEAST_BUDGET_BYTES = 256 * 2**20
+# By its data sheet a GPU adds a chunk's share to the weight's gradient more slowly than it makes it: 1.25 GiB of 80 GiB.
+_BUDGET_SHARE = 64
+# A CPU gains nothing from more rows, and pays for buffers of more than 32 MiB, which come and go page by page: 1,750
+# rows of 6,016 tokens took 145 ms in chunks of 697 and 170 ms as one.
 _MOST_ROWS_ON_CPU = 768
 # Width of the blocks in which the largest logit is looked for; most vocabularies are padded to a multiple of it.
 _BLOCK = 64
@@ -55,7 +57,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float | None = None,
     with_entropy: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> LabelLosses:
     """Returns the weighted sum of the labels' cross-entropy, with gradient, and what is worth watching without.
 
@@ -75,9 +77,9 @@ def linear_cross_entropy(
         softcap: Bound of the logits, as in Gemma 2.
         scale: Factor of the logits, as in Cohere (its inverse in Granite).
         with_entropy: Whether to compute ``entropy``. Costs a second float32 buffer of the size of a chunk.
-        chunk_bytes: Upper bound of a chunk's float32 logits, at least one row. The work space is this, once more in
-            half precision (the low-precision logits), with an entropy, and with a softcap in training. On a CPU chunks
-            have 768 rows at the most.
+        chunk_bytes: Upper bound of a chunk's float32 logits, at least one row; by default 256 MiB, or on CUDA a 64th of
+            the device's memory if that is more. The work space is this, once more in half precision (the low-precision
+            logits), with an entropy, and with a softcap in training. A CPU takes 768 rows at the most.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)  # four equally likely tokens: log(4)
@@ -85,12 +87,12 @@ def linear_cross_entropy(
         >>> losses.weighted_sum, losses.correct
         (tensor(1.3863), tensor([ True, False]))
     """
-    device_type = hidden.device.type
-    dtype = hidden.dtype
+    device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     logits_dtype = torch.promote_types(dtype, torch.float32)
-    most_rows = max(1, chunk_bytes // (weight.shape[0] * logits_dtype.itemsize))
+    budget_bytes = _budget_bytes(hidden.device) if chunk_bytes is None else chunk_bytes
+    most_rows = max(1, budget_bytes // (weight.shape[0] * logits_dtype.itemsize))
     if device_type == "cpu":
         most_rows = min(most_rows, _MOST_ROWS_ON_CPU)
     num_chunks = -(-len(labels) // most_rows)
@@ -105,6 +107,11 @@ def linear_cross_entropy(
         with_gradients=torch.is_grad_enabled(),
     )
     return LabelLosses(*_apply(hidden, weight, bias, labels, loss_weights, options))
+
+
+def _budget_bytes(device: torch.device) -> int:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(_LEAST_BUDGET_BYTES, memory // _BUDGET_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +238,13 @@ class _Pass:
             torch.addmm(self.bias, hidden, self.weight.T, out=products)
         if products is not logits:
             logits.copy_(products)
-        softcap = self.options.softcap
+        softcap, slopes = self.options.softcap, None
         factor = self.options.scale if softcap is None else self.options.scale / softcap
         if factor != 1.0:
             logits.mul_(factor)
         if softcap is None:
             return logits, None
         logits.tanh_()
-        slopes = None
         if self.slopes is not None:
             slopes = torch.mul(logits, logits, out=self.slopes[: len(hidden)]).neg_().add_(1.0)
         return logits.mul_(softcap), slopes

@@ -219,6 +219,30 @@ def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
         )
 
 
+@pytest.mark.parametrize(
+    ("kernel", "name", "text"),
+    [("varlen", "softcap", "soft-capping"), ("varlen", "dropout", "dropout"), ("fa3", "dropout", "dropout")],
+)
+def test_what_a_kernel_does_not_have_is_refused_in_the_call_too(kernel, name, text):
+    """Where a model's config has it under a name that choose_attention does not know."""
+    from transformers import AttentionInterface
+
+    heads = torch.zeros(1, 2, 15, 4)
+    with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
+        AttentionInterface()[f"sft_{kernel}"](
+            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: 0.5}
+        )
+
+
+def test_a_varlen_attention_without_grouped_heads_is_too_old(gpu, monkeypatch):
+    def as_it_came(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        raise AssertionError("called")
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_it_came)
+    assert "takes no grouped heads" in message_of("varlen")
+    assert choose("auto") == "sft_segments"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["fa3", "fa2", "varlen"])
 @pytest.mark.parametrize("window_tokens", [None, 40])

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft_lightning.linear_cross_entropy import linear_cross_entropy
+from sft_lightning.linear_cross_entropy import _budget_bytes, linear_cross_entropy
 from sft_lightning.loss import compute_entropy
 
 M, V, D = 13, 192, 24
@@ -434,6 +435,15 @@ def test_a_compiled_model_gives_the_same_for_every_number_of_labels():
             torch.testing.assert_close(own, expected)
 
 
+@pytest.mark.parametrize(
+    ("device", "total_gib", "budget_mib"), [("cpu", 0, 256), ("cuda", 8, 256), ("cuda", 24, 384), ("cuda", 80, 1280)]
+)
+def test_a_large_gpu_takes_larger_chunks(monkeypatch, device, total_gib, budget_mib):
+    properties = SimpleNamespace(total_memory=total_gib * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    assert _budget_bytes(torch.device(device)) == budget_mib * 2**20
+
+
 def test_a_cpu_takes_768_rows_at_once_whatever_the_budget():
     problem = Problem(num_labels=1600)
     with CreatedTensors() as created:
@@ -445,7 +455,6 @@ def test_a_cpu_takes_768_rows_at_once_whatever_the_budget():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "with_entropy": True}], ids=str)
 def test_a_cuda_device_is_as_exact_as_the_whole_logits_on_it(dtype, options):

@@ -266,7 +266,6 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(random_model, tokenizer):
     model = random_model.to("cuda")
     cpu_state, cuda_state = torch.get_rng_state(), torch.cuda.get_rng_state()
