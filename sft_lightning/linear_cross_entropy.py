@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 # 256 MiB are 441 rows of a vocabulary of 151,936: on a CPU the three matrix products then run at 98% of their speed at
 # 882 rows (at 110 rows 84%), and the chunk is small beside the weight's gradient (890 MiB).
 _LEAST_BUDGET_BYTES = 256 * 2**20
-# By its data sheet a GPU adds a chunk's share to the weight's gradient more slowly than it makes it: 1.25 GiB of 80 GiB.
+# A GPU would add a low chunk to the weight's gradient more slowly than make it, by its data sheet: 1.25 GiB of 80.
 _BUDGET_SHARE = 64
 # A CPU gains nothing from more rows, and pays for buffers of more than 32 MiB, which come and go page by page: 1,750
 # rows of 6,016 tokens took 145 ms in chunks of 697 and 170 ms as one.
