@@ -59,7 +59,8 @@ def attend(
     if plain and device_type == "cpu" and query.shape[-1] == value.shape[-1]:
         # Small matrix products are hardly faster in bfloat16, and what is between them is slower.
         wide = torch.promote_types(dtype, torch.float32)
-        return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     parts = [
         _attend_segment(
@@ -143,6 +144,7 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (query, both, output), shared_by = ctx.saved_tensors, ctx.shared_by
         num_groups = both.shape[1]

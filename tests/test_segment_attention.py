@@ -120,13 +120,16 @@ def test_values_may_have_another_size_than_keys():
         assert (mine - reference).norm() <= 1e-12 * reference.norm()
 
 
-def test_autocast_decides_the_dtype():
+def test_autocast_decides_the_dtype_of_the_output_and_nothing_else():
     tensors = [tensor.detach().float().requires_grad_() for tensor in heads()]
+    plain = ours(*tensors, scale=0.3)
+    expected = torch.autograd.grad(plain.sum(), tensors)
     with torch.autocast("cpu", torch.bfloat16):
         output = ours(*tensors, scale=0.3)
+        gradients = torch.autograd.grad(output.float().sum(), tensors)
     assert output.dtype == torch.bfloat16
-    output.float().sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors)
+    assert torch.equal(output, plain.bfloat16())
+    assert all(torch.equal(mine, reference) for mine, reference in zip(gradients, expected, strict=True))
 
 
 def test_large_scores_stay_finite():
