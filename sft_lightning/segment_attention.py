@@ -144,25 +144,25 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (query, both, output), shared_by = ctx.saved_tensors, ctx.shared_by
         num_groups = both.shape[1]
-        # The softmax takes from each score's gradient the mean of its row, which is this (Dao et al., 2022).
-        means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
-        grad_output = _side_by_side(grad_output, num_groups)
-        grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
-        for block in _blocks(ctx.spans):
-            rows = block.rows(shared_by)
-            seen = block.seen(both)
-            keys, values = seen
-            weights = block.weights(query[:, rows], keys, shared_by)
-            grad_scores = torch.baddbmm(means[:, rows], grad_output[:, rows], values.mT, beta=-1).mul_(weights)
-            grad_query[:, rows] = torch.bmm(grad_scores, keys)
-            grad_seen = torch.empty_like(seen)
-            torch.bmm(grad_scores.mT, query[:, rows], out=grad_seen[0])
-            torch.bmm(weights.mT, grad_output[:, rows], out=grad_seen[1])
-            block.add_to(grad_both, grad_seen)
+        with torch.autocast("cpu", enabled=False):
+            # The softmax takes from each score's gradient the mean of its row, which is this (Dao et al., 2022).
+            means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
+            grad_output = _side_by_side(grad_output, num_groups)
+            grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
+            for block in _blocks(ctx.spans):
+                rows = block.rows(shared_by)
+                seen = block.seen(both)
+                keys, values = seen
+                weights = block.weights(query[:, rows], keys, shared_by)
+                grad_scores = torch.baddbmm(means[:, rows], grad_output[:, rows], values.mT, beta=-1).mul_(weights)
+                grad_query[:, rows] = torch.bmm(grad_scores, keys)
+                grad_seen = torch.empty_like(seen)
+                torch.bmm(grad_scores.mT, query[:, rows], out=grad_seen[0])
+                torch.bmm(weights.mT, grad_output[:, rows], out=grad_seen[1])
+                block.add_to(grad_both, grad_seen)
         grad_query = grad_query.mul_(ctx.scale).unflatten(1, (-1, shared_by)).transpose(1, 2).flatten(0, 1)
         return grad_query.unsqueeze(0), grad_both[:1], grad_both[1:], None, None
 
