@@ -41,10 +41,9 @@ class Shape:
         own, shared = self.own_tokens, self.shared_tokens
         if not sharing:
             own, shared = own + shared, 0
-        end = shared + self.num_rows * own
-        root = [Span(0, shared, end, -1)] if shared else []
-        starts = range(shared, end, own)
-        return Segments.from_spans([*root, *(Span(start, start + own, start + own, len(root) - 1) for start in starts)])
+        root = [Span(0, shared, -1)] if shared else []
+        starts = range(shared, shared + self.num_rows * own, own)
+        return Segments.from_spans([*root, *(Span(start, start + own, len(root) - 1) for start in starts)])
 
 
 SHAPES = (

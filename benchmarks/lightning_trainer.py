@@ -70,7 +70,7 @@ def _counts(batch: MicroBatch) -> Counts:
     # Parents stand before their children, so the number of keys of a span's ancestors is known when it comes.
     keys: list[int] = []
     attended = 0
-    for start, end, _, parent in batch.segments.spans:
+    for start, end, parent in batch.segments.spans:
         length, of_ancestors = end - start, keys[parent] if parent >= 0 else 0
         keys.append(of_ancestors + length)
         attended += length * of_ancestors + length * (length + 1) // 2

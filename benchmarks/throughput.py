@@ -74,11 +74,12 @@ def trl_competitors(device: str, dry_run: bool) -> list[Competitor]:
 
 def measure(someone: Competitor, job: Job, phase: str) -> Measurement:
     say(f"{phase}: {someone.name}, micro-batches of {someone.batch_size}")
-    measurement = someone.run(job)
-    gc.collect()
-    if job.device == "cuda":
-        torch.cuda.empty_cache()
-    return measurement
+    try:
+        return someone.run(job)
+    finally:  # also where memory ran out, which must not cost the next one
+        gc.collect()
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def fastest_micro_batch(name: str, job: Job) -> Competitor:

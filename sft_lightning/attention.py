@@ -95,13 +95,20 @@ def needs_half_precision(model: PreTrainedModel) -> bool:
 
 def _obstacle(kernel: str, config: PretrainedConfig, *, device_type: str, half_precision: bool) -> str | None:
     """Returns what keeps a CUDA kernel from running a model here, None if nothing does."""
-    if not _supports(config, "attention_backend"):
-        return "the model has an attention of its own"
-    text_config = config.get_text_config()
+    unsuited = _unsuited(kernel, config, device_type=device_type, half_precision=half_precision)
+    missing = None
     if kernel in _INSTALL:
         module, package, command = _INSTALL[kernel]
         if importlib.util.find_spec(module) is None:
-            return f"the package {package} is not installed: {command}"
+            missing = f"the package {package} is not installed: {command}"
+    return ", and ".join(text for text in (unsuited, missing) if text) or None
+
+
+def _unsuited(kernel: str, config: PretrainedConfig, *, device_type: str, half_precision: bool) -> str | None:
+    """Returns what would keep a kernel from running a model here if it were installed."""
+    if not _supports(config, "attention_backend"):
+        return "the model has an attention of its own"
+    text_config = config.get_text_config()
     if device_type != "cuda":
         return "it needs a CUDA device"
     if not half_precision:
@@ -258,7 +265,8 @@ def _attend_by_kernel(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
     query, key, value = (heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value))
     if segments.key_positions is not None:
-        key, value = (heads.index_select(0, segments.key_positions) for heads in (key, value))
+        # In float32: the gradients of all who share a token are added, and in 16 bits a long sum stops growing.
+        key, value = (heads.float().index_select(0, segments.key_positions).to(dtype) for heads in (key, value))
     return function(query.contiguous(), key.contiguous(), value.contiguous(), segments, **options).unsqueeze(0)
 
 

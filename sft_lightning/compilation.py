@@ -51,12 +51,12 @@ def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None
 
 
 def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[[], AbstractContextManager]) -> None:
-    """Compiles a model's layers for training, by a step on made-up rows. Weights and random numbers are left alone.
+    """Compiles a model's layers for training, by a step on made-up rows that leaves no trace in it.
 
     Problems show before training, and a run that is resumed compiles for the same sizes as one from the start.
 
     Args:
-        model: After ``compile_layers``, on its device, in training mode, without gradients.
+        model: After ``compile_layers``, on its device, in training mode.
         layout: Of the micro-batches of training.
         precision: Enters the precision of training.
 
@@ -67,20 +67,22 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), precision():
-            label_losses(model, batch).weighted_sum.backward()
+            loss = label_losses(model, batch).weighted_sum
+            # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     except Exception as error:  # whatever a compiler or a model that it was not made for raises
         text = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile does not work here ({type(error).__name__}: {text}); it needs a model that torch.compile "
             "takes, a C++ compiler such as g++ and, on CUDA, triton: install what is missing or set it to false"
         ) from error
-    finally:
-        model.zero_grad(set_to_none=True)
 
 
 def _made_up_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
     """Returns rows of arbitrary tokens that begin alike, of an odd length: equal sizes are taken to stay equal."""
-    num_tokens = min(_ROW_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _ROW_TOKENS))
+    num_tokens = min(
+        _ROW_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROW_TOKENS
+    )
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     rows = np.random.default_rng(0).integers(0, vocabulary_size, (_NUM_ROWS, num_tokens)).astype(np.int32)
     rows[:, : MIN_SHARED_TOKENS + 1] = rows[0, : MIN_SHARED_TOKENS + 1]

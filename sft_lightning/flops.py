@@ -108,7 +108,7 @@ def num_attended(batch: MicroBatch) -> int:
         return round(batch.num_tokens * (batch.num_tokens / batch.num_rows + 1) / 2)
     num_keys: list[int] = []  # of a segment's last token: its ancestors' tokens and the segment's own
     pairs = 0
-    for start, end, _, parent in batch.segments.spans:
+    for start, end, parent in batch.segments.spans:
         if start >= batch.num_unique_tokens:
             break  # padding, which is one segment at the end
         inherited = num_keys[parent] if parent >= 0 else 0

@@ -32,6 +32,9 @@ LayoutChoice: TypeAlias = Literal["auto", "padded", "packed", "shared_prefix"]
 # What transformers' models call their layers of attention; other layers carry something along the row. Their traces may
 # be small on tiny examples of random tokens, so they are not left to the trial.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_NUM_COMMON = MIN_SHARED_TOKENS + 8
+# Of the tiny examples: shared prompt tokens, own ones, and response tokens.
+_TINY_LENGTHS = ((_NUM_COMMON, 1, 9), (_NUM_COMMON, 1, 5), (0, 1, 5))
 _FROM_BEST: tuple[Layout, ...] = ("shared_prefix", "packed", "padded")
 
 
@@ -83,6 +86,10 @@ def choose_layout(
     Raises:
         UserError: If the layout that is asked for changes the loss or the gradient.
     """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and limit < max(map(sum, _TINY_LENGTHS)):
+        logger.warning("layout: not tried, the model takes only %d tokens", limit)
+        return "padded" if choice == "auto" else choice
     in_float32 = not needs_half_precision(model) and model.dtype in (torch.float32, torch.float64)
     compared = _FLOAT32 if in_float32 else _HALF
     examples = _tiny_examples(model)
@@ -132,6 +139,8 @@ def _problem_of(
         return "the model attends in chunks of the row, of which its attention is not told"
     try:
         losses, norm = _measure(model, layout, examples, with_gradients=padded[1] is not None)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model does with arguments that it was not made for
         return f"the model cannot compute it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     allowed = f"(allowed {compared.tolerance:.0e})"
@@ -151,9 +160,7 @@ def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
     stand close behind the place where a row begins in the packed ones.
     """
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    num_common = MIN_SHARED_TOKENS + 8
-    lengths = ((num_common, 1, 9), (num_common, 1, 5), (0, 1, 5))  # shared and own prompt tokens, response tokens
-    tokens = np.random.default_rng(0).integers(0, vocabulary_size, (4, num_common)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, vocabulary_size, (4, _NUM_COMMON)).astype(np.int32)
     common, *rest = tokens
     return [
         Example(
@@ -161,7 +168,7 @@ def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
             num_shared + num_own,
             f"example {number}",
         )
-        for number, ((num_shared, num_own, num_labels), own) in enumerate(zip(lengths, rest, strict=True))
+        for number, ((num_shared, num_own, num_labels), own) in enumerate(zip(_TINY_LENGTHS, rest, strict=True))
     ]
 
 

@@ -1,11 +1,10 @@
 """Attention over the segments of a packed row, in pure torch: on any device, and faster on CPUs.
 
-A segment attends causally to itself and fully to its ancestors. The row is in depth-first order, so the descendants of
-a segment stand directly behind it:
+A segment attends causally to itself and fully to its ancestors:
 
-    row        [ preamble | question 1 | response 1a | response 1b | question 2 response 2 ]
-    preamble     <------>   <------------------------------------------------------------->   its descendants
-    question 1              <--------->  <----------------------->
+    row           [ preamble | question 1 | response 1a | response 1b | question 2 response 2 ]
+    response 1b     all        all                        causally
+    the last one    all                                                 causally
 
 Letters beside those of data/batch.py: H query heads, G key/value heads, E head size.
 """
@@ -201,7 +200,7 @@ def _blocks(spans: tuple[Span, ...]) -> list[_Block]:
     """Returns the row's queries in blocks of about ``_BLOCK_TOKENS`` at the most."""
     blocks = []
     chains: list[tuple[tuple[int, int], ...]] = []  # of each segment: its ancestors and itself
-    for start, end, _, parent in spans:
+    for start, end, parent in spans:
         above = chains[parent] if parent >= 0 else ()
         chains.append((*above, (start, end)))
         num_blocks = -(-(end - start) // _BLOCK_TOKENS)

@@ -97,16 +97,22 @@ def test_the_trial_is_enough_to_compile_for_training_and_leaves_nothing_behind(d
     model = load_model(dropout_model_folder)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     compile_layers(model, backend="aot_eager")
+    parameter = next(model.parameters())
+    parameter.register_post_accumulate_grad_hook(lambda _: pytest.fail("a step may be taken here"))
+    parameter.grad = torch.ones_like(parameter)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
     with torch.no_grad():  # as where validation asks for the layout first
         try_compiled(model, layout, precision=nullcontext)
     assert torch.equal(torch.rand(1), expected)
-    assert all(p.grad is None for p in model.parameters())
+    assert [p.grad is None for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
+    assert parameter.grad.unique().tolist() == [1.0]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     made = num_graphs()
     assert made > 0
+    parameter.requires_grad_(False).requires_grad_(True)
+    parameter._post_accumulate_grad_hooks.clear()
     loss_and_gradients(model, batch_of(layout, 4, np.random.default_rng(0)))
     assert num_graphs() == made
 

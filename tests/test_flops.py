@@ -83,19 +83,19 @@ def batch(*, num_tokens, num_rows=1, spans=None, num_unique_tokens=None):
 
 
 def test_packed_rows_attend_within_themselves():
-    spans = [Span(0, 3, 3, -1), Span(3, 5, 5, -1)]
+    spans = [Span(0, 3, -1), Span(3, 5, -1)]
     assert num_attended(batch(num_tokens=5, num_rows=2, spans=spans)) == (1 + 2 + 3) + (1 + 2)
 
 
 def test_a_shared_prefix_is_attended_to_by_all_below_it_and_computed_once():
     """A prefix of 3, below it a prompt of 2 with responses of 1 and 2 below that, and a row of 4."""
-    spans = [Span(0, 3, 12, -1), Span(3, 5, 8, 0), Span(5, 6, 6, 1), Span(6, 8, 8, 1), Span(8, 12, 12, 0)]
+    spans = [Span(0, 3, -1), Span(3, 5, 0), Span(5, 6, 1), Span(6, 8, 1), Span(8, 12, 0)]
     expected = (1 + 2 + 3) + (4 + 5) + 6 + (6 + 7) + (4 + 5 + 6 + 7)
     assert num_attended(batch(num_tokens=20, num_rows=3, num_unique_tokens=12, spans=spans)) == expected
 
 
 def test_padding_behind_packed_rows_attends_to_nothing_that_counts():
-    spans = [Span(0, 3, 3, -1), Span(3, 8, 8, -1)]
+    spans = [Span(0, 3, -1), Span(3, 8, -1)]
     assert num_attended(batch(num_tokens=3, num_unique_tokens=3, spans=spans)) == 6
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Lfm2Config, Mamba2Config, MambaConfig, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Mamba2Config, MambaConfig, Qwen2ForCausalLM
 
 from sft_lightning import segment_attention
 from sft_lightning.attention import choose_attention
@@ -40,7 +40,7 @@ def attend_to_the_whole_row(query, key, value, segments, *, scale, **options):
 
 
 def attend_without_ancestors(query, key, value, segments, **options):
-    alone = [span._replace(parent=-1, subtree_end=span.end) for span in segments.spans]
+    alone = [span._replace(parent=-1) for span in segments.spans]
     return ATTEND(query, key, value, Segments.from_spans(alone), **options)
 
 
@@ -115,6 +115,30 @@ def test_wrong_attention_falls_back_or_is_refused(fault, layout, problem, model,
     assert problem in message
     assert message.endswith("; use auto or padded")
     assert guard(model, "padded") == "padded"
+
+
+def test_gradients_are_compared_also_where_a_validation_is_the_first_to_ask(fit, val_file, monkeypatch, caplog):
+    """The sanity check before training runs without gradients."""
+    monkeypatch.setattr(segment_attention, "attend", attend_with_a_quarter_of_the_gradient)
+    with caplog.at_level(logging.WARNING, "sft_lightning"):
+        fit(data={"val_path": val_file}, max_steps=1)
+    assert caplog.text.count("its gradient norm differs from that of padded rows") == 2
+
+
+@pytest.mark.parametrize(("choice", "layout"), [("auto", "padded"), ("shared_prefix", "shared_prefix")])
+def test_a_model_of_few_positions_is_not_tried(choice, layout, tmp_path, caplog):
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    assert guard(random_model(config, tmp_path), choice) == layout
+    assert "the model takes only 32 tokens" in caplog.text
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_layout(model, monkeypatch):
+    def run_out(*args, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(segment_attention, "attend", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        guard(model)
 
 
 def test_without_gradients_only_losses_are_compared(model, monkeypatch):

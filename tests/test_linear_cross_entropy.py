@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft_lightning.linear_cross_entropy import _budget_bytes, linear_cross_entropy
+from sft_lightning.linear_cross_entropy import _budget_bytes, _gradient_unit, linear_cross_entropy
 from sft_lightning.loss import compute_entropy
 
 M, V, D = 13, 192, 24
@@ -433,6 +433,11 @@ def test_a_compiled_model_gives_the_same_for_every_number_of_labels():
             results.append([losses.weighted_sum, *losses[1:], *(p.grad.clone() for p in model.parameters())])
         for own, expected in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(own, expected)
+
+
+def test_weights_of_zero_make_no_infinite_unit_where_they_are_float32():
+    """Apple's GPUs have no float64, and an empty micro-batch's only weight is 0."""
+    assert math.isfinite(_gradient_unit(torch.zeros(1), torch.float16))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from sft_lightning.data.batch import Segments, Span
 from sft_lightning.segment_attention import attend
 
 # A preamble with a prompt of two responses and a row of its own behind it, then a row that shares nothing.
-SPANS = [Span(0, 7, 25, -1), Span(7, 12, 20, 0), Span(12, 15, 15, 1), Span(15, 20, 20, 1), Span(20, 25, 25, 0)]
-SPANS += [Span(25, 36, 36, -1)]
+SPANS = [Span(0, 7, -1), Span(7, 12, 0), Span(12, 15, 1), Span(15, 20, 1), Span(20, 25, 0)]
+SPANS += [Span(25, 36, -1)]
 NUM_TOKENS = 36
 
 
@@ -170,7 +170,7 @@ def test_backward_of_an_expanded_gradient():
 
 
 def test_no_tensor_grows_with_the_square_of_the_row():
-    segments = Segments.from_spans([Span(0, 1000, 1000, -1)])
+    segments = Segments.from_spans([Span(0, 1000, -1)])
     tensors = [torch.randn(1, count, 1000, 8, requires_grad=True) for count in (4, 2, 2)]
     with LargestTensor() as largest:
         attend(*tensors, segments, scale=0.3).sum().backward()

@@ -64,6 +64,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._started: float | None = None
+        self._before_validation = 0.0
         self._work = _Work()
         self._model_flops: ModelFlops | None = None
         self._peak: Peak | None = None
@@ -78,8 +79,13 @@ class Throughput(Callback):
         if self._started is None:
             self._restart()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._started is not None:
+            self._before_validation = time.monotonic() - self._started
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+        if self._started is not None:
+            self._started = time.monotonic() - self._before_validation
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int

@@ -48,14 +48,11 @@ class Span(NamedTuple):
     Attributes:
         start: Position of its first own token.
         end: Position behind its last own token, ``end > start``.
-        subtree_end: Position behind the last token of its last descendant; ``end`` for a leaf. Descendants follow their
-            ancestor directly.
         parent: Index of the parent span, -1 for a root.
     """
 
     start: int
     end: int
-    subtree_end: int
     parent: int
 
 
@@ -87,7 +84,7 @@ class Segments:
         positions = np.arange(spans[-1].end)
         chains: list[list[np.ndarray]] = []
         num_keys: list[int] = []
-        for start, end, _, parent in spans:
+        for start, end, parent in spans:
             chains.append([*(chains[parent] if parent >= 0 else ()), positions[start:end]])
             num_keys.append(end - start + (num_keys[parent] if parent >= 0 else 0))
         query_offsets = np.array([0, *(span.end for span in spans)], dtype=np.int32)

@@ -19,7 +19,7 @@ Without ``share_prefixes`` every row is a span of its own.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ def collate_packed(
         input_ids[0, span.start : span.end] = examples[branch.row].tokens[branch.first : branch.end]
     first_ids = [branch.first for branch in branches]
     if width > num_tokens:
-        spans.append(Span(num_tokens, width, width, -1))
+        spans.append(Span(num_tokens, width, -1))
         first_ids.append(0)
     position_ids = np.arange(width) - np.repeat(
         [span.start - first for span, first in zip(spans, first_ids, strict=True)],
@@ -108,16 +108,9 @@ def collate_packed(
 
 
 def _place(branches: Sequence[Branch]) -> list[Span]:
-    starts = [0]
-    for branch in branches:
-        starts.append(starts[-1] + branch.end - branch.first)
-    subtree_ends = starts[1:]
-    for index in range(len(branches) - 1, -1, -1):
-        if (parent := branches[index].parent) >= 0:
-            subtree_ends[parent] = max(subtree_ends[parent], subtree_ends[index])
+    ends = list(accumulate(branch.end - branch.first for branch in branches))
     return [
-        Span(start, end, subtree_end, branch.parent)
-        for (start, end), subtree_end, branch in zip(pairwise(starts), subtree_ends, branches, strict=True)
+        Span(start, end, branch.parent) for (start, end), branch in zip(pairwise([0, *ends]), branches, strict=True)
     ]
 
 

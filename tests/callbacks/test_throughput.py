@@ -40,7 +40,7 @@ class Takes(Callback):
     def on_after_backward(self, *args):
         self.clock.now += 2
 
-    def on_validation_start(self, *args):
+    def on_validation_epoch_start(self, *args):
         self.clock.now += 3600
 
 
@@ -84,8 +84,11 @@ def run(model_folder, rows, peaks, make_trainer, make_data):
     return fit
 
 
+@pytest.mark.parametrize("micro_batches_between_validations", [1, 2])
 @pytest.mark.parametrize("listed_first", [True, False])
-def test_tokens_are_counted_and_only_training_takes_time(run, rows, clock, listed_first):
+def test_tokens_are_counted_and_only_training_takes_time(
+    run, rows, clock, listed_first, micro_batches_between_validations
+):
     callbacks = [Throughput(), Takes(clock)]
     logged = run(
         *(callbacks if listed_first else callbacks[::-1]),
@@ -93,6 +96,7 @@ def test_tokens_are_counted_and_only_training_takes_time(run, rows, clock, liste
         max_epochs=2,
         accumulate_grad_batches=2,
         limit_val_batches=1.0,
+        val_check_interval=micro_batches_between_validations,
     )
     tokens, response_tokens = (sum(each) for each in zip(*rows[1], strict=True))
     seconds = 4  # two micro-batches of 2 seconds

@@ -97,7 +97,7 @@ def test_segments_move_along_and_their_spans_stay():
     moved = batch.to(torch.device("meta"))
     tensors = (moved.segments.query_offsets, moved.segments.key_offsets, moved.segments.key_positions)
     assert [tensor.device.type for tensor in (*tensors, moved.position_ids)] == ["meta"] * 4
-    assert moved.segments.spans == batch.segments.spans == ((0, 16, 18, -1), (16, 17, 17, 0), (17, 18, 18, 0))
+    assert moved.segments.spans == batch.segments.spans == ((0, 16, -1), (16, 17, 0), (17, 18, 0))
     assert (moved.segments.max_queries, moved.segments.max_keys, moved.attention_mask) == (16, 17, None)
 
 
@@ -130,7 +130,7 @@ def test_pinning_pins_every_tensor(monkeypatch):
 
 def test_segments_follow_from_their_spans():
     # 0 has the children 1 and 3, and 1 has the child 2; 4 stands alone.
-    spans = [Span(0, 2, 8, -1), Span(2, 5, 6, 0), Span(5, 6, 6, 1), Span(6, 8, 8, 0), Span(8, 9, 9, -1)]
+    spans = [Span(0, 2, -1), Span(2, 5, 0), Span(5, 6, 1), Span(6, 8, 0), Span(8, 9, -1)]
     segments = Segments.from_spans(spans)
     assert segments.spans == tuple(spans)
     assert_tensor(segments.query_offsets, [0, 2, 5, 6, 8, 9], torch.int32)
@@ -141,7 +141,7 @@ def test_segments_follow_from_their_spans():
 
 
 def test_keys_of_roots_need_no_gathering():
-    segments = Segments.from_spans([Span(0, 2, 2, -1), Span(2, 5, 5, -1)])
+    segments = Segments.from_spans([Span(0, 2, -1), Span(2, 5, -1)])
     assert segments.key_positions is None
     assert_tensor(segments.key_offsets, [0, 2, 5], torch.int32)
     assert (segments.max_queries, segments.max_keys) == (3, 3)

@@ -65,7 +65,7 @@ def test_a_family_of_rows_stands_as_a_trie():
     # The preamble, [7, 8] and its response, then the question of rows 0 and 2 and their responses.
     assert batch.input_ids.tolist() == [[*PREAMBLE, 7, 8, 4, *QUESTION, 1, 2, 6]]
     assert batch.position_ids.tolist() == [[*range(16), 16, 17, 18, *range(16, 32), 32, 33, 32]]
-    assert batch.segments.spans == ((0, 16, 38, -1), (16, 19, 19, 0), (19, 35, 38, 0), (35, 37, 37, 2), (37, 38, 38, 2))
+    assert batch.segments.spans == ((0, 16, -1), (16, 19, 0), (19, 35, 0), (35, 37, 2), (37, 38, 2))
     assert batch.labels.tolist() == [1, 2, 3, 4, 5, 6, 9]
     assert batch.label_rows.tolist() == [0, 0, 0, 1, 1, 2, 2]
     # The question's last token, at 34, predicts 1 for row 0 and 6 for row 2.
@@ -80,7 +80,7 @@ def test_without_sharing_rows_stand_one_behind_the_other_in_their_order():
     batch = packed(rows, share_prefixes=False)
     assert batch.input_ids.tolist() == [[1, 2, 3, 1, 2, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert batch.segments.spans == ((0, 3, 3, -1), (3, 6, 6, -1))
+    assert batch.segments.spans == ((0, 3, -1), (3, 6, -1))
     assert batch.label_positions.tolist() == [1, 2, 5]
     assert batch.segments.key_positions is None
     assert (batch.num_tokens, batch.num_unique_tokens) == (6, 6)
@@ -90,7 +90,7 @@ def test_one_label_each_behind_one_prompt_leaves_nothing_but_the_prompt():
     rows = [example(PREAMBLE, [label]) for label in (1, 2, 3)]
     batch = packed(rows)
     assert batch.input_ids.tolist() == [PREAMBLE]
-    assert batch.segments.spans == ((0, 16, 16, -1),)
+    assert batch.segments.spans == ((0, 16, -1),)
     assert batch.label_positions.tolist() == [15, 15, 15]
     assert (batch.labels.tolist(), batch.label_rows.tolist()) == ([1, 2, 3], [0, 1, 2])
 
@@ -124,7 +124,7 @@ def test_padding_is_a_span_of_its_own_that_nothing_sees():
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 48)
     assert batch.input_ids[0, 38:].tolist() == [PAD] * 10
     assert batch.position_ids[0, 38:].tolist() == list(range(10))
-    assert batch.segments.spans[-1] == (38, 48, 48, -1)
+    assert batch.segments.spans[-1] == (38, 48, -1)
     assert batch.num_unique_tokens == 38
     assert packed(FAMILY, pad_to_multiple_of=19).input_ids.shape == (1, 38)
     assert len(packed(FAMILY, pad_to_multiple_of=19).segments.spans) == 5
@@ -199,7 +199,7 @@ def test_segments_say_who_sees_whom(families, share_prefixes, data, multiple):
         assert span.start < span.end
         assert -1 <= span.parent < index
         below = [position for position in range(width) if index in lineage(spans, span_of(spans, position))]
-        assert below == list(range(span.start, span.subtree_end))
+        assert below == list(range(span.start, below[-1] + 1))
     keys = [seen_positions(spans, span.end - 1) for span in spans]
     assert segments.query_offsets.tolist() == [0, *(span.end for span in spans)]
     assert segments.key_offsets.tolist() == [0, *np.cumsum([len(each) for each in keys]).tolist()]
