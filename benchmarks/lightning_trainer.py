@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from meter import Counts, Measurement, Meter, counts_of_rows
 from rows import Job
@@ -64,9 +65,7 @@ def run(job: Job, layout: str, batch_size: int, *, compiled: bool = False) -> Me
 
 def _counts(batch: MicroBatch) -> Counts:
     if batch.segments is None:
-        assert batch.attention_mask is not None
-        lengths = batch.attention_mask.sum(-1).cpu().numpy()
-        return counts_of_rows(lengths, batch.input_ids.numel(), batch.num_label_tokens)
+        return counts_of_rows(np.array(batch.row_lengths), batch.input_ids.numel(), batch.num_label_tokens)
     # Parents stand before their children, so the number of keys of a span's ancestors is known when it comes.
     keys: list[int] = []
     attended = 0

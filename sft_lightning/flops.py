@@ -99,13 +99,10 @@ def count_model_flops(model: "PreTrainedModel") -> ModelFlops | None:
 def num_attended(batch: MicroBatch) -> int:
     """Returns over how many (token, token it attends to) pairs attention runs, each token attending to itself too.
 
-    Exact for packed rows. Padded rows count as equally long, because their lengths are on the device: too low by the
-    variance of the lengths over their squared mean, and rows of a micro-batch are of a kind.
+    Padding attends to nothing that counts.
     """
-    if not batch.num_rows:
-        return 0
     if batch.segments is None:
-        return round(batch.num_tokens * (batch.num_tokens / batch.num_rows + 1) / 2)
+        return sum(length * (length + 1) // 2 for length in batch.row_lengths)
     num_keys: list[int] = []  # of a segment's last token: its ancestors' tokens and the segment's own
     pairs = 0
     for start, end, parent in batch.segments.spans:

@@ -73,38 +73,37 @@ def test_models_that_no_formula_covers_are_left_alone():
 # What attention runs over
 
 
-def batch(*, num_tokens, num_rows=1, spans=None, num_unique_tokens=None):
+def batch(*row_lengths, spans=None, num_unique_tokens=None):
     return SimpleNamespace(
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        num_unique_tokens=num_tokens if num_unique_tokens is None else num_unique_tokens,
+        row_lengths=row_lengths,
+        num_unique_tokens=sum(row_lengths) if num_unique_tokens is None else num_unique_tokens,
         segments=spans and Segments.from_spans(spans),
     )
 
 
 def test_packed_rows_attend_within_themselves():
     spans = [Span(0, 3, -1), Span(3, 5, -1)]
-    assert num_attended(batch(num_tokens=5, num_rows=2, spans=spans)) == (1 + 2 + 3) + (1 + 2)
+    assert num_attended(batch(3, 2, spans=spans)) == (1 + 2 + 3) + (1 + 2)
 
 
 def test_a_shared_prefix_is_attended_to_by_all_below_it_and_computed_once():
     """A prefix of 3, below it a prompt of 2 with responses of 1 and 2 below that, and a row of 4."""
     spans = [Span(0, 3, -1), Span(3, 5, 0), Span(5, 6, 1), Span(6, 8, 1), Span(8, 12, 0)]
     expected = (1 + 2 + 3) + (4 + 5) + 6 + (6 + 7) + (4 + 5 + 6 + 7)
-    assert num_attended(batch(num_tokens=20, num_rows=3, num_unique_tokens=12, spans=spans)) == expected
+    assert num_attended(batch(6, 7, 7, num_unique_tokens=12, spans=spans)) == expected
 
 
 def test_padding_behind_packed_rows_attends_to_nothing_that_counts():
     spans = [Span(0, 3, -1), Span(3, 8, -1)]
-    assert num_attended(batch(num_tokens=3, num_unique_tokens=3, spans=spans)) == 6
+    assert num_attended(batch(3, spans=spans)) == 6
 
 
-def test_padded_rows_count_as_equally_long():
-    assert num_attended(batch(num_tokens=8, num_rows=2)) == 2 * (1 + 2 + 3 + 4)
+def test_padded_rows_attend_within_themselves():
+    assert num_attended(batch(3, 2)) == (1 + 2 + 3) + (1 + 2)
 
 
 def test_an_empty_micro_batch_attends_to_nothing():
-    assert num_attended(batch(num_tokens=0, num_rows=0)) == 0
+    assert num_attended(batch()) == 0
 
 
 # What a device reaches

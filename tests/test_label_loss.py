@@ -71,7 +71,8 @@ def make_batch():
 
 def plain_logits(model, batch):
     """The logits that predict the labels, by the model's own forward. Shape [M, V]."""
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[POSITIONS]
+    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.row_lengths)[:, None]
+    return model(input_ids=batch.input_ids, attention_mask=mask.long()).logits.flatten(0, 1)[POSITIONS]
 
 
 @pytest.mark.parametrize("chunked", [True, False])

@@ -121,15 +121,14 @@ class Segments:
 class MicroBatch:
     """Rows that go through the model together, with the weight of each label in the step's loss.
 
-    Padded rows have an ``attention_mask`` and neither ``position_ids`` nor ``segments``; packed ones the other way
-    round, and B is 1 then.
+    Packed rows have ``position_ids`` and ``segments``, padded ones neither, and no mask: padding stands on the right, where
+    causal attention does not look.
 
     Deliberately no dataclass, NamedTuple or dict: Lightning casts every floating-point tensor it finds inside those to
     the training precision, and a loss weight in bfloat16 is wrong in the third digit.
 
     Attributes:
         input_ids: Shape [B, T], int64.
-        attention_mask: Shape [B, T], int64, 1 on tokens and 0 on padding; None when packed.
         position_ids: Shape [1, T], int64, a token's index in its own row; None when padded.
         segments: Who sees whom; None when padded.
         label_positions: Shape [M], int64, index into the B * T flattened positions whose hidden state predicts a label.
@@ -139,22 +138,21 @@ class MicroBatch:
         loss_weights: Shape [M], float64. The step's loss is ``sum(loss_weights * nll)`` over all its micro-batches; 0
             on the dummy label of an empty micro-batch.
         sources: ``file:line`` of each row; empty for an empty micro-batch.
-        num_tokens: Input tokens of all rows without padding, shared ones counted for every row.
+        row_lengths: Input tokens of each row without padding, shared ones counted for every row; in host memory.
         num_unique_tokens: Input tokens that are computed, without padding: ``num_tokens`` unless some are shared.
         rng_seed: Seeds the model's random numbers (dropout) for this micro-batch.
     """
 
     __slots__ = (
-        "attention_mask",
         "input_ids",
         "label_positions",
         "label_rows",
         "labels",
         "loss_weights",
-        "num_tokens",
         "num_unique_tokens",
         "position_ids",
         "rng_seed",
+        "row_lengths",
         "segments",
         "sources",
     )
@@ -168,15 +166,13 @@ class MicroBatch:
         label_rows: Tensor,
         loss_weights: Tensor,
         sources: tuple[str, ...],
-        num_tokens: int,
+        row_lengths: tuple[int, ...],
         num_unique_tokens: int,
-        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segments: Segments | None = None,
         rng_seed: int = 0,
     ) -> None:
         self.input_ids = input_ids
-        self.attention_mask = attention_mask
         self.position_ids = position_ids
         self.segments = segments
         self.label_positions = label_positions
@@ -184,13 +180,18 @@ class MicroBatch:
         self.label_rows = label_rows
         self.loss_weights = loss_weights
         self.sources = sources
-        self.num_tokens = num_tokens
+        self.row_lengths = row_lengths
         self.num_unique_tokens = num_unique_tokens
         self.rng_seed = rng_seed
 
     @property
     def num_rows(self) -> int:
         return len(self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of all rows without padding, shared ones counted for every row."""
+        return sum(self.row_lengths)
 
     @property
     def num_label_tokens(self) -> int:
@@ -258,13 +259,12 @@ def collate_padded(
     num_labels = [example.num_labels for example in examples]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
         label_positions=torch.from_numpy(np.concatenate(positions)),
         labels=torch.from_numpy(labels),
         label_rows=torch.from_numpy(np.repeat(np.arange(len(examples)), num_labels)),
         loss_weights=torch.from_numpy(np.repeat(np.asarray(label_weights, dtype=np.float64), num_labels)),
         sources=tuple(example.source for example in examples),
-        num_tokens=int(lengths.sum()),
+        row_lengths=tuple(lengths.tolist()),
         num_unique_tokens=int(lengths.sum()),
         rng_seed=rng_seed,
     )
@@ -275,13 +275,12 @@ def empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
     zero = torch.zeros(1, dtype=torch.int64)
     return MicroBatch(
         input_ids=torch.full((1, 1), pad_token_id, dtype=torch.int64),
-        attention_mask=torch.ones((1, 1), dtype=torch.int64),
         label_positions=zero,
         labels=torch.full((1,), pad_token_id, dtype=torch.int64),
         label_rows=zero.clone(),
         loss_weights=torch.zeros(1, dtype=torch.float64),
         sources=(),
-        num_tokens=0,
+        row_lengths=(),
         num_unique_tokens=0,
         rng_seed=rng_seed,
     )

@@ -101,7 +101,7 @@ def collate_packed(
         label_rows=torch.from_numpy(np.repeat(np.arange(len(examples)), num_labels)),
         loss_weights=torch.from_numpy(np.repeat(np.asarray(label_weights, dtype=np.float64), num_labels)),
         sources=tuple(example.source for example in examples),
-        num_tokens=sum(input_lengths),
+        row_lengths=tuple(input_lengths),
         num_unique_tokens=num_tokens,
         rng_seed=rng_seed,
     )

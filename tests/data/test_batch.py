@@ -28,7 +28,7 @@ def test_an_example_counts_its_labels():
 def test_rows_are_padded_on_the_right_and_end_before_their_last_token():
     batch = collated()
     assert_tensor(batch.input_ids, [[11, 12, 13, 14], [21, 22, 0, 0]])
-    assert_tensor(batch.attention_mask, [[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert batch.row_lengths == (4, 2)
 
 
 def test_labels_are_the_responses_and_stand_one_position_after_what_predicts_them():
@@ -55,22 +55,22 @@ def test_counts_and_sources():
 @pytest.mark.parametrize(("multiple", "width"), [(None, 4), (1, 4), (4, 4), (3, 6), (8, 8)])
 def test_width_is_rounded_up_and_positions_follow(multiple, width):
     batch = collated(pad_to_multiple_of=multiple)
-    assert batch.input_ids.shape == batch.attention_mask.shape == (2, width)
+    assert batch.input_ids.shape == (2, width)
     assert_tensor(batch.label_positions, [2, 3, width, width + 1])
-    assert batch.attention_mask.sum() == 6
+    assert batch.row_lengths == (4, 2)
 
 
 def test_an_eos_that_is_also_the_padding_stays_a_label_and_an_input():
     rows = [Example(np.array([5, 6, 9], dtype=np.int32), 1), Example(np.array([5, 9, 6, 7, 9], dtype=np.int32), 2)]
     batch = collate_padded(rows, [1.0, 1.0], pad_token_id=9)
     assert_tensor(batch.labels, [6, 9, 6, 7, 9])
-    assert_tensor(batch.attention_mask, [[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert batch.row_lengths == (2, 4)
 
 
 def test_an_empty_micro_batch_carries_one_dummy_label_of_weight_zero():
     batch = collate_padded([], [], pad_token_id=3)
     assert_tensor(batch.input_ids, [[3]])
-    assert_tensor(batch.attention_mask, [[1]])
+    assert batch.row_lengths == ()
     assert_tensor(batch.labels, [3])
     assert_tensor(batch.label_positions, [0])
     assert_tensor(batch.label_rows, [0])
@@ -81,7 +81,7 @@ def test_an_empty_micro_batch_carries_one_dummy_label_of_weight_zero():
 def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
     moved = collated(rng_seed=5).to(torch.device("meta"))
     tensors = [getattr(moved, name) for name in MicroBatch.__slots__ if torch.is_tensor(getattr(moved, name))]
-    assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
     assert moved.loss_weights.dtype == torch.float64
     assert (moved.sources, moved.num_tokens, moved.rng_seed) == (("a.jsonl:1", "a.jsonl:2"), 6, 5)
 
@@ -98,7 +98,7 @@ def test_segments_move_along_and_their_spans_stay():
     tensors = (moved.segments.query_offsets, moved.segments.key_offsets, moved.segments.key_positions)
     assert [tensor.device.type for tensor in (*tensors, moved.position_ids)] == ["meta"] * 4
     assert moved.segments.spans == batch.segments.spans == ((0, 16, -1), (16, 17, 0), (17, 18, 0))
-    assert (moved.segments.max_queries, moved.segments.max_keys, moved.attention_mask) == (16, 17, None)
+    assert (moved.segments.max_queries, moved.segments.max_keys, moved.row_lengths) == (16, 17, batch.row_lengths)
 
 
 @pytest.mark.parametrize(

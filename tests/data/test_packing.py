@@ -72,7 +72,7 @@ def test_a_family_of_rows_stands_as_a_trie():
     assert batch.label_positions.tolist() == [34, 35, 36, 17, 18, 34, 37]
     assert batch.loss_weights.tolist() == [0.5, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
     assert (batch.num_rows, batch.num_tokens, batch.num_unique_tokens) == (3, 34 + 19 + 33, 38)
-    assert (batch.sources, batch.rng_seed, batch.attention_mask) == (("f:1", "f:2", "f:3"), 3, None)
+    assert (batch.sources, batch.rng_seed, batch.row_lengths) == (("f:1", "f:2", "f:3"), 3, (34, 19, 33))
 
 
 def test_without_sharing_rows_stand_one_behind_the_other_in_their_order():
@@ -132,7 +132,7 @@ def test_padding_is_a_span_of_its_own_that_nothing_sees():
 
 def test_an_empty_micro_batch_is_the_same_in_every_layout():
     ours, padded = packed([], rng_seed=4), collate_padded([], [], pad_token_id=PAD, rng_seed=4)
-    for name in ("input_ids", "attention_mask", "labels", "label_positions", "loss_weights"):
+    for name in ("input_ids", "labels", "label_positions", "loss_weights"):
         assert torch.equal(getattr(ours, name), getattr(padded, name))
     assert (ours.segments, ours.position_ids, ours.sources, ours.rng_seed) == (None, None, (), 4)
 
