@@ -54,8 +54,8 @@ def choose_attention(
     """Returns the attention implementation by the name that transformers knows it by.
 
     ``auto`` takes the first of FlashAttention 3, FlashAttention 2 and torch's varlen attention that is installed and
-    can run (CUDA, 16-bit precision), else torch's scaled dot product attention, segment by segment. It says in one line
-    which and why.
+    can run (CUDA, 16-bit precision), else what plain torch does over segments (``sdpa``). It says in one line which and
+    why.
 
     A model that does not look its attention up in transformers' interface keeps transformers' own.
 

@@ -121,8 +121,8 @@ class Segments:
 class MicroBatch:
     """Rows that go through the model together, with the weight of each label in the step's loss.
 
-    Packed rows have ``position_ids`` and ``segments``, padded ones neither, and no mask: padding stands on the right, where
-    causal attention does not look.
+    Packed rows have ``position_ids`` and ``segments``, padded ones neither, and no mask: padding stands on the right,
+    where causal attention does not look.
 
     Deliberately no dataclass, NamedTuple or dict: Lightning casts every floating-point tensor it finds inside those to
     the training precision, and a loss weight in bfloat16 is wrong in the third digit.
