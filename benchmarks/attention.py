@@ -76,10 +76,7 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Call
         scale = shape.head_size**-0.5
 
         def run() -> None:
-            if block_tokens != segment_attention._BLOCK_TOKENS:
-                segment_attention._BLOCK_TOKENS = block_tokens
-                segment_attention._blocks.cache_clear()
-                segment_attention._future.cache_clear()
+            segment_attention._BLOCK_TOKENS = block_tokens
             segment_attention.attend(query, key, value, segments, scale=scale).sum().backward()
 
         return run

@@ -3,13 +3,13 @@
 import logging
 import warnings
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from meter import Counts, Measurement, Meter, counts_of_rows
+from meter import Counts, Measurement, Meter
 from rows import Job
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.data.batch import MicroBatch
+from sft_lightning.flops import num_attended
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true"}
@@ -64,20 +64,11 @@ def run(job: Job, layout: str, batch_size: int, *, compiled: bool = False) -> Me
 
 
 def _counts(batch: MicroBatch) -> Counts:
-    if batch.segments is None:
-        return counts_of_rows(np.array(batch.row_lengths), batch.input_ids.numel(), batch.num_label_tokens)
-    # Parents stand before their children, so the number of keys of a span's ancestors is known when it comes.
-    keys: list[int] = []
-    attended = 0
-    for start, end, parent in batch.segments.spans:
-        length, of_ancestors = end - start, keys[parent] if parent >= 0 else 0
-        keys.append(of_ancestors + length)
-        attended += length * of_ancestors + length * (length + 1) // 2
     return Counts(
         rows=batch.num_rows,
         tokens=batch.num_tokens,
         unique_tokens=batch.num_unique_tokens,
         positions=batch.input_ids.numel(),
         labels=batch.num_label_tokens,
-        attended=attended,
+        attended=num_attended(batch),
     )

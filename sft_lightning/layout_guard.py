@@ -86,10 +86,11 @@ def choose_layout(
     Raises:
         UserError: If the layout that is asked for changes the loss or the gradient.
     """
+    untried: Layout = "padded" if choice == "auto" else choice
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and limit < max(map(sum, _TINY_LENGTHS)):
         logger.warning("layout: not tried, the model takes only %d tokens", limit)
-        return "padded" if choice == "auto" else choice
+        return untried
     in_float32 = not needs_half_precision(model) and model.dtype in (torch.float32, torch.float64)
     compared = _FLOAT32 if in_float32 else _HALF
     examples = _tiny_examples(model)
@@ -98,7 +99,7 @@ def choose_layout(
         own = _own_losses(model, examples)
         if not own.isfinite().all():
             logger.warning("layout: not tried, the model's losses are not finite")
-            return "padded" if choice == "auto" else choice
+            return untried
         padded = _measure(model, "padded", examples, with_gradients=with_gradients)
         if makes_logits_in_chunks(model) and compared.difference(padded[0], own) > compared.tolerance:
             logger.info("loss: with the model's own logits, since it does something to them that is not known here")

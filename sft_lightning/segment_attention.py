@@ -63,25 +63,17 @@ def attend(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     parts = [
         _attend_segment(
-            query[:, :, span.start : span.end],
-            _with_ancestors(key, segments.spans, span),
-            _with_ancestors(value, segments.spans, span),
+            query[:, :, segment.start : segment.end],
+            segment.seen(key),
+            segment.seen(value),
             scale=scale,
             dropout=dropout,
             window_tokens=window_tokens,
             softcap=softcap,
         )
-        for span in segments.spans
+        for segment in _blocks(segments.spans, segments.max_queries)  # so long that none is cut
     ]
     return torch.cat(parts, dim=2)
-
-
-def _with_ancestors(row: Tensor, spans: tuple[Span, ...], span: Span) -> Tensor:
-    parts = [row[:, :, span.start : span.end]]
-    while span.parent >= 0:
-        span = spans[span.parent]
-        parts.append(row[:, :, span.start : span.end])
-    return torch.cat(parts[::-1], dim=2) if len(parts) > 1 else parts[0]
 
 
 def _attend_segment(
@@ -132,7 +124,7 @@ class _InBlocks(torch.autograd.Function):
         query = _side_by_side(query, num_groups) * scale
         both = torch.cat([key, value])
         output = query.new_empty(num_tokens, num_groups, shared_by, head_size)
-        for block in _blocks(spans):
+        for block in _blocks(spans, _BLOCK_TOKENS):
             keys, values = block.seen(both)
             weights = block.weights(query[:, block.rows(shared_by)], keys, shared_by)
             output[block.start : block.end] = torch.bmm(weights, values).unflatten(1, (-1, shared_by)).transpose(0, 1)
@@ -151,7 +143,7 @@ class _InBlocks(torch.autograd.Function):
             means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
             grad_output = _side_by_side(grad_output, num_groups)
             grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
-            for block in _blocks(ctx.spans):
+            for block in _blocks(ctx.spans, _BLOCK_TOKENS):
                 rows = block.rows(shared_by)
                 seen = block.seen(both)
                 keys, values = seen
@@ -176,10 +168,10 @@ class _Block(NamedTuple):
     def rows(self, shared_by: int) -> slice:
         return slice(self.start * shared_by, self.end * shared_by)
 
-    def seen(self, both: Tensor) -> Tensor:
-        """Returns the keys and values that the queries see. Shape [2, G, keys, E]."""
-        parts = [both[:, :, start:end] for start, end in self.ranges]
-        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    def seen(self, tokens: Tensor) -> Tensor:
+        """Returns of shape [..., T, any] what the queries see. Shape [..., keys, any]."""
+        parts = [tokens[..., start:end, :] for start, end in self.ranges]
+        return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
 
     def add_to(self, total: Tensor, seen: Tensor) -> None:
         """Adds the gradients of what the queries see to those of all keys and values."""
@@ -191,28 +183,30 @@ class _Block(NamedTuple):
         """Returns the attention weights. Shape [G, queries * R, keys]."""
         scores = torch.bmm(query, keys.mT)
         num_queries = self.end - self.start
-        scores[:, :, -num_queries:] += _future(shared_by, scores.dtype)[: num_queries * shared_by, :num_queries]
+        scores[:, :, -num_queries:] += _future(_BLOCK_TOKENS, shared_by, scores.dtype)[
+            : num_queries * shared_by, :num_queries
+        ]
         return torch.softmax(scores, dim=-1, out=scores)
 
 
 @lru_cache(maxsize=4)  # each layer's forward and backward pass ask for the same
-def _blocks(spans: tuple[Span, ...]) -> list[_Block]:
-    """Returns the row's queries in blocks of about ``_BLOCK_TOKENS`` at the most."""
+def _blocks(spans: tuple[Span, ...], most_tokens: int) -> list[_Block]:
+    """Returns the row's queries in blocks of ``most_tokens`` at the most."""
     blocks = []
     chains: list[tuple[tuple[int, int], ...]] = []  # of each segment: its ancestors and itself
     for start, end, parent in spans:
         above = chains[parent] if parent >= 0 else ()
         chains.append((*above, (start, end)))
-        num_blocks = -(-(end - start) // _BLOCK_TOKENS)
+        num_blocks = -(-(end - start) // most_tokens)
         cuts = [start + (end - start) * number // num_blocks for number in range(num_blocks + 1)]
         blocks += [_Block(first, behind, (*above, (start, behind))) for first, behind in pairwise(cuts)]
     return blocks
 
 
 @lru_cache(maxsize=8)
-def _future(shared_by: int, dtype: torch.dtype) -> Tensor:
-    """Returns what hides the keys behind a query from it. Shape [_BLOCK_TOKENS * R, _BLOCK_TOKENS]."""
-    hidden = torch.full((_BLOCK_TOKENS, _BLOCK_TOKENS), float("-inf"), dtype=dtype).triu(1)
+def _future(num_tokens: int, shared_by: int, dtype: torch.dtype) -> Tensor:
+    """Returns what hides the keys behind a query from it. Shape [num_tokens * R, num_tokens]."""
+    hidden = torch.full((num_tokens, num_tokens), float("-inf"), dtype=dtype).triu(1)
     return hidden.repeat_interleave(shared_by, dim=0)
 
 

@@ -19,12 +19,6 @@ NUM_TOKENS = 36
 def _blocks_of(request, monkeypatch):
     """Also with segments that are cut into several blocks of queries, the last one shorter."""
     monkeypatch.setattr(segment_attention, "_BLOCK_TOKENS", request.param)
-    caches = [segment_attention._blocks, segment_attention._future]
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def visible(window_tokens=None):

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_lightning.data import trie
 from sft_lightning.data.batch import Example
 from sft_lightning.data.dealing import deal
 from sft_lightning.data.packing import collate_packed
@@ -126,3 +127,11 @@ def test_groups_of_single_questions_differ_by_no_more_than_the_longest_own_part(
     groups = [group for group in dealt(rows, num_groups) if len(group)]
     own = [sum(len(rows[row].tokens) - 1 - 16 for row in group) for group in groups]
     assert max(own) - min(own) <= max(len(one.tokens) - 1 - 16 for one in rows)
+
+
+def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
+    monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
+    longest = np.arange(1, 1501, dtype=np.int32)
+    prompts = [longest[:length] for length in range(1, 1501)]
+    (group,) = deal(np.arange(2, 1502), 1, prompts)
+    assert sorted(group.tolist()) == list(range(1500))
