@@ -25,7 +25,7 @@ def test_version(capsys):
     ("args", "message"),
     [
         (["fitt"], "unknown command 'fitt'; sft-lightning --help lists the commands"),
-        (["prepare"], "the following arguments are required: {gsm8k,quickstart}"),
+        (["prepare"], "the following arguments are required: source"),
         (["prepare", "gsm8k", "--input", "a"], "the following arguments are required: --output"),
         (["evaluate", "--model", "a"], "the following arguments are required: --data, --output"),
         (

@@ -31,11 +31,13 @@ class Generation:
             than EOS are text like any other.
         num_tokens: How many tokens the model took for it, the EOS included.
         stop_reason: What ended it: a stop string, EOS, or the limit on new tokens.
+        mean_entropy: Of the distributions that its tokens were chosen from, in nats; None where it is not known.
     """
 
     text: str
     num_tokens: int
     stop_reason: StopReason
+    mean_entropy: float | None = None
 
 
 class Generator(ABC):

@@ -21,12 +21,14 @@ class Grade:
         answer_correct: Whether its answer is right, whatever the form.
         failure: Why the reward is 0, in one word of the grader's; None where it is 1.
         timed_out: Whether the comparison of the answers was given up, which counts as wrong.
+        strict_format_correct: Whether the form also holds to the letter; None for graders that know no such thing.
     """
 
     format_correct: bool
     answer_correct: bool
     failure: str | None = None
     timed_out: bool = False
+    strict_format_correct: bool | None = None
 
     @property
     def reward(self) -> float:
@@ -59,7 +61,7 @@ class R1ZeroGrader(Grader):
 
     Example:
         >>> R1ZeroGrader().grade(" 9 times 8 </think> <answer> $72.00 </answer>", "72")
-        Grade(format_correct=True, answer_correct=True, failure=None, timed_out=False)
+        Grade(format_correct=True, answer_correct=True, failure=None, timed_out=False, strict_format_correct=None)
         >>> R1ZeroGrader().grade(" 9 times 8 </think> <answer> 72 apples </answer>", "72").failure
         'wrong'
     """

@@ -1,8 +1,6 @@
-"""prepare and evaluate, as typed."""
+"""sft-lightning prepare, as typed."""
 
 import json
-
-import pytest
 
 from sft_lightning.cli import main
 
@@ -31,24 +29,3 @@ def test_prepare_the_whole_of_gsm8k(gsm8k, tmp_path, capsys):
     assert main(["prepare", "gsm8k", "--input", str(gsm8k / "train.jsonl"), "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"wrote 7473 rows to {output}\n"
     assert output.read_text().count("\n") == 7473
-
-
-def test_evaluate_writes_samples_and_metrics(tmp_path, model_folder, val_file, capsys):
-    arguments = ["--model", model_folder, "--data", val_file, "--output", str(tmp_path), "--num_examples", "3"]
-    assert main(["evaluate", *arguments, "--max_new_tokens", "5", "--greedy"]) == 0
-    printed = capsys.readouterr().out
-    assert "format accuracy  0.000  (0 of 3)" in printed
-    assert "answer accuracy  0.000  (0 of 3)" in printed
-    samples = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [sample["ground_truth"] for sample in samples] == ["100", "101", "102"]
-    assert {sample["stop_reason"] for sample in samples} <= {"length", "eos"}
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_examples"] == 3
-
-
-@pytest.mark.parametrize("change", [["--num_examples", "0"], ["--model", "/no/such/folder"], ["--temperature", "0"]])
-def test_evaluate_refuses(tmp_path, model_folder, val_file, capsys, change):
-    arguments = ["--model", model_folder, "--data", val_file, "--output", str(tmp_path), *change]
-    assert main(["evaluate", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert change[1] in error
