@@ -32,9 +32,11 @@ class OpenAIServerGenerator(Generator):
     The answers are those of the server's model. A model that is being trained here is another one: this generator is
     for a saved model that a server has loaded.
 
-    The prompts go out as they are, without a chat template. A request carries a seed of its own; whether equal seeds
-    give equal answers is up to the server. So are its model's own sampling settings and how it shows special tokens:
-    see ``extra_fields``.
+    The prompts go out as they are, without a chat template. What the server does of its own accord stays as it is: its
+    model's ``generation_config``, special tokens left out of the text, whether equal seeds give equal answers. Two of
+    these change what is measured, and ``extra_fields`` sets them right: vLLM takes ``top_k`` and other settings from
+    the model (unless started with ``--generation-config vllm``), and ``transformers serve`` is greedy at every
+    temperature unless the model's ``generation_config``, or the field of that name, says ``do_sample``.
 
     Where a server tells neither by a name nor by the text whether a stop string ended an answer, none is sent: the
     answer is cut here, and ``num_tokens`` counts what came behind it too.
@@ -136,6 +138,7 @@ class OpenAIServerGenerator(Generator):
         if self.stop_strings and _stop_strings_can_be_sent(client, settings, prompts):
             settings["stop"] = list(self.stop_strings)
         generations: dict[int, Generation] = {}
+        report_every = max(self.num_concurrent, len(prompts) // 20)
         executor = ThreadPoolExecutor(self.num_concurrent, thread_name_prefix="server-request")
         try:
             indices = {
@@ -144,7 +147,7 @@ class OpenAIServerGenerator(Generator):
             }
             for future in as_completed(indices):
                 generations[indices[future]] = _result(future, indices[future])
-                if len(generations) % self.num_concurrent == 0 or len(generations) == len(prompts):
+                if len(generations) % report_every == 0 or len(generations) == len(prompts):
                     logger.info("generated %d of %d answers", len(generations), len(prompts))
         finally:
             # After Ctrl-C or an error nothing must go on: neither our threads nor the server's work for us.
@@ -166,7 +169,10 @@ class OpenAIServerGenerator(Generator):
         return key
 
     def _only_model(self, client: ServerClient) -> str:
-        names = client.ask("/models", None, _read_models)
+        try:
+            names = client.ask("/models", None, _read_models)
+        except UserError as error:
+            raise UserError(f"model is not given, and {error}") from None
         if len(names) != 1:
             listed = ", ".join(names[:20]) or "none"
             raise UserError(f"{self.base_url} lists {len(names)} models ({listed}); say which with model")

@@ -100,9 +100,11 @@ class ServerClient:
                 return read(self._exchange(path, body))
             except TemporaryError as error:
                 problem = str(error)
-                if num_failed < self._num_retries:
+                if num_failed < self._num_retries and not self._stopped.is_set():
                     self._tell(problem)
                     self._stopped.wait(self._pause_seconds(num_failed, error.pause_seconds))
+        if self._stopped.is_set():
+            raise CancelledError
         tries = f"{self._num_retries + 1} times" if self._num_retries else "once"
         raise UserError(
             f"{self._url}{path}: {problem} (asked {tries}); is a server up there? "
