@@ -33,8 +33,8 @@ class OpenAIServerGenerator(Generator):
     for a saved model that a server has loaded.
 
     The prompts go out as they are, without a chat template. What the server does of its own accord stays as it is: its
-    model's ``generation_config``, special tokens left out of the text, whether equal seeds give equal answers. Two of
-    these change what is measured, and ``extra_fields`` sets them right: vLLM takes ``top_k`` and other settings from
+    model's ``generation_config``, special tokens left out of the text, whether equal seeds give equal answers. Two
+    things change what is measured, and ``extra_fields`` sets them right: vLLM takes ``top_k`` and other settings from
     the model (unless started with ``--generation-config vllm``), and ``transformers serve`` is greedy at every
     temperature unless the model's ``generation_config``, or the field of that name, says ``do_sample``.
 
