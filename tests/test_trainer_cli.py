@@ -44,7 +44,7 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert main(command) == 0
     run = tmp_path / "run"
     expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
-    assert {path.name for path in run.iterdir()} == expected | {"run_files.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"report", "run_files.json"}
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     assert "step 6/6  loss" in capsys.readouterr().err
     saved = yaml.safe_load((run / "config.yaml").read_text())

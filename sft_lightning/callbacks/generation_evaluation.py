@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.checkpoint_folder import claim
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples, comparison_table
@@ -171,9 +172,7 @@ class GenerationEvaluation(Callback):
         return result.samples
 
     def _run(self, trainer: Trainer) -> Path:
-        checkpoint = trainer.checkpoint_callback
-        folder = self.output_dir or getattr(checkpoint, "dirpath", None) or trainer.default_root_dir
-        return Path(folder).expanduser()
+        return run_folder(trainer, self.output_dir)
 
     def _folder(self, trainer: Trainer, name: str, step: int) -> Path:
         # Outside of fit Lightning restores no step: step-0 would be overwritten, the answers before training.
