@@ -22,7 +22,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
-    parser.add_argument("--grader", default="R1ZeroGrader", choices=["R1ZeroGrader"], help="default: R1ZeroGrader")
+    parser.add_argument("--grader", default="R1ZeroGrader", help="its name, or module.Class; default: R1ZeroGrader")
     parser.add_argument("--batch_tokens", type=int, default=65536, help="tokens of a batch at the most; default: 65536")
     options = parser.parse_args(args)
     result = _evaluate(options)
@@ -41,12 +41,13 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     from sft_lightning.data.tokenization import load_tokenizer
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.evaluation.generation import TransformersGenerator
-    from sft_lightning.evaluation.grading import R1ZeroGrader
+    from sft_lightning.evaluation.grading import grader_named
     from sft_lightning.modeling import hide_progress_bars, load_model
 
     if options.num_examples is not None and options.num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
     hide_progress_bars()
+    grader = grader_named(options.grader)
     generator = TransformersGenerator(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -71,6 +72,6 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
         [record.ground_truth for record in records],
         tokenizer=load_tokenizer(options.model),
         generator=generator,
-        grader={"R1ZeroGrader": R1ZeroGrader}[options.grader](),
+        grader=grader,
         output_dir=options.output,
     )
