@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sft_lightning.errors import UserError
@@ -117,6 +118,7 @@ def grade_isolated(
         _say_once(f"grader {name} runs in this process and without a time limit: another one cannot have it ({reason})")
         return [grade_row(grader, *row) for row in zip(rows, responses, ground_truths, strict=True)]
     idle = list(processes)
+    is_over = Event()
     time_limit_seconds = getattr(grader, "time_limit_seconds", Grader.time_limit_seconds)
 
     def grade(row: int) -> Grade:
@@ -125,6 +127,8 @@ def grade_isolated(
         except IndexError:
             process = _Process(pickled)
             processes.append(process)
+            if is_over.is_set():  # too late to be killed with the others
+                process.kill()
         found = process.grade(row, responses[row], ground_truths[row], time_limit_seconds)
         if process.is_usable:
             idle.append(process)
@@ -137,6 +141,7 @@ def grade_isolated(
         return list(executor.map(grade, rows))
     finally:
         # An interrupt, or a bug in the grader, waits for no one.
+        is_over.set()
         for process in processes:
             process.kill()
         executor.shutdown(cancel_futures=True)
