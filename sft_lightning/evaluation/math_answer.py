@@ -8,6 +8,8 @@ from sft_lightning.errors import UserError
 
 # No one writes a final answer this long, and a parser's time grows faster than the text.
 _LONGEST_EXPRESSION = 500
+# Nor one so deep: thirty brackets around a number take a parser seconds.
+_MOST_OPEN_BRACKETS = 10
 
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"  # dollar, euro, pound, yen, rupee
 # Minus sign and en dash; the spaces that do not break or are thin.
@@ -227,6 +229,8 @@ def _is_balanced(tokens: list[str]) -> bool:
     for token in tokens:
         if token in closing_of:
             open_brackets.append(token)
+            if len(open_brackets) > _MOST_OPEN_BRACKETS:
+                return False
         elif token in (")", "]", "}", r"\}") and (not open_brackets or token not in closing_of[open_brackets.pop()]):
             return False
-    return not open_brackets
+    return not open_brackets and tokens.count("|") <= 2 * _MOST_OPEN_BRACKETS

@@ -207,7 +207,7 @@ def test_ten_thousand_hostile_answers_in_flat_memory(monkeypatch):
     print(num_graded, failures, {"own": own, "workers": workers})
     assert num_graded == 10_000
     assert failures.keys() <= {"wrong", "timed_out", "text_after_answer"}
-    assert 0 < failures["timed_out"] < 500
+    assert failures["timed_out"] > 0
     assert own[10_000] - own[2_000] < 40 * 1024**2
     assert max(workers.values()) < 300 * 1024**2
     assert workers[10_000] - workers[2_000] < 80 * 1024**2
