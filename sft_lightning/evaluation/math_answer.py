@@ -38,8 +38,11 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w)\]}}])[+-])?[{_CURRENCY}]?(?:(?<![A-Za-z0-9_])"
     r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
 )
-# math-verify takes "6(12)" and two fractions side by side for sums, as it does "1 1/2".
-_PRODUCT_SIGN_LEFT_OUT = re.compile(r"(?<=[0-9)])(?<!\^[0-9]) ?(?=\()|(?<=\}) ?(?=\\frac)")
+# math-verify takes "6(12)" and two fractions side by side for sums, as it does a mixed number.
+_PRODUCT_SIGN_LEFT_OUT = re.compile(
+    r"(?<=[0-9)])(?<!\^[0-9]) ?(?=\()|(?<=[)}]) ?(?=\\frac)|(?P<fraction>\\frac\{[^{}]*\}\{[^{}]*\}) ?(?=\()"
+)
+_FRACTION_BEHIND_A_NUMBER = re.compile(r"(?<=[0-9]) ?(\\frac ?(?:\{([0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))?)")
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\[{}]|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[a-zA-Z]+|[-+*/^=<>!|,()\[\]{}]")
 _COMMANDS = (
@@ -198,7 +201,14 @@ def _bare(text: str) -> str:
     text = text[1:] if text[:1] and text[0] in _CURRENCY else text
     text = text.removesuffix("%").replace("\u03c0", r"\pi ").strip()
     text = _SEPARATED.sub(lambda number: number[0].replace(",", ""), text)
-    return _PRODUCT_SIGN_LEFT_OUT.sub(r" \\cdot ", text)
+    text = _PRODUCT_SIGN_LEFT_OUT.sub(r"\g<fraction> \\cdot ", text)
+    return _FRACTION_BEHIND_A_NUMBER.sub(_mixed_number_or_product, text)
+
+
+def _mixed_number_or_product(match: re.Match[str]) -> str:
+    _, *numbers = filter(None, match.groups())
+    is_proper = len(numbers) == 2 and int(numbers[0]) < int(numbers[1])
+    return match[1] if is_proper else rf" \cdot {match[1]}"
 
 
 def _read_expression(text: str) -> list[str]:

@@ -94,6 +94,9 @@ ANSWERS = [
     ("0(72)", "72", False),
     ("(0)72", "72", False),
     (r"\frac{70}{1}\frac{2}{1}", "72", False),
+    (r"\frac{2}{1}(70)", "72", False),
+    (r"70\frac{2}{1}", "72", False),
+    (r"70\frac{2}{1}", "140", True),
     (r"7\left2", "72", False),
     # fractions and decimals
     ("1/2", "0.5", True),
