@@ -65,6 +65,12 @@ def test_the_other_benchmarks_run(tmp_path, script):
     dry_run(script, tmp_path / "report.json")
 
 
+@pytest.mark.slow
+def test_grading_finds_every_reference_right(tmp_path):
+    report = dry_run("grading.py", tmp_path / "report.json")
+    assert {name: runs[0]["right"] for name, runs in report["runs"].items()} == {"numbers": 20, "fractions": 20}
+
+
 def test_work_is_counted_from_row_lengths(benchmark):
     meter = benchmark("meter")
     counts = meter.counts_of_rows(np.array([3, 2]), positions=6, labels=4)

@@ -71,6 +71,31 @@ def test_a_command_builds_the_parser_of_no_other(monkeypatch, capsys):
         assert "--ckpt_path" in help_text
 
 
+def test_any_class_with_a_method_grade_is_a_grader(command, tmp_path, val_file, monkeypatch, capsys):
+    (tmp_path / "graders_of_a_user.py").write_text(
+        "from sft_lightning.evaluation.grading import Grade\n\n\n"
+        "class Length:\n"
+        "    def __init__(self, at_most: int) -> None:\n"
+        "        self.at_most = at_most\n\n"
+        "    def grade(self, response, ground_truth):\n"
+        "        return Grade(format_correct=True, answer_correct=len(response) <= self.at_most)\n\n\n"
+        "class Other: ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    validate = ["validate", *command[1:], "--data.val_path", val_file]
+    options = ["--evaluation.grader", "graders_of_a_user.Length", "--evaluation.grader.at_most"]
+    assert main([*validate, *options, "1000"]) == 0
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "val" / "metrics.json").read_text())
+    assert (metrics["num_answer_correct"], metrics["num_timed_out"]) == (11, 0)
+    assert main([*validate, *options, "-1"]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation" / "val" / "metrics.json").read_text())["num_answer_correct"] == 0
+    capsys.readouterr()
+    assert main([*validate, "--evaluation.grader", "graders_of_a_user.Other"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "evaluation.grader" in line
+    assert "does not correspond to a subclass of Grader" in line
+
+
 def test_the_saved_config_repeats_the_run(command, tmp_path):
     assert main([*command, "--overwrite"]) == 0
     saved = ["fit", "--config", str(tmp_path / "run" / "config.yaml")]

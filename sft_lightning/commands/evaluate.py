@@ -1,7 +1,6 @@
 """sft-lightning evaluate: graded answers of any model, without a config."""
 
 import argparse
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from sft_lightning.commands.parser import CommandParser
@@ -26,9 +25,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("--top_p", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
-    parser.add_argument(
-        "--grader", default="R1ZeroGrader", help="our grader's name or a class path; default: R1ZeroGrader"
-    )
+    parser.add_argument("--grader", default="R1ZeroGrader", help="its name, or module.Class; default: R1ZeroGrader")
     parser.add_argument("--batch_tokens", type=int, default=65536, help="tokens of a batch at the most; default: 65536")
     options = parser.parse_args(args)
     if options.model is None and options.server is None:
@@ -56,10 +53,11 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     from sft_lightning.data.records import read_records
     from sft_lightning.data.templates import template_named
     from sft_lightning.evaluation.evaluate import evaluate
+    from sft_lightning.evaluation.grading import grader_named
 
     if options.num_examples is not None and options.num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
-    generator, grader = _generator(options), _grader(options.grader)
+    generator, grader = _generator(options), grader_named(options.grader)
     template = None if options.template == "auto" else template_named(options.template)
     records = [record for record in read_records(options.data, template=template) if record.ground_truth is not None]
     records = records[: options.num_examples]
@@ -87,18 +85,6 @@ def _generator(options: argparse.Namespace) -> Any:
     if options.server:
         return OpenAIServerGenerator(options.server, options.model, **shared)
     return TransformersGenerator(**shared, batch_tokens=options.batch_tokens)
-
-
-def _grader(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module or "sft_lightning.evaluation.grading"), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"--grader '{name}': {reason}; give a grader of sft_lightning.evaluation.grading, or package.module.Class "
-            "that is made without arguments"
-        ) from None
 
 
 def _load(path: str) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """What can be said about two answers by looking at their text: equal, different, or a question for mathematics."""
 
+import math
 import re
 from decimal import Decimal
 
@@ -7,13 +8,16 @@ from sft_lightning.errors import UserError
 
 # No one writes a final answer this long, and a parser's time grows faster than the text.
 _LONGEST_EXPRESSION = 500
+# Nor one so deep: thirty brackets around a number take a parser seconds.
+_MOST_OPEN_BRACKETS = 10
 
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"  # dollar, euro, pound, yen, rupee
 # Minus sign and en dash; the spaces that do not break or are thin.
-_SAME_CHARACTER = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "~": " "})
+_SAME_CHARACTER = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _REWRITES = (
-    (re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\!"), ""),
+    (re.compile(r"\\(?:left|right) ?(?=[.|()\[\]{}\\])|\\!"), ""),
+    (re.compile(r"(?<=[0-9A-Za-z}])~"), " "),  # in front of a number it says "about"
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\[,;: ]"), " "),
     (re.compile(r"\\([$%])"), r"\1"),
@@ -24,17 +28,28 @@ _REWRITES = (
 
 _QUANTITY = re.compile(
     rf"(?P<sign>[+-]?) ?(?P<currency>[{_CURRENCY}]?) ?(?P<inner_sign>[+-]?)"
-    r"(?P<integer>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]*)(?:\.(?P<fraction>[0-9]*))?"
+    r"(?P<integer>[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+|[0-9]*)(?:\.(?P<fraction>[0-9]*))?"
     rf" ?(?P<currency_after>[{_CURRENCY}]?) ?%? ?(?P<unit>(?:[^\W0-9_][^0-9]*)?)"
 )
-_THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+# Behind an opening bracket it is the first of several values.
+_SEPARATED = re.compile(r"(?<![0-9.,(\[])(?<!\\\{)[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
+# Not the digits of a word. A sign is one of the number's unless something to subtract from stands right before it.
+_NUMBER = re.compile(
+    rf"(?:(?<![\w)\]}}])[+-])?[{_CURRENCY}]?(?:(?<![A-Za-z0-9_])"
+    r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+)
+# math-verify takes "6(12)" and two fractions side by side for sums, as it does a mixed number.
+_PRODUCT_SIGN_LEFT_OUT = re.compile(
+    r"(?<=[0-9)])(?<!\^[0-9]) ?(?=\()|(?<=[)}]) ?(?=\\frac)|(?P<fraction>\\frac\{[^{}]*\}\{[^{}]*\}) ?(?=\()"
+)
+_FRACTION_BEHIND_A_NUMBER = re.compile(r"(?<=[0-9]) ?(\\frac ?(?:\{([0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))?)")
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\[{}]|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[a-zA-Z]+|[-+*/^=<>!|,()\[\]{}]")
 _COMMANDS = (
-    "frac sqrt cdot times div pm mp pi infty circ ln log exp sin cos tan cot sec csc "
-    "cup cap le leq ge geq ne neq lt gt alpha beta gamma delta theta lambda mu phi omega"
+    "frac sqrt cdot times div pm mp pi infty circ ln log exp sin cos tan cot sec csc cup cap le leq ge geq ne neq lt gt"
 )
-_ALLOWED_COMMANDS = {"\\" + name for name in _COMMANDS.split()} | {r"\{", r"\}"}
+_VARIABLES = {r"\alpha", r"\beta", r"\gamma", r"\delta", r"\theta", r"\lambda", r"\mu", r"\phi", r"\omega"}
+_ALLOWED_COMMANDS = {"\\" + name for name in _COMMANDS.split()} | _VARIABLES | {r"\{", r"\}"}
 _ALLOWED_WORDS = {"sqrt"}
 _CONSTANTS = {"e", "i"}
 # What makes several values, or a statement, out of values. An answer may have of these only what the truth has, and so
@@ -42,6 +57,7 @@ _CONSTANTS = {"e", "i"}
 _STRUCTURE = {",": "list", r"\{": "set", r"\pm": "sign", r"\mp": "sign", r"\circ": "degree", "=": "equation"}
 _STRUCTURE |= dict.fromkeys(("<", ">", r"\lt", r"\gt", r"\le", r"\leq", r"\ge", r"\geq", r"\ne", r"\neq"), "order")
 _STRUCTURE |= dict.fromkeys((r"\cup", r"\cap"), "set")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace opens and closes nothing
 _ASSIGNMENT = re.compile(r"[a-zA-Z] ?= ?([^=]+)")
 
 
@@ -54,14 +70,18 @@ def extract_answer(response: str) -> str:
     _, tag, answer = response.rpartition("<answer>")
     if not tag:
         return ""
-    answer = answer.replace("</answer>", "").strip()
-    _, box, content = answer.rpartition(r"\boxed{")
+    return unbox(answer.replace("</answer>", ""))
+
+
+def unbox(text: str) -> str:
+    r"""Returns the content of the last ``\boxed{}`` of a text, or all of it where there is none or it is not closed."""
+    _, box, content = text.rpartition(r"\boxed{")
     depth = 1 if box else 0
-    for position, character in enumerate(content if box else ""):
-        depth += (character == "{") - (character == "}")
+    for brace in _BRACES.finditer(content if box else ""):
+        depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
-            return content[:position].strip()
-    return answer
+            return content[: brace.start()].strip()
+    return text.strip()
 
 
 def accepted_answers(ground_truth: object) -> list[str]:
@@ -71,10 +91,36 @@ def accepted_answers(ground_truth: object) -> list[str]:
         UserError: If it is something else, or empty.
     """
     alternatives = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
-    if not alternatives or not all(isinstance(one, str | int | float) and str(one).strip() for one in alternatives):
+    if not alternatives or not all(map(_is_usable, alternatives)):
         raise UserError(f"ground_truth {ground_truth!r} must be a text, a number or a list of those, and not empty")
     # A float is written out: 1e+20 is no plain number.
-    return [format(Decimal(repr(one)), "f") if isinstance(one, float) else str(one) for one in alternatives]
+    return [format(Decimal(repr(float(one))), "f") if isinstance(one, float) else str(one) for one in alternatives]
+
+
+def _is_usable(truth: object) -> bool:
+    if isinstance(truth, float):
+        return math.isfinite(truth)
+    return isinstance(truth, int) or (isinstance(truth, str) and bool(truth.strip()))
+
+
+def is_plain_number(truth: str) -> bool:
+    """Returns whether a text is one number: sign, separators, a currency and a percent sign, and nothing else."""
+    quantity = _read_quantity(_normalise(truth))
+    return quantity is not None and not quantity[1]
+
+
+def first_number(text: str) -> str | None:
+    """Returns the first number in a text, with its sign and separators; None where there is none."""
+    number = _NUMBER.search(text.translate(_SAME_CHARACTER))
+    return number[0] if number else None
+
+
+def last_number(text: str) -> str | None:
+    """Returns the last number in a text, with its sign and separators; None where there is none."""
+    last = None
+    for number in _NUMBER.finditer(text.translate(_SAME_CHARACTER)):
+        last = number
+    return last[0] if last else None
 
 
 def same_text(answer: str, truth: str) -> bool | None:
@@ -147,19 +193,28 @@ def _expressions(answer: str, truth: str) -> tuple[str, str] | None:
 def _claims(tokens: list[str]) -> set[str]:
     """Returns what an expression has beside numbers and operations: kinds of structure, and letters of variables."""
     words = set(filter(str.isalpha, tokens)) - _ALLOWED_WORDS - _CONSTANTS
-    return {_STRUCTURE[token] for token in tokens if token in _STRUCTURE} | set("".join(words))
+    structure = {_STRUCTURE[token] for token in tokens if token in _STRUCTURE}
+    return structure | set("".join(words)) | _VARIABLES.intersection(tokens)
 
 
 def _bare(text: str) -> str:
     text = text[1:] if text[:1] and text[0] in _CURRENCY else text
-    return text.removesuffix("%").replace("\u03c0", r"\pi ").strip()
+    text = text.removesuffix("%").replace("\u03c0", r"\pi ").strip()
+    text = _SEPARATED.sub(lambda number: number[0].replace(",", ""), text)
+    text = _PRODUCT_SIGN_LEFT_OUT.sub(r"\g<fraction> \\cdot ", text)
+    return _FRACTION_BEHIND_A_NUMBER.sub(_mixed_number_or_product, text)
+
+
+def _mixed_number_or_product(match: re.Match[str]) -> str:
+    _, *numbers = filter(None, match.groups())
+    is_proper = len(numbers) == 2 and int(numbers[0]) < int(numbers[1])
+    return match[1] if is_proper else rf" \cdot {match[1]}"
 
 
 def _read_expression(text: str) -> list[str]:
     """Returns the tokens of a text that is one expression through and through, and nothing for any other."""
     if len(text) > _LONGEST_EXPRESSION:
         return []
-    text = _THOUSANDS_COMMA.sub("", text)
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != text.replace(" ", "") or not _is_balanced(tokens):
         return []
@@ -168,10 +223,10 @@ def _read_expression(text: str) -> list[str]:
             return []
         if token.isalpha() and len(token) > 2 and token not in _ALLOWED_WORDS:
             return []
-        # Side by side, "73 72", "70{2}" and "{70}2" would be read as sums.
-        if token[0] in ".0123456789" and before[-1:].isdigit():
+        # Side by side, "73 72", "70{2}" and "{70}2" would be read as sums, and "(0)72" as 72.
+        if token[0] in ".0123456789" and (before[-1:].isdigit() or before in ("}", ")", "]")):
             return []
-        if token[0] in ".0123456789" and before == "}":
+        if token == "[" and before not in ("", r"\sqrt", r"\cup", r"\cap", "=", ",", "(", "["):
             return []
         if token == "{" and not (before[:1] == "\\" or before in ("^", "}", "]")):
             return []
@@ -184,6 +239,8 @@ def _is_balanced(tokens: list[str]) -> bool:
     for token in tokens:
         if token in closing_of:
             open_brackets.append(token)
+            if len(open_brackets) > _MOST_OPEN_BRACKETS:
+                return False
         elif token in (")", "]", "}", r"\}") and (not open_brackets or token not in closing_of[open_brackets.pop()]):
             return False
-    return not open_brackets
+    return not open_brackets and tokens.count("|") <= 2 * _MOST_OPEN_BRACKETS

@@ -1,9 +1,19 @@
 import time
 
+import numpy as np
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.math_answer import accepted_answers, expressions, extract_answer, same_text
+from sft_lightning.evaluation.math_answer import (
+    accepted_answers,
+    expressions,
+    extract_answer,
+    first_number,
+    is_plain_number,
+    last_number,
+    same_text,
+    unbox,
+)
 
 # response, answer
 EXTRACTED = [
@@ -28,6 +38,8 @@ EXTRACTED = [
     (r"<answer> \boxed{\boxed{72}} </answer>", "72"),
     (r"<answer> $\boxed{\frac{1}{2}}$ </answer>", r"\frac{1}{2}"),
     (r"<answer> \boxed{} </answer>", ""),
+    (r"<answer> \boxed{\{1, 2\}} </answer>", r"\{1, 2\}"),
+    (r"<answer> \boxed{72\}73} </answer>", r"72\}73"),
     (r"<answer> \boxed{72 </answer>", r"\boxed{72"),
     (r"<answer> \boxed{\frac{1}{2} </answer>", r"\boxed{\frac{1}{2}"),
 ]
@@ -141,6 +153,12 @@ BY_TEXT = [
     (r"72 \pm 0", "72", False),
     (r"72^\circ", "72", False),
     # no expression
+    ("~72", "72", False),
+    ("7\\left2", "72", False),
+    ("0,072", "72", False),
+    (r"0 \mu", "0", False),
+    ("(0)72", "72", False),
+    ("70 [2]", "72", False),
     ("72_3", "72", False),
     ("72'", "72", False),
     ("72)", "72", False),
@@ -180,6 +198,18 @@ BY_MATHEMATICS = [
     (r"\{1, 2\}", r"\{2, 1\}", (r"\{1, 2\}", r"\{2, 1\}")),
     (r"x \leq 5", "x <= 5", (r"x \leq 5", "x <= 5")),
     ("(B)", "B", ("(B)", "B")),
+    ("6(12)", "72", (r"6 \cdot (12)", "72")),
+    (r"\frac{1}{2} \frac{3}{4}", "3/8", (r"\frac{1}{2} \cdot \frac{3}{4}", "3/8")),
+    (r"70\frac{2}{1}", "72", (r"70 \cdot \frac{2}{1}", "72")),
+    (r"(70)\frac{2}{1}", "72", (r"(70) \cdot \frac{2}{1}", "72")),
+    (r"\frac{2}{1}(70)", "72", (r"\frac{2}{1} \cdot (70)", "72")),
+    (r"72 \frac12", "72.5", (r"72\frac12", "72.5")),
+    (r"\sin^2(x)", r"\sin^{2}(x)", (r"\sin^2(x)", r"\sin^{2}(x)")),
+    (r"\frac{1,000}{2}", "500", (r"\frac{1000}{2}", "500")),
+    ("1,234 + 1", "1235", ("1234 + 1", "1235")),
+    ("(1, 234)", "(1,234)", ("(1, 234)", "(1,234)")),
+    (r"\{1, 234\}", r"\{1,234\}", (r"\{1, 234\}", r"\{1,234\}")),
+    (r"\alpha + 1", r"1 + \alpha", (r"\alpha + 1", r"1 + \alpha")),
 ]
 
 
@@ -194,6 +224,48 @@ def test_an_expression_may_have_500_characters():
     assert same_text("1+" * 249 + "123", "72") is False
 
 
+def test_an_expression_may_have_10_brackets_in_one_another():
+    assert same_text("(" * 10 + "144/2" + ")" * 10, "72") is None
+    assert same_text("(" * 11 + "144/2" + ")" * 11, "72") is False
+    assert same_text("()" * 10 + "+72", "72") is None
+    assert same_text("|" * 20 + "72", "72") is None
+    assert same_text("|" * 21 + "72", "72") is False
+
+
+# text, first number, last number
+NUMBERS = [
+    ("72", "72", "72"),
+    ("9 - 4 = 5", "9", "5"),
+    ("9-4", "9", "4"),
+    ("is -4.", "-4", "-4"),
+    ("\u22127", "-7", "-7"),
+    ("-$4 or $-5", "-$4", "-5"),
+    ("$1,234.50!", "$1,234.50", "$1,234.50"),
+    ("1,2345", "1", "2345"),
+    ("GSM8K and x72", None, None),
+    ("72kg", "72", "72"),
+    (".5 or 5.", ".5", "5"),
+    ("1/2", "1", "2"),
+    ("none", None, None),
+    ("", None, None),
+]
+
+
+@pytest.mark.parametrize(("text", "first", "last"), NUMBERS)
+def test_numbers_in_a_text(text, first, last):
+    assert (first_number(text), last_number(text)) == (first, last)
+
+
+@pytest.mark.parametrize(("text", "is_plain"), [("-$1,234.50", True), ("72%", True), ("72 kg", False), ("1/2", False)])
+def test_is_plain_number(text, is_plain):
+    assert is_plain_number(text) is is_plain
+
+
+def test_unbox_takes_all_of_a_text_without_a_box():
+    assert unbox(r" so \boxed{1} and \boxed{2} ") == "2"
+    assert unbox(" 72 ") == "72"
+
+
 # ground truth, texts
 ACCEPTED = [
     ("72", ["72"]),
@@ -203,6 +275,8 @@ ACCEPTED = [
     (0, ["0"]),
     (18.0, ["18.0"]),
     (0.1, ["0.1"]),
+    (np.float64(0.1), ["0.1"]),
+    (True, ["True"]),
     (1e20, ["100000000000000000000"]),
     (1e-5, ["0.00001"]),
     (["71", 72, 0.5], ["71", "72", "0.5"]),
@@ -215,7 +289,9 @@ def test_accepted_answers(ground_truth, texts):
     assert accepted_answers(ground_truth) == texts
 
 
-@pytest.mark.parametrize("ground_truth", [None, "", " \n", [], {"a": 1}, [None], [["72"]], ["72", ""], b"72"])
+@pytest.mark.parametrize(
+    "ground_truth", [None, "", " \n", [], {"a": 1}, [None], [["72"]], ["72", ""], b"72", float("nan"), float("inf")]
+)
 def test_a_useless_ground_truth_is_refused_in_one_line(ground_truth):
     with pytest.raises(
         UserError, match=r"^ground_truth .* must be a text, a number or a list of those, and not empty$"
