@@ -17,6 +17,7 @@ from sft_lightning import checkpoint_folder as folders
 from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.callbacks.predictions import PredictionWriter
 from sft_lightning.callbacks.progress import StepProgress
+from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
@@ -123,6 +124,8 @@ class SFTCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         chosen = config.trainer
         callbacks: list[Callback] = [Throughput(), SavedConfig(self), PredictionWriter(config.output_dir)]
+        if self.subcommand == "fit":
+            callbacks.append(RowLedger(config.output_dir))
         has_bar = any(isinstance(callback, ProgressBar) for callback in chosen.callbacks or [])
         if chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StepProgress(every_n_steps=chosen.log_every_n_steps or 10))
