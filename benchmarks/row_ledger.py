@@ -22,13 +22,13 @@ import pyarrow.parquet  # noqa: F401  a command has long imported it, and the fi
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meter import machine
-from rows import write_many_rows
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.quickstart.prepare import prepare_quickstart
 
 _WARMUP_STEPS = 10
+_ROWS_PER_STEP = 32
 
 
 class EveryOtherStep(RowLedger):
@@ -70,7 +70,7 @@ def seconds_of(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def measure(folder: Path, *, batch_size: int, rows_per_step: int, num_epochs: int, train: str) -> dict[str, float]:
+def measure(folder: Path, batch_size: int, num_epochs: int, num_rows: int | None) -> dict[str, float]:
     """Returns the milliseconds of a step without and with the ledger, and the shares of it."""
     seed_everything(0, verbose=False)
     ledger = EveryOtherStep(str(folder / f"run-{batch_size}"))
@@ -78,7 +78,7 @@ def measure(folder: Path, *, batch_size: int, rows_per_step: int, num_epochs: in
         accelerator="cpu",
         devices=1,
         max_epochs=num_epochs,
-        accumulate_grad_batches=rows_per_step // batch_size,
+        accumulate_grad_batches=_ROWS_PER_STEP // batch_size,
         gradient_clip_val=1.0,
         callbacks=[ledger],
         logger=False,
@@ -87,7 +87,13 @@ def measure(folder: Path, *, batch_size: int, rows_per_step: int, num_epochs: in
         enable_model_summary=False,
     )
     model = str(folder / "model")
-    data = SFTDataModule(train, tokenizer_path=model, batch_size=batch_size, cache_dir=str(folder / "tokens"))
+    data = SFTDataModule(
+        str(folder / "train.jsonl"),
+        tokenizer_path=model,
+        batch_size=batch_size,
+        max_train_examples=num_rows,
+        cache_dir=str(folder / "tokens"),
+    )
     trainer.fit(SFTModule(model, learning_rate=2e-3), data)
     without, with_it = (statistics.median(ledger.steps[is_on]) for is_on in (False, True))
     return {
@@ -104,38 +110,32 @@ def measure(folder: Path, *, batch_size: int, rows_per_step: int, num_epochs: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--dry_run", action="store_true", help="a few made-up rows: seconds, no result")
+    parser.add_argument("--dry_run", action="store_true", help="a few rows: seconds, no result")
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     lines = [
-        "| micro-batches | ms a step without | with | ratio | inside its hooks | writing an epoch's rows | steps each |",
+        "| micro-batches | ms a step without | with | ratio | inside its hooks | writing the rows | steps each |",
         "|---|---|---|---|---|---|---|",
     ]
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare_quickstart(folder)
-        train = folder / "train.jsonl"
-        if args.dry_run:
-            train = folder / "few.jsonl"
-            write_many_rows(train, 320, length_factor=0.1)
-        for batch_size in (32, 4):
-            found = measure(
-                *(folder,),
-                batch_size=batch_size,
-                rows_per_step=32,
-                num_epochs=2 if args.dry_run else args.epochs,
-                train=str(train),
-            )
+        for batch_size in (_ROWS_PER_STEP, 4):
+            found = measure(folder, batch_size, args.epochs, num_rows=640 if args.dry_run else None)
             results.append({"batch_size": batch_size, **found})
+            split = f"{_ROWS_PER_STEP // batch_size} of {batch_size}"
             lines.append(
-                f"| {32 // batch_size} of {batch_size} | {found['ms_without']:.1f} | {found['ms_with']:.1f} | "
+                f"| {split} | {found['ms_without']:.1f} | {found['ms_with']:.1f} | "
                 f"{found['ratio']:.4f} | {found['share_of_hooks']:.2%} | {found['share_of_writing']:.2%} | "
                 f"{found['num_steps']} |"
             )
-    table = f"The quickstart's model and rows, 32 a step, {torch.get_num_threads()} threads.\n\n" + "\n".join(lines)
+    table = (
+        f"The quickstart's model and rows, {_ROWS_PER_STEP} a step, {torch.get_num_threads()} threads.\n\n"
+        + "\n".join(lines)
+    )
     print(table)
     if args.json:
         about = machine(SimpleNamespace(device="cpu"))
