@@ -124,7 +124,8 @@ def main() -> None:
         folder = Path(name)
         prepare_quickstart(folder)
         for batch_size in (_ROWS_PER_STEP, 4):
-            found = measure(folder, batch_size, args.epochs, num_rows=640 if args.dry_run else None)
+            num_epochs, num_rows = (1, 640) if args.dry_run else (args.epochs, None)
+            found = measure(folder, batch_size, num_epochs, num_rows)
             results.append({"batch_size": batch_size, **found})
             split = f"{_ROWS_PER_STEP // batch_size} of {batch_size}"
             lines.append(

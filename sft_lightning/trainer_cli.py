@@ -1,5 +1,6 @@
 """SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
 
+import importlib.util
 import logging
 import re
 import sys
@@ -36,6 +37,8 @@ _NOISY_WARNINGS = (
     "Total length of `list` across ranks is zero",  # a run without validation data
 )
 _CHECKPOINT_WORDS = ("auto", "last", "best")
+# Any one of the packages will do; the extra of the first one's name installs it.
+_LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -92,6 +95,7 @@ class SFTCLI(LightningCLI):
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
             config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
             config.trainer.check_val_every_n_epoch = None
+        _check_logger_packages(config.trainer.logger)
         config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         run = Path(config.checkpoint.dirpath)
         begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
@@ -191,6 +195,15 @@ def run_trainer_command(args: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+def _check_logger_packages(loggers: Any) -> None:
+    """Raises UserError for a logger whose package is not there, which jsonargparse would bury in a union's errors."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        packages = _LOGGER_PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(f"trainer.logger {name} needs a package: pip install 'sft-lightning[{packages[0]}]'")
 
 
 def _cli_for(command: str) -> type[SFTCLI]:
