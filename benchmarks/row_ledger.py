@@ -3,8 +3,8 @@
     python benchmarks/row_ledger.py [--json benchmarks/results/row-ledger.json]
 
 Both kinds of steps meet the same machine and rows of one kind. The time inside the callback's own hooks is taken, too,
-and so is that of writing an epoch's rows: it needs no difference of two large numbers. The first write of a process is in
-it with what pyarrow then imports, pandas where that is installed.
+and so is that of writing an epoch's rows: it needs no difference of two large numbers. The first write of a process is
+in it with what pyarrow then imports, pandas where that is installed.
 """
 
 import argparse
