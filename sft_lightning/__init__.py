@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
+    from sft_lightning.callbacks.run_report import RunReport as RunReport
     from sft_lightning.checkpoint import HFCheckpoint as HFCheckpoint
     from sft_lightning.data.records import SFTDataset as SFTDataset
     from sft_lightning.data.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
@@ -28,6 +29,7 @@ _HOME = {
     "SFTDataset": "data.records",
     "HFCheckpoint": "checkpoint",
     "GenerationEvaluation": "callbacks.generation_evaluation",
+    "RunReport": "callbacks.run_report",
     "R1ZeroGrader": "evaluation.grading",
     "tokenize_prompt_and_output": "data.tokenization",
     "compute_sft_loss": "loss",

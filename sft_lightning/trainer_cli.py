@@ -19,6 +19,7 @@ from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.callbacks.predictions import PredictionWriter
 from sft_lightning.callbacks.progress import StepProgress
 from sft_lightning.callbacks.row_ledger import RowLedger
+from sft_lightning.callbacks.run_report import RunReport
 from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
@@ -133,6 +134,8 @@ class SFTCLI(LightningCLI):
         has_bar = any(isinstance(callback, ProgressBar) for callback in chosen.callbacks or [])
         if chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StepProgress(every_n_steps=chosen.log_every_n_steps or 10))
+        if self.subcommand == "fit":
+            callbacks.append(RunReport(config.output_dir))
         self.trainer_defaults["callbacks"] = callbacks
         loggers: Any = chosen.logger
         if self.subcommand == "fit" and loggers is not False and not chosen.fast_dev_run:

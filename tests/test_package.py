@@ -12,6 +12,7 @@ PUBLIC_NAMES = {
     "SFTDataset",
     "HFCheckpoint",
     "GenerationEvaluation",
+    "RunReport",
     "R1ZeroGrader",
     "tokenize_prompt_and_output",
     "compute_sft_loss",

@@ -51,7 +51,7 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert main(command) == 0
     run = tmp_path / "run"
     expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
-    assert {path.name for path in run.iterdir()} == expected | {"ledger", "run_files.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"ledger", "report", "run_files.json"}
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     assert len(ledger(run)) == 42
     assert "step 6/6  loss" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     assert (run / "best").resolve().name == "checkpoint-3"  # the first; equal values are no improvement
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-3", "step-6"]
     printed = capsys.readouterr().out
-    assert "format accuracy        0.000     0.000       4" in printed
+    assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
     assert f"model:   {run / 'final'}" in printed
     assert main([*command, *options, "--ckpt_path", "auto"]) == 0
     printed = capsys.readouterr().out

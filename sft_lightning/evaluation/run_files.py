@@ -1,0 +1,178 @@
+"""What a run left in its folder, read as far as it can be read: in mid-training, after a crash, or parts of it only."""
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft_lightning.errors import UserError
+
+_STEP = re.compile(r"(?:step|checkpoint)-(\d+)")
+_TEXTS = ("prompt", "response")
+_VERDICTS = ("format_correct", "answer_correct")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Attributes:
+        folder: Holds ``predictions.jsonl`` and ``metrics.json``.
+        step: Optimizer steps done; None for an evaluation outside of a run.
+        metrics: What ``metrics.json`` says; empty where it cannot be read.
+    """
+
+    folder: Path
+    step: int | None
+    metrics: dict[str, Any]
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of ``predictions.jsonl``, without a line that was cut off in writing."""
+        # Not splitlines(): a response may hold U+2028 and the like, which are no ends of lines in JSON.
+        rows = [_parse(line) for line in _read_text(self.folder / "predictions.jsonl").split("\n")]
+        return [{"index": number, "sample": 0, **row} for number, row in enumerate(rows) if _is_sample(row)]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run folder, or the folder of a plain evaluation.
+
+    Attributes:
+        folder: Where all of it was read.
+        config: The content of ``config.yaml``; empty where there is none that can be read.
+        series: Metric of ``metrics.csv`` -> its finite values, each with its optimizer step.
+        evaluations: In the order of their steps.
+        best_step: The step whose weights the run keeps as ``best``.
+        final_step: The step whose weights the run published as ``final``; None while it is not finished.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    series: dict[str, list[tuple[int, float]]]
+    evaluations: list[Evaluation]
+    best_step: int | None
+    final_step: int | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def last_step(self) -> int | None:
+        """The last optimizer step that the files tell of."""
+        steps = [points[-1][0] for points in self.series.values()]
+        return max([*steps, *(one.step for one in self.evaluations if one.step is not None)], default=None)
+
+    @property
+    def baseline(self) -> Evaluation | None:
+        """The first evaluation, for the comparison with the latest; None where that is the only one."""
+        first = next((one for one in self.evaluations if one.samples), None)
+        return None if first is self.latest else first
+
+    @property
+    def latest(self) -> Evaluation | None:
+        """The last evaluation whose samples can be read."""
+        return next((one for one in reversed(self.evaluations) if one.samples), None)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Returns what the folder of a run, or of a plain evaluation, holds.
+
+    Raises:
+        UserError: If there is no such folder, or nothing in it that a report could show.
+    """
+    if not folder.is_dir():
+        raise UserError(f"run folder '{folder}' does not exist; name the output_dir of a run or of an evaluation")
+    files = RunFiles(
+        folder=folder,
+        config=_read_config(folder / "config.yaml"),
+        series=_read_series(folder / "metrics.csv"),
+        evaluations=_read_evaluations(folder),
+        best_step=_best_step(folder / "best"),
+        final_step=_final_step(folder / "final" / "manifest.json"),
+    )
+    if not (files.config or files.series or files.evaluations):
+        raise UserError(
+            f"run folder '{folder}' holds nothing to report: no config.yaml, metrics.csv, evaluation/step-<n>, "
+            "metrics.json or predictions.jsonl; name the output_dir of a run or of an evaluation"
+        )
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; empty where there is none that can be read."""
+    return _parse(_read_text(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    texts, verdicts = ([row.get(name) for name in names] for names in (_TEXTS, _VERDICTS))
+    return all(isinstance(text, str) for text in texts) and all(isinstance(verdict, bool) for verdict in verdicts)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(_read_text(path))
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
+    # A number that was cut off is a number too: what has no end of line does not count.
+    lines = _read_text(path).rpartition("\n")[0].splitlines()
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in csv.DictReader(lines):
+        step = _number(row.pop("step", None))
+        for name, text in row.items():
+            value = _number(text)
+            if step is not None and value is not None:
+                series.setdefault(name, []).append((int(step), value))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}
+
+
+def _number(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if isfinite(value) else None
+
+
+def _read_evaluations(folder: Path) -> list[Evaluation]:
+    steps = {int(match[1]): path for path in folder.glob("evaluation/step-*") if (match := _STEP.fullmatch(path.name))}
+    found = [Evaluation(path, step, read_json(path / "metrics.json")) for step, path in sorted(steps.items())]
+    if not found:
+        found = [Evaluation(folder, None, read_json(folder / "metrics.json"))]
+    return [one for one in found if one.metrics or one.samples]
+
+
+def _best_step(link: Path) -> int | None:
+    match = _STEP.fullmatch(link.readlink().name) if link.is_symlink() else None
+    return int(match[1]) if match else None
+
+
+def _final_step(manifest: Path) -> int | None:
+    step = read_json(manifest).get("step")
+    return step if isinstance(step, int) else None
