@@ -179,12 +179,13 @@ class SFTModule(LightningModule):
         # the same ones as an uninterrupted one.
         torch.manual_seed(batch.rng_seed)
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.model is not None
         losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
         self._step_parts.append((losses._replace(weighted_sum=losses.weighted_sum.detach()), batch))
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
-        return losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
+        loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
+        return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step's exact loss, and stops the run before a non-finite step reaches the weights."""

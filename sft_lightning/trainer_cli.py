@@ -1,5 +1,6 @@
 """SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
 
+import importlib.util
 import logging
 import re
 import sys
@@ -17,6 +18,7 @@ from sft_lightning import checkpoint_folder as folders
 from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.callbacks.predictions import PredictionWriter
 from sft_lightning.callbacks.progress import StepProgress
+from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.run_report import RunReport
 from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
@@ -36,6 +38,8 @@ _NOISY_WARNINGS = (
     "Total length of `list` across ranks is zero",  # a run without validation data
 )
 _CHECKPOINT_WORDS = ("auto", "last", "best")
+# Any one of the packages will do; the extra of the first one's name installs it.
+_LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
 
 
 class OneLineParser(LightningArgumentParser):
@@ -92,6 +96,7 @@ class SFTCLI(LightningCLI):
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
             config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
             config.trainer.check_val_every_n_epoch = None
+        _check_logger_packages(config.trainer.logger)
         config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         run = Path(config.checkpoint.dirpath)
         begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
@@ -124,6 +129,8 @@ class SFTCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         chosen = config.trainer
         callbacks: list[Callback] = [Throughput(), SavedConfig(self), PredictionWriter(config.output_dir)]
+        if self.subcommand == "fit":
+            callbacks.append(RowLedger(config.output_dir))
         has_bar = any(isinstance(callback, ProgressBar) for callback in chosen.callbacks or [])
         if chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StepProgress(every_n_steps=chosen.log_every_n_steps or 10))
@@ -191,6 +198,15 @@ def run_trainer_command(args: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+def _check_logger_packages(loggers: Any) -> None:
+    """Raises UserError for a logger whose package is not there, which jsonargparse would bury in a union's errors."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        packages = _LOGGER_PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(f"trainer.logger {name} needs a package: pip install 'sft-lightning[{packages[0]}]'")
 
 
 def _cli_for(command: str) -> type[SFTCLI]:

@@ -1,4 +1,4 @@
-"""Two processes compute the steps of one: same members, same losses, same weights, same validation."""
+"""Two processes compute the steps of one: same members, same losses, same weights, same validation, same ledger."""
 
 import json
 import os
@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+
+from sft_lightning import checkpoint_folder
 
 PROGRAM = """
 import json, sys
 from lightning.pytorch import Callback, Trainer, seed_everything
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
+from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.evaluation.generation import TransformersGenerator
 
 model, train, val, output, devices, batch_size, accumulate, ckpt = sys.argv[1:]
@@ -44,6 +48,7 @@ trainer = Trainer(
     callbacks=[
         recorder,
         GenerationEvaluation(num_examples=3, generator=TransformersGenerator(max_new_tokens=3, greedy=True)),
+        RowLedger(),
         HFCheckpoint(output, every_n_train_steps=5),
     ],
 )
@@ -67,6 +72,14 @@ def run(tmp_path, model_folder, train_file, val_file):
     return launch
 
 
+def ledger(run):
+    """Returns (epoch, source) -> nll_sum from the parts of all ranks, after making sure that no row is there twice."""
+    rows = [row for path in sorted((run / "ledger").glob("*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    found = {(row["epoch"], row["source"]): row["nll_sum"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
     (one,) = run("one", 1, 4, 2)
@@ -79,3 +92,10 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-6)
     (resumed,) = run("resumed", 1, 4, 2, ckpt=tmp_path / "two" / "checkpoint-5")
     assert resumed["losses"][-3:] == pytest.approx(one["losses"][-3:], rel=1e-6)
+    ledgers = [ledger(tmp_path / name) for name in ("one", "two")]
+    assert len(ledgers[0]) == 84
+    assert ledgers[1] == pytest.approx(ledgers[0], rel=1e-6)
+    names = {path.name for path in (tmp_path / "two" / "ledger" / "epoch-0").iterdir()}
+    assert names == {f"step-{step}.rank-{rank}.parquet" for step in (5, 6) for rank in (0, 1)}
+    checkpoint_folder.clear(tmp_path / "two")
+    assert not (tmp_path / "two" / "ledger").exists()

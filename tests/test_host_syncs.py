@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sft_lightning import HFCheckpoint, SFTModule
 from sft_lightning.callbacks.progress import StepProgress
+from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.metrics_csv import MetricsCSVLogger
 
@@ -188,6 +189,7 @@ def waits_of_a_fit(make_trainer, make_data, model_folder, train_file, tmp_path, 
             watch,
             Throughput(),
             StepProgress(every_n_steps=1),
+            RowLedger(str(tmp_path / "run")),
             HFCheckpoint(str(tmp_path / "run"), every_n_train_steps=1000),
             logger=MetricsCSVLogger(str(tmp_path / "run")),
             enable_progress_bar=True,

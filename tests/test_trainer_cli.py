@@ -1,6 +1,7 @@
 """fit, validate, test and predict, as typed; every mistake is one line and exit code 2, and overwrites nothing."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -40,12 +42,18 @@ def losses(run):
         return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
+def ledger(run):
+    rows = [row for path in run.glob("ledger/*/*.parquet") for row in pq.read_table(path).to_pylist()]
+    return sorted(rows, key=lambda row: (row["epoch"], row["source"]))
+
+
 def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert main(command) == 0
     run = tmp_path / "run"
     expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
-    assert {path.name for path in run.iterdir()} == expected | {"report", "run_files.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"ledger", "report", "run_files.json"}
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+    assert len(ledger(run)) == 42
     assert "step 6/6  loss" in capsys.readouterr().err
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["seed_everything"] == 42
@@ -244,6 +252,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, option
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")])
+def test_a_logger_without_its_package_says_what_to_install(command, tmp_path, monkeypatch, capsys, name, package):
+    find_spec = importlib.util.find_spec
+    hidden = ("wandb", "tensorboard", "tensorboardX")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
+    logger = json.dumps([{"class_path": name, "init_args": {"save_dir": str(tmp_path)}}])
+    assert main([*command, "--trainer.logger", logger]) == 2
+    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install 'sft-lightning[{package}]'"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -299,3 +318,5 @@ def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
     ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "straight"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert ledger(tmp_path / "run") == ledger(tmp_path / "straight")
+    assert len(ledger(tmp_path / "run")) == 6 * 42

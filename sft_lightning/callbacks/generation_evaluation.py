@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.callbacks.run_folder import run_folder
+from sft_lightning.callbacks.sample_tables import log_samples
 from sft_lightning.checkpoint_folder import claim
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples, comparison_table
@@ -149,6 +150,7 @@ class GenerationEvaluation(Callback):
             EvaluationResult(samples, step).write(folder)
             for file in ("predictions.jsonl", "metrics.json"):
                 claim(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
+            log_samples(trainer.loggers, f"{name}/samples", samples, trainer.global_step)
         return {"step": trainer.global_step, "rates": rates}
 
     def _answer_share(

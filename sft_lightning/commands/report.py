@@ -12,6 +12,7 @@ def run(args: list[str]) -> int:
     folder = Path(parser.parse_args(args).run).expanduser()
     from sft_lightning.evaluation.before_after import before_and_after, rates_of
     from sft_lightning.evaluation.comparison import LABELS, comparison_table
+    from sft_lightning.evaluation.ledger import describe_ledger, read_ledger
     from sft_lightning.evaluation.report import write_report
     from sft_lightning.evaluation.run_files import read_run
 
@@ -26,5 +27,8 @@ def run(args: list[str]) -> int:
         print("[95% intervals]")
     if changed.note:
         print(changed.note)
+    findings = read_ledger(folder)
+    if findings is not None:
+        print("\n".join(describe_ledger(findings)))
     print(f"report: {page}")
     return 0

@@ -13,6 +13,7 @@ from string import Template
 
 from sft_lightning.evaluation.before_after import before_and_after
 from sft_lightning.evaluation.figures import figures
+from sft_lightning.evaluation.report_ledger import ledger_section
 from sft_lightning.evaluation.report_samples import samples_section
 from sft_lightning.evaluation.report_sections import (
     Contents,
@@ -32,12 +33,13 @@ _PARTS = Path(__file__).with_name("report_page")
 _PACKAGES = ("sft-lightning", "torch", "lightning", "transformers")
 
 
-# In the order of the page. What another room has to tell is one more function in this list.
+# In the order of the page.
 SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
     result_section,
     figures_section,
     evaluations_section,
     samples_section,
+    ledger_section,
     config_section,
 )
 

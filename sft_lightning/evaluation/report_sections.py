@@ -108,7 +108,7 @@ def evaluations_section(contents: Contents) -> Section | None:
     return Section(
         "evaluations",
         "All evaluations",
-        f'{_scrolling("All evaluations", table)}<p class="note">{escape(explanation)}</p>',
+        f'{scrolling("All evaluations", table)}<p class="note">{escape(explanation)}</p>',
     )
 
 
@@ -127,7 +127,8 @@ def config_section(contents: Contents) -> Section | None:
     return Section("config", "Config and environment", html) if html else None
 
 
-def _scrolling(label: str, table: str) -> str:
+def scrolling(label: str, table: str) -> str:
+    """Returns a table in a box of its own that scrolls sideways where the page is narrow."""
     # Focusable, so that the arrow keys scroll it.
     return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
 
@@ -182,7 +183,7 @@ def _rates_frame(caption: str, explanation: str, rows: dict[str, dict[str, str]]
         f'<table class="rates" role="table"><caption>{escape(caption)}</caption><thead role="rowgroup"><tr role="row">'
         f'{head}</tr></thead><tbody role="rowgroup">{"".join(body)}</tbody></table>'
     )
-    return f'{_scrolling("Rates", table)}<p class="note">{escape(explanation)}</p>'
+    return f'{scrolling("Rates", table)}<p class="note">{escape(explanation)}</p>'
 
 
 def _share(rate: Rate) -> str:

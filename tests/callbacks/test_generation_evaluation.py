@@ -74,10 +74,11 @@ def test_a_fit_is_evaluated_before_during_and_after(
     for key in KEYS:
         assert trainer.logger.series(key) == [(0, 0.0), (2, 0.25), (4, 0.75), (5, 1.0)]
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-2", "step-4", "step-5"]
-    assert capsys.readouterr().out.splitlines()[-8:] == [
+    assert capsys.readouterr().out.splitlines()[-9:] == [
         "         before               after                difference            p",
         # Four of four: 1 / (1 + z^2 / 4) = 0.510. All four changed: 2 / 2^4.
         "format   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
+        "strict   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
         "answer   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
         "reward   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
         "4 prompts: 4 fixed, 0 broken",
@@ -113,9 +114,9 @@ def test_samples_and_metrics_are_written_and_belong_to_the_run(
         "response": " so </think> <answer> 0 </answer>",
         "ground_truth": "0",
         "format_correct": True,
-        "strict_format_correct": None,
+        "strict_format_correct": True,
         "answer_correct": True,
-        "answer": None,
+        "answer": "0",
         "failure": None,
         "timed_out": False,
         "stop_reason": "eos",

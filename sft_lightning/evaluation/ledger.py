@@ -1,0 +1,274 @@
+"""The row ledger read back: which training rows are the hardest, which known by heart, which likely mislabelled.
+
+The rules, in nats and over the epochs that the ledger has in full:
+
+- **hardest**: the highest nll per label token in the last epoch.
+- **memorised**: in the last epoch the whole response is more likely than not (its nll is below log 2), which it was not
+  in the first. Whether the model learned the row or what the row is an example of, the ledger alone cannot tell: that
+  takes a model trained without the row (Feldman and Zhang, 2020).
+- **mislabelled**: networks fit right labels before wrong ones (Arpit et al., 2017), so a loss that stays high while
+  that of others falls tells them apart: the small-loss criterion of Co-teaching (Han et al., 2018), and averaged over
+  epochs the idea of Area Under the Margin (Pleiss et al., 2020). From the second epoch on, since in the first a row's
+  loss tells when it came rather than what it is, a likely mislabelled row has (1) a mean nll per label token more than
+  ``MISLABELLED_SCORE`` robust standard deviations above the median row's, and (2) fallen by less than half as much as
+  the median row's, on a logarithmic scale. It takes three epochs.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft_lightning.errors import UserError
+
+MISLABELLED_SCORE = 5.0
+EPOCHS_TO_TELL_MISLABELLED = 3
+EPOCHS_TO_TELL_MEMORISED = 2
+# A normal distribution's standard deviation is so many times its median absolute deviation.
+_DEVIATIONS_OF_NORMAL = 1.4826
+_EXCERPT_CHARACTERS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """A training row that stands out.
+
+    Attributes:
+        source: ``file:line``.
+        num_labels: Label tokens.
+        nll: For each of the findings' epochs, nats per label token; None where the epoch did not have the row.
+        score: What the row's list is sorted by: nats per label token (hardest), nats that the whole response has become
+            more likely by (memorised), or robust standard deviations above the median (mislabelled).
+        excerpt: The end of the prompt and the response, if the file's line still holds them.
+    """
+
+    source: str
+    num_labels: int
+    nll: tuple[float | None, ...]
+    score: float
+    excerpt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFindings:
+    """What a ledger tells. The lists are sorted, what stands out most first.
+
+    Attributes:
+        epochs: From 0, of the ledger: those after the last one in full are left out.
+        num_rows: Rows that the ledger knows.
+        hardest: Rows with the highest loss.
+        memorised: Rows known by heart; empty before ``EPOCHS_TO_TELL_MEMORISED``.
+        mislabelled: Rows that look mislabelled; empty before ``EPOCHS_TO_TELL_MISLABELLED``.
+        num_memorised: How many rows fit the rule, of which the list may have the first.
+        num_mislabelled: The same.
+    """
+
+    epochs: tuple[int, ...]
+    num_rows: int
+    hardest: list[LedgerRow]
+    memorised: list[LedgerRow]
+    mislabelled: list[LedgerRow]
+    num_memorised: int
+    num_mislabelled: int
+
+
+def read_ledger(run: str | Path, *, most: int = 20) -> LedgerFindings | None:
+    """Returns the rows of a run that stand out, ``most`` of each kind; None where the run has no ledger.
+
+    Raises:
+        UserError: If a file of the ledger cannot be read.
+    """
+    table = _Table.read(Path(run) / "ledger")
+    if table is None:
+        return None
+    ranked = {"hardest": table.hardest(), "memorised": table.memorised(), "mislabelled": table.mislabelled()}
+    lists = {name: table.rows(ranking, most) for name, ranking in ranked.items()}
+    excerpts = _read_excerpts({row.source for rows in lists.values() for row in rows})
+    lists = {name: [replace(row, excerpt=excerpts.get(row.source)) for row in rows] for name, rows in lists.items()}
+    return LedgerFindings(
+        epochs=table.epochs,
+        num_rows=len(table.sources),
+        num_memorised=len(ranked["memorised"][0]),
+        num_mislabelled=len(ranked["mislabelled"][0]),
+        **lists,
+    )
+
+
+def describe_ledger(findings: LedgerFindings, *, most: int = 5) -> list[str]:
+    """Returns lines for a terminal: ``most`` rows of each kind, with their nll per label token in each epoch."""
+    lines = [f"row ledger: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
+    kinds = [
+        ("hardest", 1, findings.hardest, findings.num_rows),
+        ("memorised", EPOCHS_TO_TELL_MEMORISED, findings.memorised, findings.num_memorised),
+        ("likely mislabelled", EPOCHS_TO_TELL_MISLABELLED, findings.mislabelled, findings.num_mislabelled),
+    ]
+    for name, num_epochs, rows, number in kinds:
+        if len(findings.epochs) < num_epochs:
+            lines.append(f"{name}: cannot be told before {num_epochs} epochs")
+            continue
+        lines.append(f"{name}: {min(most, len(rows))} of {number} rows")
+        for row in rows[:most]:
+            nll = " ".join("     -" if value is None else f"{value:6.3f}" for value in row.nll)
+            lines.append(f"  {nll}  {_printable(row.source)}  {_printable(row.excerpt or '')}".rstrip())
+    return lines
+
+
+# A ranking: the places of rows, what stands out most first, and the score of each.
+_Ranking = tuple[np.ndarray, np.ndarray]
+_NO_ROWS: _Ranking = (np.empty(0, dtype=np.int64), np.empty(0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The ledger as a table of R rows and E epochs.
+
+    Attributes:
+        sources: Shape [R].
+        epochs: Shape [E].
+        nll_sums: Shape [R, E], NaN where the epoch did not have the row.
+        num_labels: Shape [R].
+    """
+
+    sources: list[str]
+    epochs: tuple[int, ...]
+    nll_sums: np.ndarray
+    num_labels: np.ndarray
+
+    @classmethod
+    def read(cls, ledger: Path) -> "_Table | None":
+        columns = _read_parts(sorted(ledger.glob("epoch-*/step-*.rank-*.parquet")))
+        if columns is None:
+            return None
+        sources, rows = columns["source"]
+        epochs, epoch_of = np.unique(columns["epoch"], return_inverse=True)
+        nll_sums = np.full((len(sources), len(epochs)), np.nan)
+        nll_sums[rows, epoch_of] = columns["nll_sum"]
+        num_labels = np.ones(len(sources), dtype=np.int64)
+        num_labels[rows] = columns["num_labels"]
+        # An epoch that still runs has the rows that happened to come first.
+        num_seen = np.isfinite(nll_sums).sum(axis=0)
+        in_full = int(np.flatnonzero(num_seen == num_seen.max())[-1]) + 1
+        return cls(sources, tuple(epochs[:in_full].tolist()), nll_sums[:, :in_full], num_labels)
+
+    @property
+    def nll(self) -> np.ndarray:
+        """Nats per label token. Shape [R, E]."""
+        return self.nll_sums / self.num_labels[:, None]
+
+    def hardest(self) -> _Ranking:
+        last = self.nll[:, -1]
+        return _rank(last, np.isfinite(last))
+
+    def memorised(self) -> _Ranking:
+        if len(self.epochs) < EPOCHS_TO_TELL_MEMORISED:
+            return _NO_ROWS
+        first, last = self.nll_sums[:, 0], self.nll_sums[:, -1]
+        return _rank(first - last, (last < log(2)) & (first >= log(2)))
+
+    def mislabelled(self) -> _Ranking:
+        if len(self.epochs) < EPOCHS_TO_TELL_MISLABELLED:
+            return _NO_ROWS
+        later = self.nll[:, 1:]
+        remaining = np.divide(later[:, -1], later[:, 0], out=np.full(len(later), np.nan), where=later[:, 0] > 0)
+        seen = np.isfinite(remaining)
+        typical = np.median(remaining[seen]) if seen.any() else 1.0
+        if typical >= 1:
+            return _NO_ROWS  # nothing falls, so nothing stays high
+        scores = np.full(len(later), np.nan)
+        scores[seen] = _robust_z(np.nanmean(later[seen], axis=1))
+        return _rank(scores, (scores > MISLABELLED_SCORE) & (remaining > np.sqrt(typical)))
+
+    def rows(self, ranking: _Ranking, most: int) -> list[LedgerRow]:
+        places, scores = ranking
+        nll = self.nll
+        return [
+            LedgerRow(
+                source=self.sources[place],
+                num_labels=int(self.num_labels[place]),
+                nll=tuple(float(value) if np.isfinite(value) else None for value in nll[place]),
+                score=float(score),
+            )
+            for place, score in zip(places[:most].tolist(), scores[:most], strict=True)
+        ]
+
+
+def _read_parts(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """Returns the columns of all parts, ``source`` as (the different ones, the place of each row's in them)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.read_table(path, columns=["source", "epoch", "num_labels", "nll_sum"]))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"ledger file '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+    if not sum(map(len, tables)):
+        return None
+    table = pa.concat_tables(tables)
+    source = table["source"].combine_chunks().dictionary_encode()
+    numbers = {name: table[name].to_numpy() for name in ("epoch", "num_labels", "nll_sum")}
+    return {"source": (source.dictionary.to_pylist(), source.indices.to_numpy()), **numbers}
+
+
+def _rank(values: np.ndarray, chosen: np.ndarray) -> _Ranking:
+    places = np.flatnonzero(chosen)
+    places = places[np.argsort(-values[places], kind="stable")]
+    return places, values[places]
+
+
+def _robust_z(values: np.ndarray) -> np.ndarray:
+    """Returns how many standard deviations above the median each value is, estimated so that outliers do not count.
+
+    Where half of the values are alike nothing can be said, and all are 0.
+    """
+    deviations = values - np.median(values)
+    scale = _DEVIATIONS_OF_NORMAL * np.median(np.abs(deviations))
+    return deviations / scale if scale > 0 else np.zeros_like(values)
+
+
+def _read_excerpts(sources: Iterable[str]) -> dict[str, str]:
+    """Returns source -> excerpt for the lines of JSONL files that are still there and hold a row."""
+    wanted: defaultdict[str, set[int]] = defaultdict(set)
+    for source in sources:
+        file, _, line = source.rpartition(":")
+        if line.isdecimal() and not file.endswith(".parquet"):
+            wanted[file].add(int(line))
+    found = {}
+    for file, lines in wanted.items():
+        try:
+            with Path(file).open("rb") as stream:
+                for number, text in zip(range(1, max(lines) + 1), stream, strict=False):
+                    if number in lines and (excerpt := _excerpt(text)) is not None:
+                        found[f"{file}:{number}"] = excerpt
+        except OSError:
+            continue  # the data need not lie where it lay in training
+    return found
+
+
+def _excerpt(line: bytes) -> str | None:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, Mapping):
+        return None
+    texts = [row.get(ours, row.get(theirs)) for ours, theirs in (("prompt", "question"), ("response", "answer"))]
+    if not all(isinstance(text, str) for text in texts):
+        # Other columns: their texts, in the order of the file.
+        texts = [text for text in row.values() if isinstance(text, str)][:2]
+    prompt, *response = (" ".join(text.split()) for text in texts or [""])
+    ends = [prompt if len(prompt) <= _EXCERPT_CHARACTERS else f"... {prompt[-_EXCERPT_CHARACTERS:]}"]
+    half = _EXCERPT_CHARACTERS // 2
+    ends += [text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}" for text in response]
+    return " => ".join(ends) or None
+
+
+def _printable(text: str) -> str:
+    """Returns the text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
