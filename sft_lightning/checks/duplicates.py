@@ -55,10 +55,10 @@ def check_duplicates(digests: RowDigests) -> list[Finding]:
     """
     name, num_rows = digests.set_name, len(digests)
     exact, loose = _first_equals(digests.of("row")), _first_equals(digests.of("loose_row"))
-    again = np.flatnonzero(exact != np.arange(num_rows))
-    nearly = np.flatnonzero((loose != np.arange(num_rows)) & (exact == np.arange(num_rows)))
+    again = np.flatnonzero(exact != np.arange(num_rows)).tolist()
+    nearly = np.flatnonzero((loose != np.arange(num_rows)) & (exact == np.arange(num_rows))).tolist()
     findings = []
-    if len(again):
+    if again:
         findings.append(
             Finding(
                 "duplicate_rows",
@@ -69,7 +69,7 @@ def check_duplicates(digests: RowDigests) -> list[Finding]:
                 [Place(digests.sources[row], digests.sources[exact[row]]) for row in again],
             )
         )
-    if len(nearly):
+    if nearly:
         findings.append(
             Finding(
                 "near_duplicate_rows",
@@ -84,12 +84,17 @@ def check_duplicates(digests: RowDigests) -> list[Finding]:
 
 
 def check_overlap(train: RowDigests, val: RowDigests) -> list[Finding]:
-    """Returns which rows of ``val`` have a prompt that stands in ``train``, up to case and white space."""
+    """Returns which rows of ``val`` have a prompt that stands in ``train``, up to case and white space.
+
+    Args:
+        train: At least one row.
+        val: At least one row.
+    """
     seen, first = np.unique(train.of("loose_prompt"), return_index=True)
     prompts = val.of("loose_prompt")
-    places = np.minimum(np.searchsorted(seen, prompts), max(len(seen) - 1, 0))
-    shared = np.flatnonzero(seen[places] == prompts) if len(seen) else []
-    if not len(shared):
+    places = np.minimum(np.searchsorted(seen, prompts), len(seen) - 1)
+    shared = np.flatnonzero(seen[places] == prompts).tolist()
+    if not shared:
         return []
     same_response = np.isin(val.of("loose_row")[shared], train.of("loose_row")).tolist()
     rows = [

@@ -72,7 +72,7 @@ class ModelShape:
             model: May be on the meta device.
         """
         config = model.config.get_text_config()
-        sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+        sizes = [getattr(config, name, 0) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
         head = model.get_output_embeddings()
         if head is None or not all(isinstance(size, int) and size > 0 for size in sizes):
             return None

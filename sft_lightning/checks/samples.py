@@ -98,7 +98,7 @@ def _texts(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", before: int 
 
     def decode(number: int) -> str:
         ids = context + tokens[:number]
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
 
     texts, done = [], decode(0)
     for number in range(1, len(tokens) + 1):
