@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Whether two texts merge shows in the words next to the border; a row is tokenised as a whole only if they do.
-_NEAR_CHARACTERS = 48
+_NEAR_CHARACTERS = 32
 # When more than this share of the rows merges, the template does it and not a word here and there.
 _SYSTEMATIC = 0.5
 _MOST_REMEMBERED = 100_000
@@ -119,12 +119,13 @@ class Borders:
 
     def _merged(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str] | None]:
         """Returns the tokens that meet, apart and joint, for each pair of texts that would merge."""
-        prompts = encode_prompts(self._tokenizer, [prompt for prompt, _ in pairs])
+        distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))  # a template ends all prompts alike
+        prompts = dict(zip(distinct, encode_prompts(self._tokenizer, distinct), strict=True))
         responses = encode_responses(self._tokenizer, [response for _, response in pairs], append_eos=False)
         whole = encode_prompts(self._tokenizer, [prompt + response for prompt, response in pairs])
         return [
-            None if joint == prompt + response else self._difference(prompt, response, joint)
-            for prompt, response, joint in zip(prompts, responses, whole, strict=True)
+            None if joint == prompts[prompt] + response else self._difference(prompts[prompt], response, joint)
+            for (prompt, _), response, joint in zip(pairs, responses, whole, strict=True)
         ]
 
     def _difference(self, prompt: list[int], response: list[int], joint: list[int]) -> tuple[str, str]:

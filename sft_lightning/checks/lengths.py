@@ -50,25 +50,22 @@ class Bar:
 
 
 def histogram(used: np.ndarray, over: np.ndarray, max_length: int) -> list[Bar]:
-    """Returns bars of one width, a round number, none of them across ``max_length``.
+    """Returns bars of one width, a round number, and behind them one for all rows that are over ``max_length``.
 
     Args:
-        used: Shape [rows], tokens of the rows in use.
+        used: Shape [rows], tokens of the rows in use, at least one.
         over: Shape [rows], tokens of the rows that are longer than ``max_length``.
         max_length: The most tokens of a row in use.
     """
-    lengths = np.concatenate([used, over])
-    width = _round_up((int(lengths.max()) - int(lengths.min()) + 1) / _MOST_BARS)
-    bars = []
-    for part, is_over in ((used, False), (over, True)):
-        if not len(part):
-            continue
-        start = (int(part.min()) - 1) // width
-        counts = np.bincount((part - 1) // width - start)
-        for number, count in enumerate(counts.tolist(), start=start):
-            first, last = number * width + 1, (number + 1) * width
-            first, last = (max(first, max_length + 1), last) if is_over else (first, min(last, max_length))
-            bars.append(Bar(first, last, count, is_over))
+    width = _round_up((int(used.max()) - int(used.min()) + 1) / _MOST_BARS)
+    start = (int(used.min()) - 1) // width
+    counts = np.bincount((used - 1) // width - start).tolist()
+    bars = [
+        Bar(number * width + 1, min((number + 1) * width, max_length), count, is_over=False)
+        for number, count in enumerate(counts, start=start)
+    ]
+    if len(over):
+        bars.append(Bar(max_length + 1, int(over.max()), len(over), is_over=True))
     return bars
 
 

@@ -1,7 +1,7 @@
 """A check's report for a terminal, and as plain text where there is none: nothing is said by colour alone."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console
@@ -20,7 +20,7 @@ from sft_lightning.checks.samples import Pieces, Sample
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _PROMPT, _RESPONSE, _EOS, _BORDER = "cyan", "green", "bold magenta", "dim"
 _BAR_WIDTH = 32
-_MOST_PLACES = 6
+_MOST_PLACES = 5
 # Characters that prompts must have in common with the one before for that beginning to be left out.
 _LONG_BEGINNING = 80
 # Of these every place is named, with its reason, however many: fit would stop at them.
@@ -234,21 +234,26 @@ def _places(finding: Finding, marks: _Marks) -> str:
     if finding.name in _ALL_PLACES:
         text = "\n".join(f"{place.source}: {place.reason}" for place in shown)
     else:
-        parts = []
-        for file, places in groupby(shown, key=lambda place: file_and_line(place.source)[0]):
-            parts.append(f"{file}:" + ", ".join(_line(place, file) for place in places))
-        text = "; ".join(parts)
+        text = "; ".join(
+            f"{file}:" + ", ".join(_lines(places))
+            for file, places in groupby(shown, key=lambda place: file_and_line(place.source)[0])
+        )
     if (more := len(finding.places) - len(shown)) > 0:
         text += f" and {more:,} more (all with --json)"
     return "\n".join(marks.visible(line).replace(marks.space, " ") for line in text.split("\n"))
 
 
-def _line(place: Place, file: str) -> str:
-    line = str(file_and_line(place.source)[1])
-    if place.other:
+def _lines(places: Iterable[Place]) -> Iterator[str]:
+    """Yields the line of each place in one file, with the other's; a file is named where it is not that of before."""
+    known = ""
+    for place in places:
+        file, line = file_and_line(place.source)
+        if not place.other:
+            yield f"{line} ({place.reason})" if place.reason else str(line)
+            continue
         other_file, other_line = file_and_line(place.other)
-        line += f" = {other_line}" if other_file == file else f" = {place.other}"
-    return f"{line} ({place.reason})" if place.reason else line
+        yield f"{line} = {other_line}" if other_file == (known or file) else f"{line} = {place.other}"
+        known = other_file
 
 
 def _verdict(report: CheckReport) -> Text:

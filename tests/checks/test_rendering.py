@@ -81,14 +81,14 @@ def test_no_line_is_wider_than_the_terminal(report_of, width):
 def test_places_are_short_and_the_rest_is_counted(report_of):
     places = [Place(f"a.jsonl:{line}", f"a.jsonl:{line - 1}") for line in range(2, 12)]
     text = shown(report_of(Finding("duplicate_rows", "warning", "train: twice", "delete", 10, places)), 120)
-    assert "a.jsonl:2 = 1, 3 = 2, 4 = 3, 5 = 4, 6 = 5, 7 = 6 and 4 more (all with --json)" in text
+    assert "a.jsonl:2 = 1, 3 = 2, 4 = 3, 5 = 4, 6 = 5 and 5 more (all with --json)" in text
     assert "-> delete" in text
 
 
 def test_places_in_two_files_name_both(report_of):
-    places = [Place("val.jsonl:7", "train.jsonl:409", "same response")]
-    text = shown(report_of(Finding("validation_overlap", "error", "val: overlap", "", 1, places)))
-    assert "val.jsonl:7 = train.jsonl:409 (same response)" in text
+    places = [Place(f"val.jsonl:{line}", f"train.jsonl:{400 + line}", "same response") for line in (7, 9)]
+    text = shown(report_of(Finding("validation_overlap", "error", "val: overlap", "", 2, places)))
+    assert "val.jsonl:7 = train.jsonl:407, 9 = 409" in text
 
 
 def test_every_bad_row_is_shown(report_of):
