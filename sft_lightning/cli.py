@@ -15,6 +15,7 @@ Supervised fine-tuning of Hugging Face causal language models with PyTorch Light
 commands:
   prepare gsm8k       raw GSM8K rows -> prompt/response/ground_truth
   prepare quickstart  the embedded data set, with a tiny model and tokenizer made on the spot
+  check               looks at the data before a GPU is busy, with the options of fit
   fit                 train:               sft-lightning fit --config configs/sft_gsm8k.yaml
   validate            loss and graded answers on data.val_path
   test                loss and graded answers on data.test_path
@@ -24,10 +25,10 @@ commands:
   report              a page with the results of a run, finished or not:  sft-lightning report checkpoints/sft
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
-Exit code: 0 done, 1 the run failed, 2 a mistake in the command, the config or the data."""
+Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data."""
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "evaluate", "compare", "report")  # each a file in commands/
+_OWN_COMMANDS = ("prepare", "check", "evaluate", "compare", "report")  # each a file in commands/
 
 
 def main(args: Sequence[str] | None = None) -> int:

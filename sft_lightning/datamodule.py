@@ -88,7 +88,7 @@ class SFTDataModule(LightningDataModule):
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
         self.tokenizer_path = tokenizer_path
-        self._reading: dict[str, Any] = {
+        self.reading: dict[str, Any] = {
             "template": None if template == "auto" else template,
             "columns": columns,
             "max_bad_rows": max_bad_rows,
@@ -156,7 +156,7 @@ class SFTDataModule(LightningDataModule):
         """Returns the records whose prompts are to be answered, in file order; none where there is no such set."""
         if (path := self.paths[name]) is None:
             return []
-        return list(read_records(path, **self._reading))
+        return list(read_records(path, **self.reading))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -232,7 +232,7 @@ class SFTDataModule(LightningDataModule):
                 overlength=self.overlength,
                 append_eos=self.append_eos,
                 cache_dir=self.cache_dir,
-                **self._reading,
+                **self.reading,
             )
         except UserError as error:
             raise UserError(f"data.{name}_path: {error}") from error

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exceptions that stand for a mistake of the user's, and for a run that went wrong."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2. From Python it is a ``ValueError``.
     """
+
+
+class NoRowsError(UserError):
+    """A data set of which no row can be used."""
 
 
 class NonFiniteError(ArithmeticError):

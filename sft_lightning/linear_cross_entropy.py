@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk costs one pass over the weight and over its gradient, whatever its height: a low chunk spends its time there.
-# 256 MiB are 441 rows of a vocabulary of 151,936: on a CPU the three matrix products then run at 98% of their speed at
-# 882 rows (at 110 rows 84%), and the chunk is small beside the weight's gradient (890 MiB).
-_LEAST_BUDGET_BYTES = 256 * 2**20
-# A GPU would add a low chunk to the weight's gradient more slowly than make it, by its data sheet: 1.25 GiB of 80.
-_BUDGET_SHARE = 64
-# A CPU gains nothing from more rows, and where the vocabulary is small pays for buffers of more than 32 MiB, which come
-# and go page by page: 1,750 rows of 6,016 tokens took 145 ms in chunks of 697, 152 ms of 1,045, 170 ms as one.
-_MOST_ROWS_ON_CPU = 768
+from sft_lightning import loss_chunks
+
 # Width of the blocks in which the largest logit is looked for; most vocabularies are padded to a multiple of it.
 _BLOCK = 64
 # Size of the partial products that are added to a float32 gradient where the matrix product cannot do so itself.
@@ -91,15 +84,15 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     logits_dtype = torch.promote_types(dtype, torch.float32)
-    budget_bytes = _budget_bytes(hidden.device) if chunk_bytes is None else chunk_bytes
-    most_rows = max(1, budget_bytes // (weight.shape[0] * logits_dtype.itemsize))
-    if device_type == "cpu":
-        most_rows = min(most_rows, _MOST_ROWS_ON_CPU)
-    num_chunks = -(-len(labels) // most_rows)
+    if chunk_bytes is None:
+        chunk_bytes = _budget_bytes(hidden.device)
+    num_chunk_rows = loss_chunks.num_chunk_rows(
+        len(labels), weight.shape[0] * logits_dtype.itemsize, budget_bytes=chunk_bytes, on_cpu=device_type == "cpu"
+    )
     options = _Options(
         dtype=dtype,
         logits_dtype=logits_dtype,
-        num_chunk_rows=-(-len(labels) // num_chunks),
+        num_chunk_rows=num_chunk_rows,
         softcap=softcap,
         scale=1.0 if scale is None else scale,
         with_entropy=with_entropy,
@@ -111,7 +104,7 @@ def linear_cross_entropy(
 
 def _budget_bytes(device: torch.device) -> int:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return max(_LEAST_BUDGET_BYTES, memory // _BUDGET_SHARE)
+    return loss_chunks.budget_bytes(memory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,20 @@ def load_config(model_path: str) -> PretrainedConfig:
     return config
 
 
+def empty_model(model_path: str) -> PreTrainedModel:
+    """Returns the model that ``config.json`` describes, on the meta device: shapes without numbers, in no memory.
+
+    Raises:
+        UserError: If the path holds no causal language model.
+    """
+    config = load_config(model_path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.model_path '{model_path}' cannot be built: {_in_one_line(error)}") from error
+
+
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
     """Checks that a tokenizer and a model go together, in training and in what is saved of it.
 

@@ -183,9 +183,29 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
     """
+    _run(_cli_for(args[0]), args)
+
+
+def parse_fit(args: list[str]) -> tuple[Any, Any]:
+    """Returns what `fit` would be started with, without a Trainer, weights or a run folder.
+
+    Args:
+        args: The options of `fit`.
+
+    Returns:
+        The resolved config, and the same with ``data``, ``model``, ``evaluation`` and ``checkpoint`` instantiated.
+
+    Raises:
+        UserError: As `fit` does.
+    """
+    cli = _run(_fit_without_run(), ["fit", *args])
+    return cli.config["fit"], cli.config_init["fit"]
+
+
+def _run(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     _set_up_logging()
     try:
-        _cli_for(args[0])(
+        return cli(
             SFTModule,
             SFTDataModule,
             args=args,
@@ -219,6 +239,24 @@ def _cli_for(command: str) -> type[SFTCLI]:
             return {command: parameters_not_offered}
 
     return CommandCLI
+
+
+def _fit_without_run() -> type[SFTCLI]:
+    """Returns an SFTCLI that stops when the classes of `fit` stand, but for its Trainer."""
+
+    class ParsedCLI(_cli_for("fit")):  # type: ignore[misc]
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            # No run is looked for, and none is in the way.
+            config.ckpt_path, config.overwrite = None, True
+            config.trainer.logger = config.trainer.callbacks = None
+            super().before_instantiate_classes()
+
+        def instantiate_classes(self) -> None:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.subcommand = None  # which LightningCLI would run now
+
+    return ParsedCLI
 
 
 class _CurrentStderr(logging.StreamHandler):

@@ -28,6 +28,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses
 from sft_lightning.modeling import (
     check_vocabulary,
+    empty_model,
     load_config,
     load_model,
     save_model,
@@ -327,3 +328,18 @@ def test_a_tokenizer_that_a_model_folder_would_replace_is_found(tokenizer, model
     model = load_model(model_folder)
     assert survives_saving(model, load_tokenizer(model_folder))
     assert not survives_saving(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_empty_model_has_the_shapes_of_the_config_and_takes_no_memory(name, tmp_path):
+    ARCHITECTURES[name].save_pretrained(tmp_path)
+    empty = empty_model(str(tmp_path))
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    full = AutoModelForCausalLM.from_config(ARCHITECTURES[name])
+    shapes = {key: tuple(parameter.shape) for key, parameter in full.named_parameters(remove_duplicate=False)}
+    assert {key: tuple(p.shape) for key, p in empty.named_parameters(remove_duplicate=False)} == shapes
+
+
+def test_an_empty_model_needs_a_config(tmp_path):
+    with pytest.raises(UserError, match=r"without config\.json"):
+        empty_model(str(tmp_path))

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sft_lightning.cli import main
-from sft_lightning.trainer_cli import SFTCLI
+from sft_lightning.trainer_cli import SFTCLI, parse_fit
 
 
 @pytest.fixture
@@ -320,3 +320,14 @@ def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert ledger(tmp_path / "run") == ledger(tmp_path / "straight")
     assert len(ledger(tmp_path / "run")) == 6 * 42
+
+
+def test_parse_fit_gives_what_fit_would_start_with_and_starts_nothing(command, tmp_path, model_folder):
+    run = tmp_path / "run" / "checkpoint-1"
+    run.mkdir(parents=True)
+    config, built = parse_fit([*command[1:], "--ckpt_path", "last", "--data.seed", "5", "--trainer.logger", "true"])
+    assert config.data.tokenizer_path == model_folder
+    assert (built.data.seed, built.data.batch_size, built.data.max_length) == (5, 4, 512)
+    assert built.evaluation.generator.max_new_tokens == 3
+    assert built.model.model is None
+    assert [path.name for path in run.parent.iterdir()] == ["checkpoint-1"]

@@ -29,7 +29,7 @@ from sft_lightning.data.batch import Example
 from sft_lightning.data.records import Record, SkippedRows, check_bad_rows, read_records, resolve_files, template_of
 from sft_lightning.data.templates import Template
 from sft_lightning.data.tokenization import LeftOut, Overlength, tokenise_records, tokenizer_fingerprint
-from sft_lightning.errors import UserError
+from sft_lightning.errors import NoRowsError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,7 +175,7 @@ def _build(
         num_rows = _write_rows(temporary, rows, files)
         check_bad_rows(left_out.bad_rows, max_bad_rows)
         if not num_rows:
-            raise UserError(f"no row is left. {left_out}. Raise data.max_length ({fingerprint['max_length']})")
+            raise NoRowsError(f"no row is left. {left_out}. Raise data.max_length ({fingerprint['max_length']})")
         if _data_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, left_out)

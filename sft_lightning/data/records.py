@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from sft_lightning.data.templates import Plain, Template, template_for
-from sft_lightning.errors import UserError
+from sft_lightning.errors import NoRowsError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def read_records(
                 yield record
     check_bad_rows(found, max_bad_rows)
     if not num_good:
-        raise UserError(f"data path '{path}' has no usable row: {found if found.count else 'it is empty'}")
+        raise NoRowsError(f"data path '{path}' has no usable row: {found if found.count else 'it is empty'}")
     if found.count and bad_rows is None:
         logger.warning("bad rows skipped (%d): %s", found.count, found)
 

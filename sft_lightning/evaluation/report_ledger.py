@@ -25,10 +25,10 @@ def ledger_section(contents: Contents) -> Section | None:
     if findings is None or not findings.epochs:
         return None
     explanation = (
-        f"{findings.num_rows:,} rows in {len(findings.epochs)} whole epochs. The numbers are a row's training loss in the "
-        "first and in the last of them, in nats a label token. Likely mislabelled: a loss that stays high while that of "
-        "other rows falls. Known by heart: the whole response has become likelier than not, by having learned the row "
-        "or what it is an example of."
+        f"{findings.num_rows:,} rows in {len(findings.epochs)} whole epochs. The numbers are a row's training loss in "
+        "the first and in the last of them, in nats a label token. Likely mislabelled: a loss that stays high while "
+        "that of other rows falls. Known by heart: the whole response has become likelier than not, by having learned "
+        "the row or what it is an example of."
     )
     html = f'<p class="note">{escape(explanation)}</p>'
     html += _list(findings, "Hardest", findings.hardest, findings.num_rows, 1)
