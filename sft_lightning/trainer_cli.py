@@ -86,6 +86,8 @@ class SFTCLI(LightningCLI):
         config.model.resume_override = config.model.resume_override or config.resume_override
         if config.model.generator is None:
             config.model.generator = config.evaluation.generator
+        if config.data.grader is None:
+            config.data.grader = config.evaluation.grader
         if config.validate_every_n_steps is not None:
             if config.validate_every_n_steps < 1:
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")

@@ -24,6 +24,7 @@ LAYERS = (
         "metrics",
         "nonfinite",
         "checkpoint_folder",
+        "correct_responses",
         "quickstart",
     },
     {"label_loss", "attention"},

@@ -155,6 +155,23 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     assert "format accuracy" not in printed, "an unfinished evaluation of an earlier step must not pass for the result"
 
 
+def test_filter_correct_grades_with_the_evaluations_grader_unless_it_has_its_own(command, tmp_path, train_file, caplog):
+    rows = [json.loads(line) for line in Path(train_file).read_text().splitlines()]
+    for row in rows[:2]:
+        row["ground_truth"] = "99"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data.train_path", str(tmp_path / "rows.jsonl"), "--data.filter_correct", "true"]
+    own = '{"class_path": "R1ZeroGrader", "init_args": {"time_limit_seconds": %s}}'
+    graders = [["--evaluation.grader", own % 3], ["--data.grader", own % 4]]
+    for number, grader in ((3, graders[0]), (4, graders[0] + graders[1])):
+        run = tmp_path / f"run-{number}"
+        assert main([*command, *options, *grader, "--output_dir", str(run), "--trainer.max_steps", "1"]) == 0
+        digest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())["digest"]
+        assert f"time_limit_seconds={number}" in digest["the grader of data.filter_correct"]
+        assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["filter_correct"] is True
+
+
 def test_validate_test_and_predict_a_checkpoint_and_a_final_model(command, tmp_path, val_file, capsys):
     assert main(command) == 0
     config = command[1:]

@@ -131,6 +131,14 @@ def grade_all(
         close_idle_workers()
 
 
+def grader_identity(grader: Grader) -> str:
+    """Returns text that tells graders apart: the class, where it comes from, and its public attributes."""
+    kind = type(grader)
+    options = {name: value for name, value in sorted(vars(grader).items()) if not name.startswith("_")}
+    settings = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"{kind.__module__}.{kind.__qualname__}({settings})"
+
+
 def _format_failure(response: str) -> str | None:
     if "<answer>" not in response:
         return "no_answer_tag"
