@@ -21,6 +21,7 @@ from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat import ends_again
 from sft_lightning.metrics_csv import MetricsCSVLogger
 from sft_lightning.modeling import hide_progress_bars
 from sft_lightning.module import SFTModule
@@ -139,13 +140,15 @@ class SFTCLI(LightningCLI):
         return super().instantiate_trainer(logger=loggers, default_root_dir=root, **kwargs)
 
     def after_fit(self) -> None:
-        """Says so when there was nothing left to do."""
+        """Says so when there was nothing left to do, or nothing but the end."""
         path = self.config[self.subcommand].ckpt_path
-        if path is not None and folders.read_manifest(Path(path)).get("step") == self.trainer.global_step:
-            print(
-                f"nothing to do: the run has finished its {self.trainer.global_step} optimizer steps; "
-                "raise --trainer.max_epochs or --trainer.max_steps to go on"
-            )
+        if path is None or folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
+            return
+        steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
+        if ends_again(self.trainer):
+            print(f"{steps}, but had died before its end, which is made good")
+        else:
+            print(f"nothing to do: {steps}; raise --trainer.max_epochs or --trainer.max_steps to go on")
 
 
 class SavedConfig(Callback):

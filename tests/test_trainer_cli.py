@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from sft_lightning import GenerationEvaluation, checkpoint_folder
 from sft_lightning.cli import main
 from sft_lightning.trainer_cli import SFTCLI
 
@@ -93,6 +94,52 @@ def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, t
     assert losses(run) == losses(straight)
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, straight))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_run_that_died_at_its_end_is_brought_to_its_end(command, tmp_path, val_file, capsys, save_every):
+    """Whether its last checkpoint was saved before the last validation or after it."""
+    options = [*command, "--data.val_path", val_file, "--evaluation.num_examples", "4"]
+    options += ["--checkpoint.every_n_train_steps", str(save_every)]
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert main([*options, "--output_dir", str(straight)]) == 0
+    capsys.readouterr()
+
+    def die(callback, trainer, module):
+        if not trainer.sanity_checking:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        if save_every == 2:
+            patch.setattr(GenerationEvaluation, "on_validation_epoch_end", die)
+        else:
+            patch.setattr(checkpoint_folder, "publish", publish_unless_final)
+        with pytest.raises(SystemExit):
+            main(options)
+    assert (run / "checkpoint-6").is_dir()
+    assert not (run / "final").exists()
+    capsys.readouterr()
+    assert main([*options, "--ckpt_path", "auto"]) == 0
+    printed = capsys.readouterr().out
+    assert "the run has finished its 6 optimizer steps, but had died before its end, which is made good" in printed
+    assert "format accuracy        0.000     0.000       4" in printed
+    assert without_speed(run) == without_speed(straight)
+    for name in ("evaluation/step-6/predictions.jsonl", "evaluation/step-6/metrics.json", "final/model.safetensors"):
+        assert (run / name).read_bytes() == (straight / name).read_bytes()
+    assert main([*options, "--ckpt_path", "auto"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def without_speed(run):
+    names = ("step", "train/loss", "val/loss", "val/format_accuracy", "val/answer_accuracy")
+    with (run / "metrics.csv").open() as file:
+        return [[row[name] for name in names] for row in csv.DictReader(file)]
+
+
+def publish_unless_final(folder, *arguments, publish=checkpoint_folder.publish):
+    if folder.name == "final":
+        raise KeyboardInterrupt
+    publish(folder, *arguments)
 
 
 def test_a_run_in_the_way_needs_overwrite_and_loses_only_its_own_files(command, tmp_path, capsys):
