@@ -174,7 +174,9 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def training_tokens(self) -> TokenStore:
-        """The tokenised training set."""
+        """The tokenised training set, read on first use."""
+        if "train" not in self._stores:
+            self._stores["train"] = self._load_tokens("train")
         return self._stores["train"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,7 +212,8 @@ class SFTDataModule(LightningDataModule):
 
     def _load_tokens(self, name: str) -> TokenStore:
         path = self.paths[name]
-        assert path is not None
+        if path is None:
+            raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
         tokenizer = self.tokenizer
         try:
             store = load_or_build_tokens(

@@ -75,6 +75,16 @@ class SFTCLI(LightningCLI):
             raise UserError(f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step>, last, best or auto")
 
     def before_instantiate_classes(self) -> None:
+        """Fills in what follows from other options, and makes sure of the folder of a run that begins."""
+        self.fill_in_config()
+        config = self.config[self.subcommand]
+        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
+        run = Path(config.checkpoint.dirpath)
+        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
+        if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
+            claim_run_folder(run, overwrite=False)
+
+    def fill_in_config(self) -> None:
         """Fills in what follows from other options, where the user left it open."""
         # Saved as it is now: with another output_dir or model_path the same file shall follow those.
         self.config_to_save = self._without_answers_of_the_moment()
@@ -94,11 +104,6 @@ class SFTCLI(LightningCLI):
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
             config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
             config.trainer.check_val_every_n_epoch = None
-        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
-        run = Path(config.checkpoint.dirpath)
-        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
-        if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
-            claim_run_folder(run, overwrite=False)
 
     def _without_answers_of_the_moment(self) -> dict[str, Any]:
         """Returns the whole config but for what a user says to this one start: where from, and over what."""
@@ -178,9 +183,36 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
     """
+    _start(_cli_for(args[0]), args)
+
+
+def read_config(args: list[str]) -> tuple[SFTDataModule, dict[str, Any]]:
+    """Returns the data module of a command and the config that its run would save, without running it.
+
+    No Trainer and no model is made, and nothing is written.
+
+    Raises:
+        UserError: As ``run_trainer_command``.
+    """
+
+    class ConfigReader(_cli_for(args[0])):  # type: ignore[misc]
+        def before_instantiate_classes(self) -> None:
+            self.fill_in_config()
+
+        def instantiate_classes(self) -> None:
+            self.datamodule = self.parser.instantiate_classes(self.config)[self.subcommand].data
+
+        def after_instantiate_classes(self) -> None:
+            self.subcommand = None  # LightningCLI's word for "run nothing"
+
+    cli = _start(ConfigReader, args)
+    return cli.datamodule, cli.config_to_save
+
+
+def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     _set_up_logging()
     try:
-        _cli_for(args[0])(
+        return cli(
             SFTModule,
             SFTDataModule,
             args=args,

@@ -26,6 +26,7 @@ LAYERS = (
         "checkpoint_folder",
         "correct_responses",
         "quickstart",
+        "sweep",
     },
     {"label_loss", "attention"},
     {"linear_cross_entropy", "segment_attention", "loss", "flops"},

@@ -19,9 +19,6 @@ def sets_of_run(function: str | None, paths: Mapping[str, str | None]) -> list[s
     Args:
         function: Of the Trainer: fit, validate, test or predict.
         paths: Where each set lies; None where there is none.
-
-    Raises:
-        UserError: If a set that the run must have is not there.
     """
     assert function is not None
     needed, optional = {
@@ -30,9 +27,6 @@ def sets_of_run(function: str | None, paths: Mapping[str, str | None]) -> list[s
         "test": (["test"], []),
         "predict": ([], []),
     }[function]
-    for name in needed:
-        if paths[name] is None:
-            raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
     return needed + [name for name in optional if paths[name] is not None]
 
 
