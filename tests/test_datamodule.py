@@ -372,6 +372,13 @@ def test_evaluation_records_need_no_trainer(make, train_file):
     assert len(make(test_path=train_file).evaluation_records("test")) == 42
 
 
+def test_training_tokens_need_no_trainer(make):
+    assert len(make().training_tokens) == 42
+    assert len(make(max_train_examples=3).training_tokens) == 3
+    with pytest.raises(UserError, match=r"^data\.train_path is not set: name a JSONL"):
+        _ = make(train_path=None).training_tokens
+
+
 # Settings
 
 

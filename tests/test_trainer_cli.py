@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from sft_lightning import GenerationEvaluation, checkpoint_folder
 from sft_lightning.cli import main
-from sft_lightning.trainer_cli import SFTCLI
+from sft_lightning.errors import UserError
+from sft_lightning.trainer_cli import SFTCLI, read_config
 
 
 @pytest.fixture
@@ -312,6 +313,20 @@ def test_a_model_folder_without_weights_names_the_option(command, tmp_path, mode
     assert (
         main([*command, "--model.model_path", str(folder), "--model.init", "random", "--trainer.max_steps", "1"]) == 0
     )
+
+
+def test_a_config_is_read_without_running_or_writing_anything(command, tmp_path, val_file):
+    options = ["--data.max_train_examples", "5", "--data.val_path", val_file]
+    datamodule, config = read_config([*command, *options])
+    assert [example.source.rpartition(":")[2] for example in datamodule.training_tokens] == ["1", "2", "3", "4", "5"]
+    assert [record.ground_truth for record in datamodule.evaluation_records()][:2] == ["100", "101"]
+    assert not (tmp_path / "run").exists()
+    assert main([*command, *options, "--trainer.max_steps", "1"]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config == {**saved, "trainer": {**saved["trainer"], "max_steps": -1}}
+    read_config([*command, *options])  # a run in the way is none of its business
+    with pytest.raises(UserError, match="learning_ratee"):
+        read_config([*command, "--model.learning_ratee", "1"])
 
 
 def test_print_config_works(command, capsys):

@@ -109,12 +109,14 @@ def _fit(arguments: Sequence[str]) -> int:
     try:
         code = process.wait()
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            # A Ctrl-C in a terminal reaches the run, too, which then ends by itself.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SECONDS_TO_END)
-        process.terminate()
-        process.wait()
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                # A Ctrl-C in a terminal reaches the run, too, which then ends by itself.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SECONDS_TO_END)
+        finally:  # after a second Ctrl-C, too
+            process.terminate()
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

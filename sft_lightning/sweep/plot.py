@@ -2,23 +2,31 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft_lightning.sweep.results import SizeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = {"answer_accuracy": "#0b6e99", "format_accuracy": "#c8691c"}
 
 
 def draw(results: Sequence[SizeResult], path: Path) -> None:
-    """Writes a PNG with two plots: the last accuracies with 95% intervals, and answer accuracy during training.
+    """Writes the figure of ``plot`` as a PNG, in one piece.
 
     Args:
         results: At least one, smallest first.
-        path: The file to write, in one piece.
+        path: The file to write.
     """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    plot(results).savefig(unfinished, format="png")
+    unfinished.replace(path)
+
+
+def plot(results: Sequence[SizeResult]) -> "Figure":
+    """Returns two plots side by side: the last accuracies with 95% intervals, and answer accuracy during training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,19 +34,19 @@ def draw(results: Sequence[SizeResult], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     by_size, by_step = figure.subplots(1, 2, sharey=True)
-    _draw_sizes(by_size, results)
-    _draw_steps(by_step, results)
     for axes in (by_size, by_step):
-        axes.set_xscale("log")
+        axes.set_xscale("log")  # before ticks are set, which it would take away
         axes.set_ylim(-0.03, 1.03)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
+    _draw_sizes(by_size, results)
+    _draw_steps(by_step, results)
+    return figure
 
 
 def _draw_sizes(axes: "Axes", results: Sequence[SizeResult]) -> None:
+    from matplotlib.ticker import NullLocator
+
     sizes = [result.num_examples for result in results]
     for name, colour in _COLOURS.items():
         rates = [getattr(result.last, name) for result in results]
@@ -49,14 +57,18 @@ def _draw_sizes(axes: "Axes", results: Sequence[SizeResult]) -> None:
             axes.axhline(getattr(before, name).value, color=colour, linestyle=":")
     if results[0].before:
         axes.plot([], [], color="0.4", linestyle=":", label="before training")
-    _tick(axes, sizes)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xlabel("training examples")
+    axes.set_ylabel("accuracy")
     axes.set_title(f"after training ({results[0].last.num_prompts} prompts, 95% intervals)")
     axes.legend(loc="best", frameon=False)
 
 
 def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for number, result in enumerate(results):
         # Step 0 has no place on a logarithmic axis.
@@ -69,16 +81,12 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
             marker="o",
             label=f"{result.num_examples} examples",
         )
+    steps = [each.step for result in results for each in result.evaluations if each.step > 0]
+    if steps:
+        axes.set_xlim(min(steps) / 1.3, max(steps) * 1.3)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("optimizer steps")
     axes.set_title("answer accuracy during training")
     axes.legend(loc="best", frameon=False)
-
-
-def _tick(axes: "Axes", sizes: Sequence[int]) -> None:
-    """Puts the ticks where the sizes are."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_xscale("log")
-    ticks: Any = sizes
-    axes.set_xticks(ticks, [f"{size:,}" for size in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())

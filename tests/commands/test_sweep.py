@@ -190,6 +190,58 @@ def test_a_mistake_is_found_before_anything_is_trained(command, fits, tmp_path, 
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes a program of these lines stand in for `python -m sft_lightning`."""
+
+    def make(lines):
+        program = tmp_path / "stand-in"
+        program.write_text(f"#!{sys.executable}\n{lines}")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("raise SystemExit(2)", 2),
+        ("import os; os.kill(os.getpid(), 9)", 137),
+        ("import sys; assert sys.argv[3:] == ['fit', 'x']", 0),
+    ],
+)
+def test_the_exit_code_of_a_fit_is_the_shells(stand_in, line, code):
+    stand_in(line)
+    assert sweep_file._fit(["fit", "x"]) == code
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_ctrl_c_waits_for_the_fit_and_ends_one_that_does_not_end(stand_in, tmp_path, monkeypatch, ends_by_itself):
+    monkeypatch.setattr(sweep_file, "_SECONDS_TO_END", 60 if ends_by_itself else 0.2)
+    stand_in(
+        "import os, pathlib, signal, sys, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGINT)\n"
+        f"time.sleep({0.5 if ends_by_itself else 600})\n"
+        f"pathlib.Path({str(tmp_path / 'ended')!r}).touch()\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        sweep_file._fit(["fit"])
+    assert (tmp_path / "ended").exists() is ends_by_itself
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_sigterm_ends_the_fit_too(stand_in, tmp_path):
+    stand_in("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)\n")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        sweep_file._fit(["fit"])
+    assert end.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
     """SIGKILL of all its processes, in the middle of the second of three trainings."""
