@@ -48,6 +48,7 @@ def _draw_sizes(axes: "Axes", results: Sequence[SizeResult]) -> None:
     from matplotlib.ticker import NullLocator
 
     sizes = [result.num_examples for result in results]
+    _set_limits(axes, sizes)
     for name, colour in _COLOURS.items():
         rates = [getattr(result.last, name) for result in results]
         bars = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
@@ -59,7 +60,6 @@ def _draw_sizes(axes: "Axes", results: Sequence[SizeResult]) -> None:
         axes.plot([], [], color="0.4", linestyle=":", label="before training")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
     axes.set_xlabel("training examples")
     axes.set_ylabel("accuracy")
     axes.set_title(f"after training ({results[0].last.num_prompts} prompts, 95% intervals)")
@@ -70,6 +70,7 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+    _set_limits(axes, [each.step for result in results for each in result.evaluations if each.step > 0])
     for number, result in enumerate(results):
         # Step 0 has no place on a logarithmic axis.
         points = [each for each in result.evaluations if each.step > 0]
@@ -81,12 +82,15 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
             marker="o",
             label=f"{result.num_examples} examples",
         )
-    steps = [each.step for result in results for each in result.evaluations if each.step > 0]
-    if steps:
-        axes.set_xlim(min(steps) / 1.3, max(steps) * 1.3)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("optimizer steps")
     axes.set_title("answer accuracy during training")
     axes.legend(loc="best", frameon=False)
+
+
+def _set_limits(axes: "Axes", values: Sequence[int]) -> None:
+    """Before anything is drawn: matplotlib finds no limits for a single value, and warns."""
+    if values:
+        axes.set_xlim(min(values) / 1.3, max(values) * 1.3)
