@@ -20,13 +20,14 @@ commands:
   test                loss and graded answers on data.test_path
   predict             answers to the prompts of data.test_path, as predictions.jsonl
   evaluate            graded answers of any model: the baseline and the final measurement
+  compare             two evaluations on the same prompts: what changed, and whether it is more than chance
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
 Exit code: 0 done, 1 the run failed, 2 a mistake in the command, the config or the data."""
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "evaluate", "sweep")  # each a file in commands/
+_OWN_COMMANDS = ("prepare", "evaluate", "compare", "sweep")  # each a file in commands/
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,10 +1,13 @@
-"""Exact corpus metrics of next-token prediction."""
+"""Exact corpus metrics: of next-token prediction, and of graded answers."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.linear_cross_entropy import LabelLosses
@@ -53,6 +56,34 @@ class TokenMetrics(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
         # Moves and never casts: Lightning's bf16-true calls .to(bfloat16) on all there is, where 256 + 1 is 256.
         return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), exclude_state)
+
+
+def answer_metrics(samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, float]:
+    """Returns rates and means over the graded answers of all processes, each of which gives its own samples.
+
+    Args:
+        samples: Those of an ``EvaluationResult``, of this process.
+        device: Where processes exchange sums.
+
+    Returns:
+        ``format_accuracy``, ``strict_format_accuracy``, ``answer_accuracy`` and ``mean_reward``, in [0, 1]; and
+        ``response_tokens`` of an answer and ``response_entropy`` of a token, in nats. What no answer tells is left out.
+    """
+    names = "format_accuracy strict_format_accuracy answer_accuracy mean_reward response_tokens response_entropy"
+    means = {name: MeanMetric().set_dtype(_SUM_DTYPE).to(device) for name in names.split()}
+    for sample in samples:
+        means["format_accuracy"].update(sample["format_correct"])
+        means["answer_accuracy"].update(sample["answer_correct"])
+        means["mean_reward"].update(sample["format_correct"] and sample["answer_correct"])
+        means["response_tokens"].update(sample["num_tokens"])
+        if sample["strict_format_correct"] is not None:
+            means["strict_format_accuracy"].update(sample["strict_format_correct"])
+        if sample["mean_entropy"] is not None:
+            means["response_entropy"].update(sample["mean_entropy"], weight=sample["num_tokens"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a process without prompts computes a metric that it never updated
+        values = {name: float(mean.compute()) for name, mean in means.items()}
+    return {name: value for name, value in values.items() if not isnan(value)}
 
 
 def step_sums(parts: Sequence[tuple[LabelLosses, MicroBatch]]) -> Tensor:

@@ -12,7 +12,7 @@ from sft_lightning import __version__, cli
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("prepare gsm8k", "prepare quickstart", "fit", "validate", "test", "predict", "evaluate"):
+    for command in ("prepare gsm8k", "prepare quickstart", "fit", "validate", "test", "predict", "evaluate", "compare"):
         assert f"\n  {command} " in printed
 
 

@@ -195,7 +195,7 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     assert (run / "best").resolve().name == "checkpoint-3"  # the first; equal values are no improvement
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-3", "step-6"]
     printed = capsys.readouterr().out
-    assert "format accuracy        0.000     0.000       4" in printed
+    assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
     assert f"model:   {run / 'final'}" in printed
     assert main([*command, *options, "--ckpt_path", "auto"]) == 0
     printed = capsys.readouterr().out

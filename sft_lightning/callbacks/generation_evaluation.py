@@ -4,14 +4,18 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.checkpoint_folder import claim
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.evaluate import EvaluationResult, evaluate
+from sft_lightning.evaluation.comparison import compare_samples, comparison_table
+from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.generation import Generator
 from sft_lightning.evaluation.grading import Grader
-from sft_lightning.lightning_compat import datamodule_of, is_dry_run, resume_path
+from sft_lightning.evaluation.result import EvaluationResult, read_samples
+from sft_lightning.lightning_compat import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.metrics import answer_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +23,16 @@ logger = logging.getLogger(__name__)
 class GenerationEvaluation(Callback):
     """Logs ``val/format_accuracy`` and ``val/answer_accuracy`` of generated answers at every validation.
 
-    The same prompts are answered each time, before training, during and after it, and a table of before and after is
-    printed in the end. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run, those of ``validate``
-    and ``test`` in ``evaluation/val`` and ``evaluation/test``. A validation in which it is not its turn repeats the
-    last value, so that EarlyStopping on these keys works.
+    The same prompts are answered each time, before training, during and after it, each process answering its share,
+    and a table of before and after is printed in the end. Beside the two, ``val/strict_format_accuracy``,
+    ``val/mean_reward``, ``val/response_tokens`` (of an answer) and ``val/response_entropy`` (nats a token) are logged
+    where they are known. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run, those of
+    ``validate`` and ``test`` in ``evaluation/val`` and ``evaluation/test``. A validation in which it is not its turn
+    repeats the last values, so that EarlyStopping on these keys works.
 
     Args:
         num_examples: Prompts to answer, the first of the validation set that have a ground truth; 0 turns it off.
+        num_samples: Answers to each prompt; several give pass@k and maj@k.
         every_n_steps: Answer in a validation only when so many optimizer steps have passed; by default in each one.
         evaluate_before_training: Also answer with the untrained weights, for the comparison.
         grader: Judges the answers, by default R1ZeroGrader.
@@ -36,6 +43,7 @@ class GenerationEvaluation(Callback):
     def __init__(
         self,
         num_examples: int = 200,
+        num_samples: int = 1,
         every_n_steps: int | None = None,
         evaluate_before_training: bool = True,
         grader: Grader | None = None,
@@ -44,9 +52,12 @@ class GenerationEvaluation(Callback):
     ) -> None:
         if num_examples < 0:
             raise UserError(f"evaluation.num_examples must be 0 or more, got {num_examples}")
+        if num_samples < 1:
+            raise UserError(f"evaluation.num_samples must be at least 1, got {num_samples}")
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"evaluation.every_n_steps must be at least 1, got {every_n_steps}")
         self.num_examples = num_examples
+        self.num_samples = num_samples
         self.every_n_steps = every_n_steps
         self.evaluate_before_training = evaluate_before_training
         self.grader = grader
@@ -98,9 +109,16 @@ class GenerationEvaluation(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._trained and self._before is not None and self._latest is not None:
-            print(_table(self._before, self._latest))
+            folders = [
+                self._folder(trainer, "val", self._before["step"]),
+                self._folder(trainer, "val", trainer.global_step),
+            ]
+            try:
+                print(comparison_table(compare_samples(*map(read_samples, folders))))
+            except UserError as error:  # resumed in another folder, or with other prompts
+                print(f"no table of before and after: {error}")
             print(f"model:   {self._run(trainer) / 'final'}")
-            print(f"samples: {self._folder(trainer, 'val', self._latest['step']) / 'predictions.jsonl'}")
+            print(f"samples: {folders[1] / 'predictions.jsonl'}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self._before, "latest": self._latest}
@@ -119,18 +137,26 @@ class GenerationEvaluation(Callback):
     def _evaluate(
         self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"] = "val"
     ) -> dict[str, Any]:
-        """Returns counts and rates, equal on all ranks: the first one generates, the others wait."""
-        result: dict[str, Any] = {}
+        """Returns the step and the rates, equal on all ranks, after each has answered its share of the prompts."""
+        logger.info("answering %d prompts of %s after step %d", len(self._records[name]), name, trainer.global_step)
+        share = self._answer_share(trainer, pl_module, name)
+        rates = answer_metrics(share, trainer.strategy.root_device)
+        samples = _gathered(share, trainer.world_size)
         if trainer.is_global_zero:
-            answered = self._answer(trainer, pl_module, name)
-            result = {"step": trainer.global_step, **answered.metrics()}
-        return trainer.strategy.broadcast(result)
+            step = trainer.global_step if trainer.state.fn == "fit" else None
+            folder = self._folder(trainer, name, trainer.global_step)
+            EvaluationResult(samples, step).write(folder)
+            for file in ("predictions.jsonl", "metrics.json"):
+                claim(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
+        return {"step": trainer.global_step, "rates": rates}
 
-    def _answer(self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"]) -> EvaluationResult:
-        records = self._records[name]
+    def _answer_share(
+        self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"]
+    ) -> list[dict[str, Any]]:
+        num_replicas, replica = replicas(trainer)
+        indices = range(replica, len(self._records[name]), num_replicas)
+        records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
-        folder = self._folder(trainer, name, trainer.global_step)
-        logger.info("answering %d prompts of %s after step %d", len(records), name, trainer.global_step)
         with trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
@@ -139,11 +165,10 @@ class GenerationEvaluation(Callback):
                 tokenizer=datamodule_of(trainer).tokenizer,
                 generator=self.generator,
                 grader=self.grader,
-                output_dir=folder,
+                num_samples=self.num_samples,
+                indices=indices,
             )
-        for file in ("predictions.jsonl", "metrics.json"):
-            claim(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
-        return result
+        return result.samples
 
     def _run(self, trainer: Trainer) -> Path:
         checkpoint = trainer.checkpoint_callback
@@ -162,12 +187,15 @@ class GenerationEvaluation(Callback):
 
 def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:
     assert result is not None
-    return {f"{stage}/{name}": float(result[name]) for name in ("format_accuracy", "answer_accuracy")}
+    return {f"{stage}/{name}": value for name, value in result["rates"].items()}
 
 
-def _table(before: dict[str, Any], after: dict[str, Any]) -> str:
-    n = after["num_examples"]
-    lines = [f"{'':18}{'before':>10}{'after':>10}{'n':>8}"]
-    for label, name in (("format accuracy", "format_accuracy"), ("answer accuracy", "answer_accuracy")):
-        lines.append(f"{label:18}{before[name]:>10.3f}{after[name]:>10.3f}{n:>8}")
-    return "\n".join(lines)
+def _gathered(samples: list[dict[str, Any]], num_processes: int) -> list[dict[str, Any]]:
+    """Returns the samples of all processes, in the order of the prompts."""
+    parts = [samples]
+    if num_processes > 1:
+        parts = [[] for _ in range(num_processes)]
+        torch.distributed.all_gather_object(parts, samples)
+    # Ranks that are not replicas of each other answer the same prompts.
+    distinct = {(one["index"], one["sample"]): one for part in parts for one in part}
+    return [distinct[place] for place in sorted(distinct)]

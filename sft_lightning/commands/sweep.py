@@ -10,7 +10,6 @@ it fail mostly waits for the next, larger one too. The same command goes on wher
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def _sweep(sweep: Path, words: Sequence[str], options: Sequence[str]) -> int:
     for label in sizes:
         if label not in known and is_run(run_folder(sweep, label)):
             raise UserError(f"'{run_folder(sweep, label)}' holds a run that this sweep does not know; move it away")
-    state = {"config": shared, "num_rows": len(tokens), "num_examples": {**known, **sizes}, "results": []}
+    state = {"config": shared, "num_rows": len(tokens), "num_examples": {**known, **sizes}}
     _write(sweep, state)
     for label, size in sizes.items():
         if is_finished(run_folder(sweep, label)):
@@ -136,6 +135,7 @@ def _read(sweep: Path) -> dict[str, Any] | None:
 
 def _write(sweep: Path, state: dict[str, Any]) -> str:
     """Writes what is known by now; returns the table."""
+    from sft_lightning.evaluation.result import write_whole
     from sft_lightning.sweep.plot import draw
     from sft_lightning.sweep.results import read_results
     from sft_lightning.sweep.table import report, size_table
@@ -143,17 +143,11 @@ def _write(sweep: Path, state: dict[str, Any]) -> str:
     try:
         sweep.mkdir(parents=True, exist_ok=True)
         results = read_results(sweep, state["num_examples"])
-        _replace(sweep / "sweep.json", {**state, "results": [result.as_dict() for result in results]})
+        content = {**state, "results": [result.as_dict() for result in results]}
+        write_whole(sweep / "sweep.json", json.dumps(content, indent=1) + "\n")
         if results:
-            _replace(sweep / "sweep.md", report(results))
+            write_whole(sweep / "sweep.md", report(results))
             draw(results, sweep / "sweep.png")
     except OSError as error:
         raise UserError(f"--output '{sweep}' cannot be written: {error}") from None
     return size_table(results)
-
-
-def _replace(path: Path, content: str | dict[str, Any]) -> None:
-    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

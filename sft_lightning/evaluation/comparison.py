@@ -1,6 +1,6 @@
 """Two evaluations on the same prompts: what was fixed, what was broken, and whether it is more than chance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,12 +59,15 @@ def rewarded(sample: Sample) -> bool:
     return sample["format_correct"] and sample["answer_correct"]
 
 
-RATES = {
+# Name of a rate -> whether it counts a sample as right; None where the grader does not tell.
+RATES: dict[str, Callable[[Sample], Any]] = {
     "format_accuracy": lambda sample: sample["format_correct"],
     "strict_format_accuracy": lambda sample: sample.get("strict_format_correct"),
     "answer_accuracy": lambda sample: sample["answer_correct"],
     "mean_reward": rewarded,
 }
+
+LABELS = dict(zip(RATES, ("format", "strict", "answer", "reward"), strict=True))
 
 
 def compare_samples(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
@@ -85,6 +88,27 @@ def compare_samples(before: Sequence[Sample], after: Sequence[Sample]) -> Compar
     # A sample that the earlier evaluation did not draw is compared with its first one.
     was_right = [earlier.get((one["index"], one["sample"]), earlier[one["index"], 0]) for one in after]
     return Comparison(rates, [_change(old, rewarded(sample)) for old, sample in zip(was_right, after, strict=True)])
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Returns the rates as lines of at most 80 columns: before, after and difference with 95% bounds, and p."""
+    lines = [f"{'':8} {'before':20} {'after':20} {'difference':21} p"]
+    for name, rate in comparison.rates.items():
+        before, after = (
+            f"{value:.3f} [{low:.3f} {high:.3f}]"
+            for value, (low, high) in ((rate.before, rate.before_interval), (rate.after, rate.after_interval))
+        )
+        low, high = rate.difference_interval
+        difference = f"{rate.difference:+.3f} [{low:.3f} {high:.3f}]"
+        lines.append(f"{LABELS[name]:8} {before:20} {after:20} {difference:21} {_short(rate.p_value)}")
+    reward = comparison.rates["mean_reward"]
+    lines.append(f"{reward.num_pairs} prompts: {reward.num_fixed} fixed, {reward.num_broken} broken")
+    lines.append("[95% intervals], p of McNemar's exact test")
+    return "\n".join(lines)
+
+
+def _short(p_value: float) -> str:
+    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.0e}"
 
 
 def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:

@@ -45,9 +45,22 @@ class Generator(ABC):
 
     @abstractmethod
     def generate(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
+        self,
+        model: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        prompts: Sequence[str],
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> list[Generation]:
-        """Returns one answer for each prompt, in order, and leaves the model and the random state as they were."""
+        """Returns one answer for each prompt, in order, and leaves the model and the random state as they were.
+
+        Args:
+            model: The model; generators that ask a server do without.
+            tokenizer: The model's.
+            prompts: Given to the model as they are.
+            numbers: For each prompt, which answer of the whole evaluation it is; None: 0, 1, 2, ... A sampled answer
+                follows from it and the prompt, whatever else is asked for in the same call.
+        """
 
 
 class TransformersGenerator(Generator):
@@ -97,13 +110,20 @@ class TransformersGenerator(Generator):
         self.seed = seed
 
     def generate(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
+        self,
+        model: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        prompts: Sequence[str],
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Returns one answer for each prompt, in order, and leaves the model and the random state as they were.
 
         Raises:
             UserError: If a prompt has no tokens.
         """
+        assert model is not None
+        assert tokenizer is not None
         rows = encode_prompts(tokenizer, prompts)
         for index, row in enumerate(rows):
             if not row:

@@ -22,6 +22,7 @@ class Grade:
         failure: Why the reward is 0, in one word of the grader's; None where it is 1.
         timed_out: Whether the comparison of the answers was given up, which counts as wrong.
         strict_format_correct: Whether the form also holds to the letter; None for graders that know no such thing.
+        answer: What the grader read as the answer; None where it found none. Votes of maj@k are counted by it.
     """
 
     format_correct: bool
@@ -29,6 +30,7 @@ class Grade:
     failure: str | None = None
     timed_out: bool = False
     strict_format_correct: bool | None = None
+    answer: str | None = None
 
     @property
     def reward(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from sft_lightning import checkpoint_folder as folders
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples
-from sft_lightning.evaluation.statistics import wilson_interval
+from sft_lightning.evaluation.result import read_samples
 
 _RATES = ("format_accuracy", "answer_accuracy")
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -127,11 +127,7 @@ def _evaluations(run: Path) -> tuple[Evaluation, ...]:
 
 
 def _rate(metrics: dict[str, Any], name: str) -> Rate:
-    interval = metrics.get("intervals", {}).get(name)
-    if interval is None:
-        correct = metrics[f"num_{name.removesuffix('_accuracy')}_correct"]
-        interval = wilson_interval(correct, metrics["num_examples"])
-    return Rate(metrics[name], *interval)
+    return Rate(metrics[name], *metrics["intervals"][name])
 
 
 def _last_val_loss(run: Path) -> float | None:
@@ -143,9 +139,7 @@ def _last_val_loss(run: Path) -> float | None:
 
 
 def _last_samples(run: Path, step: int) -> list[dict[str, Any]]:
-    path = run / "evaluation" / f"step-{step}" / "predictions.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [{"index": number, "sample": 0, **json.loads(line)} for number, line in enumerate(lines)]
+    return read_samples(run / "evaluation" / f"step-{step}")
 
 
 def _p_value(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float | None:

@@ -25,7 +25,7 @@ class Scripted(Generator):
         self.num_right = list(num_right)
         self.calls = []
 
-    def generate(self, model, tokenizer, prompts):
+    def generate(self, model, tokenizer, prompts, *, numbers=None):
         right = self.num_right[len(self.calls)]
         self.calls.append(list(prompts))
         return [
@@ -74,13 +74,14 @@ def test_a_fit_is_evaluated_before_during_and_after(
     for key in KEYS:
         assert trainer.logger.series(key) == [(0, 0.0), (2, 0.25), (4, 0.75), (5, 1.0)]
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-2", "step-4", "step-5"]
-    table = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split() for line in table[:3]] == [
-        ["before", "after", "n"],
-        ["format", "accuracy", "0.000", "1.000", "4"],
-        ["answer", "accuracy", "0.000", "1.000", "4"],
-    ]
-    assert table[3:] == [
+    assert capsys.readouterr().out.splitlines()[-8:] == [
+        "         before               after                difference            p",
+        # Four of four: 1 / (1 + z^2 / 4) = 0.510. All four changed: 2 / 2^4.
+        "format   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
+        "answer   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
+        "reward   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
+        "4 prompts: 4 fixed, 0 broken",
+        "[95% intervals], p of McNemar's exact test",
         f"model:   {run / 'final'}",
         f"samples: {run / 'evaluation' / 'step-5' / 'predictions.jsonl'}",
     ]
@@ -106,19 +107,24 @@ def test_samples_and_metrics_are_written_and_belong_to_the_run(
     make_trainer(evaluation, max_steps=2).fit(SFTModule(model_folder), make_data(train_file, prompts_file))
     folder = run / "evaluation" / "step-2"
     assert samples(folder)[0] == {
+        "index": 0,
+        "sample": 0,
         "prompt": "say 0:",
         "response": " so </think> <answer> 0 </answer>",
         "ground_truth": "0",
         "format_correct": True,
+        "strict_format_correct": None,
         "answer_correct": True,
+        "answer": None,
         "failure": None,
         "timed_out": False,
         "stop_reason": "eos",
         "num_tokens": 5,
+        "mean_entropy": None,
     }
     assert [row["answer_correct"] for row in samples(folder)] == [True, True, False, False]
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert (metrics["num_examples"], metrics["num_answer_correct"], metrics["answer_accuracy"]) == (4, 2, 0.5)
+    assert (metrics["step"], metrics["num_examples"], metrics["num_answer_correct"]) == (2, 4, 2)
     assert sorted(json.loads((run / "run_files.json").read_text())) == [
         "evaluation/step-0/metrics.json",
         "evaluation/step-0/predictions.jsonl",
@@ -239,7 +245,7 @@ def test_a_resumed_run_remembers_the_values_of_the_first(
     value, out = fit(again, max_steps=6, ckpt_path=str(run / "checkpoint-3"))
     assert value == 0.5, "the last value of the first run was forgotten"
     assert len(again.calls) == 1, "it answers at the end only"
-    assert table_row(out, "answer accuracy") == ["0.250", "1.000", "4"]
+    assert table_row(out, "answer")[::3][:2] == ["0.250", "1.000"]
 
 
 # validate and test
@@ -304,7 +310,7 @@ def test_answers_are_generated_in_the_precision_of_training(
     make_trainer, make_data, model_folder, train_file, prompts_file, run
 ):
     class LooksAtPrecision(Scripted):
-        def generate(self, model, tokenizer, prompts):
+        def generate(self, model, tokenizer, prompts, *, numbers=None):
             assert torch.is_autocast_enabled("cpu")
             return super().generate(model, tokenizer, prompts)
 

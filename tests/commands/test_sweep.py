@@ -40,9 +40,11 @@ def write_run(arguments):
     checkpoint_folder.publish(run / "final", lambda folder: None, {"step": 3})
     evaluation = run / "evaluation" / "step-3"
     evaluation.mkdir(parents=True)
-    counts = {"num_examples": 1, "num_format_correct": 1, "num_answer_correct": 1}
-    (evaluation / "metrics.json").write_text(json.dumps(counts | {"format_accuracy": 1.0, "answer_accuracy": 1.0}))
-    sample = {"prompt": "p", "ground_truth": "1", "format_correct": True, "answer_correct": True}
+    intervals = {"format_accuracy": [0.2, 1.0], "answer_accuracy": [0.2, 1.0]}
+    metrics = {"num_examples": 1, "format_accuracy": 1.0, "answer_accuracy": 1.0, "intervals": intervals}
+    (evaluation / "metrics.json").write_text(json.dumps(metrics))
+    sample = {"index": 0, "sample": 0, "prompt": "p", "ground_truth": "1"}
+    sample |= {"format_correct": True, "answer_correct": True}
     (evaluation / "predictions.jsonl").write_text(json.dumps(sample) + "\n")
     return 0
 

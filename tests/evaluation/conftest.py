@@ -1,4 +1,4 @@
-"""Grading processes: the ones that a test starts, and none left behind."""
+"""Grading processes: the ones that a test starts, and none left behind. A server whose answers a test decides."""
 
 import os
 import subprocess

@@ -1,27 +1,26 @@
-import json
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.evaluate import EvaluationResult, evaluate
+from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.generation import Generation, Generator, TransformersGenerator
 from sft_lightning.evaluation.grading import Grade, Grader
+from sft_lightning.evaluation.result import EvaluationResult, read_samples
 
 PROMPTS = ["What is 8*9?", "What is 1/2?", "What is 2+2?", "Caf\u00e9?"]
 GROUND_TRUTHS = ["72", 0.5, 4, ["a", "b"]]
 WRITTEN = [
-    Generation(" 8*9 </think> <answer> 72 </answer>", 12, "stop_string"),
-    Generation(" half </think><answer> .50 </answer>", 11, "stop_string"),
+    Generation(" 8*9 </think> <answer> 72 </answer>", 12, "stop_string", 0.5),
+    Generation(" half </think><answer> .50 </answer>", 11, "stop_string", 0.25),
     Generation(" two and two and two and", 20, "length"),
     Generation(" caf\u00e9\n</think> <answer> tea </answer> ok", 9, "eos"),
 ]
 
 
 class Written(Generator):
-    def generate(self, model, tokenizer, prompts):
+    def generate(self, model, tokenizer, prompts, *, numbers=None):
         assert list(prompts) == PROMPTS
         return WRITTEN
 
@@ -30,81 +29,51 @@ def evaluate_written(**settings):
     return evaluate(None, PROMPTS, GROUND_TRUTHS, tokenizer=object(), generator=Written(), **settings)
 
 
-def test_counts():
-    result = evaluate_written()
-    assert result.num_examples == 4
-    assert result.num_format_correct == 2
-    assert result.num_answer_correct == 2
-    assert result.num_rewarded == 1
-    assert result.num_timed_out == 0
-    assert result.format_accuracy == 0.5
-    assert result.answer_accuracy == 0.5
-    assert result.mean_reward == 0.25
-    assert result.stop_reasons == {"eos": 1, "length": 1, "stop_string": 2}
-    assert result.failures == {"cut_at_limit": 1, "text_after_answer": 1, "thought_not_closed": 1}
-
-
-def test_predictions_file(tmp_path):
-    result = evaluate_written(output_dir=tmp_path / "new" / "folder")
-    lines = (tmp_path / "new" / "folder" / "predictions.jsonl").read_bytes().decode().split("\n")
-    assert lines == [
-        '{"prompt": "What is 8*9?", "response": " 8*9 </think> <answer> 72 </answer>", "ground_truth": "72", '
-        '"format_correct": true, "answer_correct": true, "failure": null, "timed_out": false, '
-        '"stop_reason": "stop_string", "num_tokens": 12}',
-        '{"prompt": "What is 1/2?", "response": " half </think><answer> .50 </answer>", "ground_truth": 0.5, '
-        '"format_correct": false, "answer_correct": true, "failure": "thought_not_closed", "timed_out": false, '
-        '"stop_reason": "stop_string", "num_tokens": 11}',
-        '{"prompt": "What is 2+2?", "response": " two and two and two and", "ground_truth": 4, '
-        '"format_correct": false, "answer_correct": false, "failure": "cut_at_limit", "timed_out": false, '
-        '"stop_reason": "length", "num_tokens": 20}',
-        '{"prompt": "Caf\u00e9?", "response": " caf\u00e9\\n</think> <answer> tea </answer> ok", '
-        '"ground_truth": ["a", "b"], "format_correct": true, "answer_correct": false, '
-        '"failure": "text_after_answer", "timed_out": false, "stop_reason": "eos", "num_tokens": 9}',
-        "",
-    ]
-    assert [json.loads(line) for line in lines[:-1]] == result.samples
-
-
-def test_metrics_file(tmp_path):
-    evaluate_written(output_dir=str(tmp_path))
-    assert json.loads((tmp_path / "metrics.json").read_text()) == {
-        "num_examples": 4,
-        "num_format_correct": 2,
-        "num_answer_correct": 2,
-        "num_rewarded": 1,
-        "num_timed_out": 0,
-        "format_accuracy": 0.5,
-        "answer_accuracy": 0.5,
-        "mean_reward": 0.25,
-        "stop_reasons": {"eos": 1, "length": 1, "stop_string": 2},
-        "failures": {"cut_at_limit": 1, "text_after_answer": 1, "thought_not_closed": 1},
-    }
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl"]
-
-
-def test_writing_again_replaces_the_earlier_evaluation(tmp_path):
-    evaluate_written(output_dir=tmp_path)
-    EvaluationResult(evaluate_written().samples[:1]).write(tmp_path)
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 1
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_examples"] == 1
-
-
-def test_a_lone_surrogate_is_written_as_an_escape(tmp_path):
-    sample = {**evaluate_written().samples[0], "response": "\ud800"}
-    EvaluationResult([sample]).write(tmp_path)
-    line = (tmp_path / "predictions.jsonl").read_bytes()
-    assert b'"response": "\\ud800"' in line
-    assert json.loads(line) == sample
-
-
-def test_parts_add_up():
+def test_prompts_are_answered_and_graded():
     samples = evaluate_written().samples
-    joined = EvaluationResult(samples[:1] + samples[1:])
-    assert joined == evaluate_written()
+    assert [sample["prompt"] for sample in samples] == PROMPTS
+    assert [sample["ground_truth"] for sample in samples] == GROUND_TRUTHS
+    assert [(one["format_correct"], one["answer_correct"]) for one in samples] == [
+        (True, True),
+        (False, True),
+        (False, False),
+        (True, False),
+    ]
+    assert [one["failure"] for one in samples] == [None, "thought_not_closed", "cut_at_limit", "text_after_answer"]
+    for name in ("num_tokens", "stop_reason", "mean_entropy"):
+        assert [sample[name] for sample in samples] == [getattr(generation, name) for generation in WRITTEN]
 
 
-def test_rates_of_no_examples_are_zero():
-    assert EvaluationResult().metrics()["answer_accuracy"] == 0.0
+class Numbered(Generator):
+    """Answers with the prompt and the number that it was given."""
+
+    def generate(self, model, tokenizer, prompts, *, numbers=None):
+        return [Generation(f"{prompt} {number}", 1, "eos") for prompt, number in zip(prompts, numbers, strict=True)]
+
+
+def test_each_answer_has_its_number_whatever_part_of_the_evaluation_it_is_in():
+    def answers(prompts, **settings):
+        result = evaluate(None, prompts, [1] * len(prompts), tokenizer=object(), generator=Numbered(), **settings)
+        return [(one["index"], one["sample"], one["response"]) for one in result.samples]
+
+    assert answers(["a", "b"]) == [(0, 0, "a 0"), (1, 0, "b 1")]
+    assert answers(["b"], indices=[1]) == [(1, 0, "b 1")]
+    second = 2**32
+    assert answers(["b", "d"], indices=[1, 3], num_samples=2) == [
+        (1, 0, "b 1"),
+        (1, 1, f"b {second + 1}"),
+        (3, 0, "d 3"),
+        (3, 1, f"d {second + 3}"),
+    ]
+
+
+def test_what_was_found_is_written(tmp_path):
+    evaluate_written(output_dir=tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "metrics.json",
+        "predictions.jsonl",
+    ]
+    assert EvaluationResult(read_samples(tmp_path / "new" / "folder")) == evaluate_written()
 
 
 def test_any_grader():

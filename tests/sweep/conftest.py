@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sft_lightning import checkpoint_folder
+from sft_lightning.evaluation.statistics import wilson_interval
 
 
 def sample(index, answer_correct, prompt="2+2?"):
@@ -24,12 +25,11 @@ def add_evaluation(run, step, answers, *, num_format_correct=None, prompt="2+2?"
     folder = run / "evaluation" / f"step-{step}"
     folder.mkdir(parents=True)
     num_format_correct = len(answers) if num_format_correct is None else num_format_correct
+    counts = {"format_accuracy": num_format_correct, "answer_accuracy": sum(answers)}
     metrics = {
         "num_examples": len(answers),
-        "num_format_correct": num_format_correct,
-        "num_answer_correct": sum(answers),
-        "format_accuracy": num_format_correct / len(answers),
-        "answer_accuracy": sum(answers) / len(answers),
+        **{name: count / len(answers) for name, count in counts.items()},
+        "intervals": {name: wilson_interval(count, len(answers)) for name, count in counts.items()},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     lines = [json.dumps(sample(index, bool(right), prompt)) + "\n" for index, right in enumerate(answers)]

@@ -1,0 +1,196 @@
+"""What an evaluation found: its samples, everything that follows from them, and the two files of both."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_lightning.errors import UserError
+from sft_lightning.evaluation.comparison import RATES, rewarded
+from sft_lightning.evaluation.statistics import majority_accuracy, pass_at_k, rate_interval
+
+# Without these a row of predictions.jsonl cannot be compared with another.
+_NEEDED = ("index", "sample", "prompt", "ground_truth", "format_correct", "answer_correct")
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation found. Everything follows from the samples: results of parts add up by joining those.
+
+    Attributes:
+        samples: One row for each answer, in the order of the prompts: ``index`` (of the prompt), ``sample`` (which of
+            its answers), ``prompt, response, ground_truth, format_correct, strict_format_correct, answer_correct,
+            answer`` (what the grader read), ``failure, timed_out, stop_reason, num_tokens, mean_entropy`` (nats).
+        step: Optimizer steps of the model; None where that is not known.
+    """
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    step: int | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """How many prompts were answered."""
+        return len(self._by_prompt())
+
+    @property
+    def num_samples(self) -> int:
+        """How many answers each prompt got."""
+        return max((sample["sample"] + 1 for sample in self.samples), default=1)
+
+    @property
+    def num_format_correct(self) -> int:
+        return sum(sample["format_correct"] for sample in self.samples)
+
+    @property
+    def num_answer_correct(self) -> int:
+        return sum(sample["answer_correct"] for sample in self.samples)
+
+    @property
+    def num_rewarded(self) -> int:
+        """How many answers are right in format and answer."""
+        return sum(map(rewarded, self.samples))
+
+    @property
+    def num_timed_out(self) -> int:
+        return sum(sample["timed_out"] for sample in self.samples)
+
+    @property
+    def format_accuracy(self) -> float:
+        """In [0, 1]; 0 without samples, like the other rates."""
+        return self._rate("format_accuracy") or 0.0
+
+    @property
+    def answer_accuracy(self) -> float:
+        return self._rate("answer_accuracy") or 0.0
+
+    @property
+    def mean_reward(self) -> float:
+        return self._rate("mean_reward") or 0.0
+
+    @property
+    def stop_reasons(self) -> dict[str, int]:
+        """Why answers ended -> how many."""
+        return self._count("stop_reason")
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Kind of failure -> how many."""
+        return self._count("failure")
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns what ``metrics.json`` holds. A rate that the grader does not know, and a mean of nothing, is None."""
+        strict = self._outcomes("strict_format_accuracy")
+        num_strict = None if strict is None else sum(map(sum, strict))
+        return {
+            "step": self.step,
+            "num_examples": self.num_examples,
+            "num_samples": self.num_samples,
+            "num_format_correct": self.num_format_correct,
+            "num_strict_format_correct": num_strict,
+            "num_answer_correct": self.num_answer_correct,
+            "num_rewarded": self.num_rewarded,
+            "num_timed_out": self.num_timed_out,
+            **{name: self._rate(name) for name in RATES},
+            "intervals": self._intervals(),
+            **self._over_samples(),
+            "mean_num_tokens": self._lengths(),
+            "mean_entropy": self._mean_entropy(),
+            "stop_reasons": self.stop_reasons,
+            "failures": self.failures,
+        }
+
+    def write(self, output_dir: str | Path) -> None:
+        """Writes ``predictions.jsonl``, one sample a line, and ``metrics.json``, each in one piece."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples]
+        write_whole(folder / "predictions.jsonl", "".join(lines))
+        write_whole(folder / "metrics.json", json.dumps(self.metrics(), indent=2) + "\n")
+
+    def _by_prompt(self) -> dict[int, list[dict[str, Any]]]:
+        prompts: dict[int, list[dict[str, Any]]] = {}
+        for sample in self.samples:
+            prompts.setdefault(sample["index"], []).append(sample)
+        return prompts
+
+    def _outcomes(self, name: str) -> list[list[bool]] | None:
+        """Returns which samples of each prompt are right, or None where the grader does not tell."""
+        outcomes = [[RATES[name](sample) for sample in samples] for samples in self._by_prompt().values()]
+        return None if any(None in samples for samples in outcomes) else outcomes
+
+    def _rate(self, name: str) -> float | None:
+        outcomes = self._outcomes(name)
+        return None if outcomes is None else sum(map(sum, outcomes)) / max(1, len(self.samples))
+
+    def _intervals(self) -> dict[str, list[float]]:
+        outcomes = {name: self._outcomes(name) for name in RATES}
+        return {name: list(rate_interval(known)) for name, known in outcomes.items() if known}
+
+    def _over_samples(self) -> dict[str, dict[str, float]]:
+        """Returns pass@k for each power of two and for all samples, and maj@k for all: chances of a right answer."""
+        num_samples, prompts = self.num_samples, self._by_prompt().values()
+        if num_samples == 1:
+            return {"pass_at": {}, "maj_at": {}}
+        counts = [(len(samples), sum(one["answer_correct"] for one in samples)) for samples in prompts]
+        ks = [k for k in range(1, num_samples + 1) if k & (k - 1) == 0 or k == num_samples]
+        majority = [
+            majority_accuracy([s["answer"] for s in one], [s["answer_correct"] for s in one]) for one in prompts
+        ]
+        return {
+            "pass_at": {str(k): _mean(pass_at_k(*count, k) for count in counts) for k in ks},
+            "maj_at": {str(num_samples): _mean(majority)},
+        }
+
+    def _lengths(self) -> dict[str, float | None]:
+        groups: dict[str, list[int]] = {"all": [], "right": [], "wrong": []}
+        for sample in self.samples:
+            groups["all"].append(sample["num_tokens"])
+            groups["right" if sample["answer_correct"] else "wrong"].append(sample["num_tokens"])
+        return {name: _mean(lengths) if lengths else None for name, lengths in groups.items()}
+
+    def _mean_entropy(self) -> float | None:
+        known = [(one["mean_entropy"], one["num_tokens"]) for one in self.samples if one["mean_entropy"] is not None]
+        num_tokens = sum(length for _, length in known)
+        return sum(entropy * length for entropy, length in known) / num_tokens if num_tokens else None
+
+    def _count(self, key: str) -> dict[str, int]:
+        counts = Counter(sample[key] for sample in self.samples if sample[key] is not None)
+        return dict(sorted(counts.items()))
+
+
+def read_samples(folder: str | Path) -> list[dict[str, Any]]:
+    """Returns the samples that an evaluation wrote.
+
+    Raises:
+        UserError: If there is no ``predictions.jsonl``, or a line of it is no sample.
+    """
+    path = Path(folder) / "predictions.jsonl"
+    if not path.is_file():
+        raise UserError(f"'{folder}' holds no predictions.jsonl; name a folder that an evaluation wrote")
+    samples = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                sample = json.loads(line)
+                missing = [name for name in _NEEDED if name not in sample]
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not a sample ({error}); evaluate again") from None
+            if missing:
+                raise UserError(f"{path}:{number}: a sample without {', '.join(missing)}; evaluate again")
+            samples.append(sample)
+    return samples
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in one piece: a reader finds the old one or the new one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    # A lone surrogate is no UTF-8; as a backslash escape it is valid JSON.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+    unfinished.replace(path)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
