@@ -18,6 +18,7 @@ from sft_lightning.lightning_compat import (
     logs_this_step,
     resume_path,
     run_validation,
+    set_ends_again,
     validation_is_due,
 )
 from sft_lightning.metrics_csv import MetricsCSVLogger
@@ -97,6 +98,8 @@ class HFCheckpoint(ModelCheckpoint):
         if resumed is None:
             self._last_step_saved, self._validation_pending, self._step_metrics = 0, False, {}
             self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
+        # On every rank, since all of them run the end.
+        set_ends_again(trainer, resumed is not None and not self._is_final(Path(resumed)))
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
         if self.monitor is not None and getattr(datamodule_of(trainer), "paths", {"val": ""})["val"] is None:
@@ -188,6 +191,14 @@ class HFCheckpoint(ModelCheckpoint):
         self.best_model_score = state_dict["best_model_score"]
         name = state_dict["best_model_name"]
         self.best_model_path = str(self.run / name) if name else ""
+
+    def _is_final(self, resumed: Path) -> bool:
+        """Returns whether the run came to its end with this checkpoint: its model is ``final``, the last it writes."""
+        manifests = [folder / folders.MANIFEST for folder in (self.run / "final", resumed)]
+        if not all(manifest.is_file() for manifest in manifests):
+            return False
+        final, last = (folders.read_manifest(manifest.parent).get("step") for manifest in manifests)
+        return final == last
 
     def _improves(self, value: Tensor) -> bool:
         if value.isnan():

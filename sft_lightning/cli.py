@@ -23,12 +23,13 @@ commands:
   evaluate            graded answers of any model: the baseline and the final measurement
   compare             two evaluations on the same prompts: what changed, and whether it is more than chance
   report              a page with the results of a run, finished or not:  sft-lightning report checkpoints/sft
+  sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
 Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data."""
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "check", "evaluate", "compare", "report")  # each a file in commands/
+_OWN_COMMANDS = ("prepare", "check", "evaluate", "compare", "report", "sweep")  # each a file in commands/
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from sft_lightning.correct_responses import CorrectResponses
 from sft_lightning.data.batch import Layout
 from sft_lightning.data.cache import TokenStore, load_or_build_tokens
 from sft_lightning.data.loader import MicroBatches, PlannedLoader, RecordBatches, TrainingShare, ValidationShare
+from sft_lightning.data.options import check_at_least, check_same_steps, sets_of_run
 from sft_lightning.data.plan import EpochPlan, LossNormalization, StepShape, epoch_size, num_steps, validation_batches
 from sft_lightning.data.records import Record, read_records
 from sft_lightning.data.templates import Template
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
+from sft_lightning.evaluation.grading import Grader, R1ZeroGrader
 from sft_lightning.lightning_compat import fit_position, micro_batch_limit, repeats_one_epoch, replicas, usable_layout
 
 if TYPE_CHECKING:
@@ -22,7 +25,11 @@ if TYPE_CHECKING:
 
 _DEFAULT_SEED = 42
 # What the token store calls otherwise than the user does.
-_OPTION_BEHIND = {"data": "the content of data.train_path", "tokenizer": "the tokenizer of data.tokenizer_path"}
+_OPTION_BEHIND = {
+    "data": "the content of data.train_path",
+    "tokenizer": "the tokenizer of data.tokenizer_path",
+    "filter": "the grader of data.filter_correct",
+}
 
 
 class SFTDataModule(LightningDataModule):
@@ -40,6 +47,8 @@ class SFTDataModule(LightningDataModule):
         overlength: drop, error or truncate_prompt (from the left) for longer rows. A response is never cut.
         append_eos: End each response with the tokenizer's EOS, supervised.
         max_bad_rows: Unreadable rows to skip; one more stops the run before a model is loaded.
+        filter_correct: Train on the rows only whose response the grader rewards against their ground_truth.
+        grader: Judges responses for filter_correct; by default evaluation.grader's on the command line, R1ZeroGrader.
         max_train_examples: Train on the first so many rows in file order, after filtering.
         loss_normalization: token (mean over the step's response tokens), sequence, constant or micro_batch.
         normalize_constant: Divides the loss of each row in the mode constant, instead of its token count.
@@ -63,6 +72,8 @@ class SFTDataModule(LightningDataModule):
         overlength: Literal["drop", "error", "truncate_prompt"] = "drop",
         append_eos: bool = True,
         max_bad_rows: int = 0,
+        filter_correct: bool = False,
+        grader: Grader | None = None,
         max_train_examples: int | None = None,
         loss_normalization: LossNormalization = "token",
         normalize_constant: float = 1.0,
@@ -73,17 +84,14 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {
-            "batch_size": (batch_size, 1),
-            "max_length": (max_length, 1),
-            "max_train_examples": (max_train_examples, 1),
-            "pad_to_multiple_of": (pad_to_multiple_of, 1),
-            "num_workers": (num_workers, 0),
-            "seed": (seed, 0),
-        }
-        for name, (value, least) in counts.items():
-            if value is not None and value < least:
-                raise UserError(f"data.{name} must be at least {least}, got {value}")
+        check_at_least(
+            1,
+            batch_size=batch_size,
+            max_length=max_length,
+            max_train_examples=max_train_examples,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        check_at_least(0, num_workers=num_workers, seed=seed)
         if normalize_constant <= 0:
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
@@ -97,6 +105,7 @@ class SFTDataModule(LightningDataModule):
         self.max_length = max_length
         self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
         self.append_eos = append_eos
+        self.row_filter = CorrectResponses(grader or R1ZeroGrader()) if filter_correct else None
         self.max_train_examples = max_train_examples
         self.loss_normalization: LossNormalization = loss_normalization
         self.normalize_constant = normalize_constant
@@ -131,7 +140,7 @@ class SFTDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._usable_layout = None
-        for name in self._sets_of_run():
+        for name in sets_of_run(self._running_trainer.state.fn, self.paths):
             if name not in self._stores:
                 self._stores[name] = self._load_tokens(name)
 
@@ -165,7 +174,9 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def training_tokens(self) -> TokenStore:
-        """The tokenised training set."""
+        """The tokenised training set, read on first use."""
+        if "train" not in self._stores:
+            self._stores["train"] = self._load_tokens("train")
         return self._stores["train"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,13 +185,7 @@ class SFTDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._running_trainer.state.fn != "fit":
             return
-        saved, own = state_dict["decides_steps"], self._what_decides_steps()
-        for name in own:
-            if saved.get(name) != own[name]:
-                raise UserError(
-                    f"cannot resume: {name} is {own[name]!r}, the checkpoint was trained with {saved.get(name)!r}; "
-                    "set it back, or start from the checkpoint's weights with --model.model_path"
-                )
+        check_same_steps(self._what_decides_steps(), state_dict["decides_steps"])
 
     def _what_decides_steps(self) -> dict[str, Any]:
         """Returns what the tokens and the steps of a run follow from, by name."""
@@ -205,24 +210,10 @@ class SFTDataModule(LightningDataModule):
         num_replicas, _ = replicas(self._running_trainer)
         return StepShape(self.batch_size, self._running_trainer.accumulate_grad_batches, num_replicas)
 
-    def _sets_of_run(self) -> list[str]:
-        """Returns which sets this run reads, after making sure that it has them."""
-        function = self._running_trainer.state.fn
-        assert function is not None
-        needed, optional = {
-            "fit": (["train"], ["val"]),
-            "validate": (["val"], []),
-            "test": (["test"], []),
-            "predict": ([], []),
-        }[function.value]
-        for name in needed:
-            if self.paths[name] is None:
-                raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
-        return needed + [name for name in optional if self.paths[name] is not None]
-
     def _load_tokens(self, name: str) -> TokenStore:
         path = self.paths[name]
-        assert path is not None
+        if path is None:
+            raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
         tokenizer = self.tokenizer
         try:
             store = load_or_build_tokens(
@@ -231,6 +222,7 @@ class SFTDataModule(LightningDataModule):
                 max_length=self.max_length,
                 overlength=self.overlength,
                 append_eos=self.append_eos,
+                row_filter=self.row_filter if name == "train" else None,
                 cache_dir=self.cache_dir,
                 **self.reading,
             )

@@ -6,6 +6,7 @@ Seen in Lightning 2.6; see DECISIONS.md for what each works around.
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from sft_lightning.errors import UserError
 
@@ -119,6 +120,25 @@ def resume_path(trainer: Trainer) -> str | None:
     """Returns the checkpoint that this run goes on from."""
     path = trainer._checkpoint_connector._ckpt_path
     return None if path is None else str(path)
+
+
+class _LoopThatEndsAgain(_FitLoop):
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0
+
+
+def set_ends_again(trainer: Trainer, ends_again: bool) -> None:
+    """Sets whether a run that resumes with no step left begins and ends all the same, which Lightning skips.
+
+    To be called in ``on_fit_start``. The run whose last checkpoint it was may have died before what comes at the end.
+    """
+    trainer.fit_loop.__class__ = _LoopThatEndsAgain if ends_again else _FitLoop
+
+
+def ends_again(trainer: Trainer) -> bool:
+    """Returns what ``set_ends_again`` set."""
+    return isinstance(trainer.fit_loop, _LoopThatEndsAgain)
 
 
 def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:

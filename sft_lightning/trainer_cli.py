@@ -1,12 +1,8 @@
 """SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
 
 import importlib.util
-import logging
-import re
-import sys
-import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,19 +20,13 @@ from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat import ends_again
 from sft_lightning.metrics_csv import MetricsCSVLogger
-from sft_lightning.modeling import hide_progress_bars
 from sft_lightning.module import SFTModule
+from sft_lightning.screen import set_up_logging, shorten
 
 # The guide's hyperparameters, where Lightning's own defaults differ.
 _TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
-_NOISE = ("`weights_only` was not set", "\N{ELECTRIC LIGHT BULB} Tip", "GPU available", "TPU available", "Seed set to")
-_NOISY_WARNINGS = (
-    "LightningCLI's args parameter",
-    ".*LeafSpec",
-    "Couldn't infer the batch indices",  # predictions.jsonl needs none
-    "Total length of `list` across ranks is zero",  # a run without validation data
-)
 _CHECKPOINT_WORDS = ("auto", "last", "best")
 # Any one of the packages will do; the extra of the first one's name installs it.
 _LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
@@ -46,7 +36,7 @@ class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, without the usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_shorten(message)) from ex
+        raise UserError(shorten(message)) from ex
 
 
 class SFTCLI(LightningCLI):
@@ -79,6 +69,16 @@ class SFTCLI(LightningCLI):
             raise UserError(f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step>, last, best or auto")
 
     def before_instantiate_classes(self) -> None:
+        """Fills in what follows from other options, and makes sure of the folder of a run that begins."""
+        self.fill_in_config()
+        config = self.config[self.subcommand]
+        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
+        run = Path(config.checkpoint.dirpath)
+        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
+        if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
+            claim_run_folder(run, overwrite=False)
+
+    def fill_in_config(self) -> None:
         """Fills in what follows from other options, where the user left it open."""
         # Saved as it is now: with another output_dir or model_path the same file shall follow those.
         self.config_to_save = self._without_answers_of_the_moment()
@@ -91,17 +91,14 @@ class SFTCLI(LightningCLI):
         config.model.resume_override = config.model.resume_override or config.resume_override
         if config.model.generator is None:
             config.model.generator = config.evaluation.generator
+        if config.data.grader is None:
+            config.data.grader = config.evaluation.grader
         if config.validate_every_n_steps is not None:
             if config.validate_every_n_steps < 1:
                 raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
             config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
             config.trainer.check_val_every_n_epoch = None
         _check_logger_packages(config.trainer.logger)
-        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
-        run = Path(config.checkpoint.dirpath)
-        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
-        if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
-            claim_run_folder(run, overwrite=False)
 
     def _without_answers_of_the_moment(self) -> dict[str, Any]:
         """Returns the whole config but for what a user says to this one start: where from, and over what."""
@@ -147,13 +144,15 @@ class SFTCLI(LightningCLI):
         return super().instantiate_trainer(logger=loggers, default_root_dir=root, **kwargs)
 
     def after_fit(self) -> None:
-        """Says so when there was nothing left to do."""
+        """Says so when there was nothing left to do, or nothing but the end."""
         path = self.config[self.subcommand].ckpt_path
-        if path is not None and folders.read_manifest(Path(path)).get("step") == self.trainer.global_step:
-            print(
-                f"nothing to do: the run has finished its {self.trainer.global_step} optimizer steps; "
-                "raise --trainer.max_epochs or --trainer.max_steps to go on"
-            )
+        if path is None or folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
+            return
+        steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
+        if ends_again(self.trainer):
+            print(f"{steps}, but had died before its end, which is made good")
+        else:
+            print(f"nothing to do: {steps}; raise --trainer.max_epochs or --trainer.max_steps to go on")
 
 
 class SavedConfig(Callback):
@@ -183,27 +182,38 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, Lightning's own kinds included.
     """
-    _run(_cli_for(args[0]), args)
+    _start(_cli_for(args[0]), args)
 
 
-def parse_fit(args: list[str]) -> tuple[Any, Any]:
-    """Returns what `fit` would be started with, without a Trainer, weights or a run folder.
+class ParsedFit(NamedTuple):
+    """What ``fit`` would start with.
+
+    Attributes:
+        config: The resolved config.
+        built: The same with ``data``, ``model``, ``evaluation`` and ``checkpoint`` instantiated.
+        saved: What would be in ``config.yaml``.
+    """
+
+    config: Any
+    built: Any
+    saved: dict[str, Any]
+
+
+def parse_fit(args: list[str]) -> ParsedFit:
+    """Returns what ``fit`` would start with, without a Trainer, weights or a run folder. Nothing is written.
 
     Args:
-        args: The options of `fit`.
-
-    Returns:
-        The resolved config, and the same with ``data``, ``model``, ``evaluation`` and ``checkpoint`` instantiated.
+        args: The options of ``fit``.
 
     Raises:
-        UserError: As `fit` does.
+        UserError: As ``fit`` does.
     """
-    cli = _run(_fit_without_run(), ["fit", *args])
-    return cli.config["fit"], cli.config_init["fit"]
+    cli = _start(_fit_without_run(), ["fit", *args])
+    return ParsedFit(cli.config["fit"], cli.config_init["fit"], cli.config_to_save)
 
 
-def _run(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
-    _set_up_logging()
+def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
+    set_up_logging()
     try:
         return cli(
             SFTModule,
@@ -246,48 +256,12 @@ def _fit_without_run() -> type[SFTCLI]:
 
     class ParsedCLI(_cli_for("fit")):  # type: ignore[misc]
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
-            # No run is looked for, and none is in the way.
-            config.ckpt_path, config.overwrite = None, True
-            config.trainer.logger = config.trainer.callbacks = None
-            super().before_instantiate_classes()
+            self.fill_in_config()
+            trainer = self.config[self.subcommand].trainer
+            trainer.logger = trainer.callbacks = None  # some write as soon as they are made
 
         def instantiate_classes(self) -> None:
             self.config_init = self.parser.instantiate_classes(self.config)
             self.subcommand = None  # which LightningCLI would run now
 
     return ParsedCLI
-
-
-class _CurrentStderr(logging.StreamHandler):
-    """Writes to what sys.stderr is at the moment: a progress bar puts itself in between while it is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-def _set_up_logging() -> None:
-    """Leaves on the screen what tells the user something."""
-    handler = _CurrentStderr()
-    handler.addFilter(lambda record: not record.getMessage().startswith(_NOISE))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers = [handler]
-        logging.getLogger(name).propagate = False
-    for message in _NOISY_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-    hide_progress_bars()
-
-
-def _shorten(message: str) -> str:
-    """Returns jsonargparse's message as one line: the key, the value and what was expected."""
-    line = re.sub(r"\s+", " ", message).strip()
-    union = re.fullmatch(
-        r"(.*?):(?: -.*?)? ?-? ?Does not validate against .*? Errors: (.*) Given value type: .* Given value: (.*)", line
-    )
-    if union:
-        key, errors, value = union.groups()
-        line = f"{key}: '{value}' is not accepted. {errors}"
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line).replace("typing.Literal", "one of ")

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sft_lightning"
 
 # Top to bottom. A file may import from its own layer and from those below it. A name stands for a file or a folder.
 LAYERS = (
-    {"__init__", "__main__", "cli", "commands", "trainer_cli"},
+    {"__init__", "__main__", "cli", "commands", "trainer_cli", "screen"},
     {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv"},
     {"lightning_compat"},
     {"checks"},
@@ -25,7 +25,9 @@ LAYERS = (
         "metrics",
         "nonfinite",
         "checkpoint_folder",
+        "correct_responses",
         "quickstart",
+        "sweep",
     },
     {"label_loss", "attention"},
     {"linear_cross_entropy", "loss_chunks", "segment_attention", "loss", "flops"},

@@ -13,6 +13,7 @@ from sft_lightning.data.plan import shuffled
 from sft_lightning.data.templates import Plain
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
+from sft_lightning.evaluation.grading import Grade, Grader
 
 # 42 rows for training in micro-batches of 4, two of them a step: five steps of 8 and a last one of 2.
 
@@ -190,6 +191,68 @@ def test_max_train_examples_are_counted_after_filtering(fit, make, model_folder)
     assert all_lines(limited.epochs[0]) == kept[:5]
 
 
+# filter_correct
+
+
+class OnlyFormat(Grader):
+    """Another grader."""
+
+    def grade(self, response, ground_truth):
+        return Grade(format_correct="</answer>" in response, answer_correct=True)
+
+
+@pytest.fixture
+def doubtful_file(train_file, tmp_path):
+    """The training file with a wrong ground truth on line 3, none on line 5, and no closing tag on line 8."""
+    rows = [json.loads(line) for line in Path(train_file).read_text().splitlines()]
+    rows[2]["ground_truth"] = "99"
+    del rows[4]["ground_truth"]
+    rows[7]["response"] = rows[7]["response"].replace("</answer>", "")
+    path = tmp_path / "doubtful.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_filter_correct_keeps_the_rows_that_the_grader_rewards(fit, doubtful_file):
+    module, data, _ = fit({"train_path": doubtful_file, "val_path": doubtful_file, "filter_correct": True})
+    assert all_lines(module.epochs[0]) == [line for line in range(1, 43) if line not in (3, 5, 8)]
+    assert data.training_tokens.left_out.rejected_rows.first == [
+        (f"{doubtful_file}:3", "wrong"),
+        (f"{doubtful_file}:8", "no_closing_tag"),
+    ]
+    assert data.training_tokens.left_out.ungraded_rows.first == [(f"{doubtful_file}:5", "no ground_truth")]
+    assert all_lines(module.validated) == list(range(1, 43)), "the validation set is left as it is"
+
+
+def test_max_train_examples_are_counted_after_filter_correct(fit, doubtful_file):
+    module, _, _ = fit({"train_path": doubtful_file, "filter_correct": True, "max_train_examples": 6})
+    assert all_lines(module.epochs[0]) == [1, 2, 4, 6, 7, 9]
+
+
+def test_filter_correct_goes_by_the_grader_that_is_given(fit, doubtful_file):
+    module, _, _ = fit({"train_path": doubtful_file, "filter_correct": True, "grader": OnlyFormat()})
+    assert all_lines(module.epochs[0]) == [line for line in range(1, 43) if line not in (5, 8)]
+
+
+def test_a_grader_alone_filters_nothing(fit, doubtful_file):
+    module, _, _ = fit({"train_path": doubtful_file, "grader": OnlyFormat()})
+    assert all_lines(module.epochs[0]) == list(range(1, 43))
+
+
+def test_filter_correct_that_leaves_nothing_is_one_line_with_the_counts(make, tmp_path):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(
+        '{"prompt": "a", "response": "b", "ground_truth": "c"}\n' * 2 + '{"prompt": "a", "response": "b"}\n'
+    )
+    with pytest.raises(UserError) as error:
+        run("fit", make(train_path=str(path), filter_correct=True))
+    assert str(error.value) == (
+        "data.train_path: no row is left. rows whose response data.filter_correct does not accept dropped (2): "
+        f"{path}:1: no_answer_tag; {path}:2: no_answer_tag. rows that data.filter_correct cannot judge dropped (1): "
+        f"{path}:3: no ground_truth. Look at these rows, name another data.grader, or set data.filter_correct: false"
+    )
+
+
 # The Trainer's limits
 
 
@@ -307,6 +370,13 @@ def test_predict_of_two_replicas_deals_the_records_out(make, monkeypatch):
 def test_evaluation_records_need_no_trainer(make, train_file):
     assert [record.ground_truth for record in make().evaluation_records()] == [str(n) for n in range(100, 111)]
     assert len(make(test_path=train_file).evaluation_records("test")) == 42
+
+
+def test_training_tokens_need_no_trainer(make):
+    assert len(make().training_tokens) == 42
+    assert len(make(max_train_examples=3).training_tokens) == 3
+    with pytest.raises(UserError, match=r"^data\.train_path is not set: name a JSONL"):
+        _ = make(train_path=None).training_tokens
 
 
 # Settings
@@ -449,6 +519,23 @@ def test_a_resume_with_another_limit_is_refused_unless_it_changes_no_step(fit, m
     difference = r"examples per epoch \(under trainer\.limit_train_batches\) is 16, the checkpoint was trained with 12;"
     with pytest.raises(UserError, match=f"^cannot resume: {difference}"):
         four.load_state_dict(three.state_dict())
+
+
+def test_a_resume_with_another_filter_is_refused_by_name(fit, make, checkpoint):
+    grader = r"'[\w.]*R1ZeroGrader[^']*'"
+    none = r"the grader of data\.filter_correct is None, the checkpoint was trained with "
+    with pytest.raises(
+        UserError, match=rf"the grader of data\.filter_correct is {grader}, the checkpoint was trained with None;"
+    ):
+        resume(checkpoint, make(seed=7, filter_correct=True))
+    _, plain, _ = fit({"seed": 7})
+    _, filtered, _ = fit({"seed": 7, "filter_correct": True})
+    with pytest.raises(UserError, match=f"{none}{grader};"):
+        plain.load_state_dict(filtered.state_dict())
+    _, other, _ = fit({"seed": 7, "filter_correct": True, "grader": OnlyFormat()})
+    with pytest.raises(UserError, match=rf"is '[^']*OnlyFormat[^']*', the checkpoint was trained with {grader};"):
+        other.load_state_dict(filtered.state_dict())
+    filtered.load_state_dict(filtered.state_dict())
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (1, 8), (2, 4)])

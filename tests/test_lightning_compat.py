@@ -414,3 +414,33 @@ def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_pa
     assert validations.steps == [n for n in straight.steps if n > step]
     assert again.values == straight_run.values[2 * step :]
     assert_equal_logging_steps(again, straight_run, step)
+
+
+class Ends(Callback):
+    def __init__(self, ends_again):
+        self.ends_again = ends_again
+        self.hooks = []
+
+    def on_fit_start(self, trainer, module):
+        compat.set_ends_again(trainer, self.ends_again)
+        assert compat.ends_again(trainer) is self.ends_again
+
+    def on_train_start(self, trainer, module):
+        self.hooks.append("start")
+
+    def on_train_end(self, trainer, module):
+        self.hooks.append("end")
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": 5}])
+@pytest.mark.parametrize(("ends_again", "hooks"), [(True, ["start", "end"]), (False, [])])
+def test_a_run_without_a_step_left_begins_and_ends_once_more_only_if_told(tmp_path, limits, ends_again, hooks):
+    trainer = make_trainer(SetsPosition(), **limits)
+    trainer.fit(Line(), Data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    ends, module = Ends(ends_again), Line()
+    resumed = make_trainer(SetsPosition(), ends, **limits)
+    resumed.fit(module, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert ends.hooks == hooks
+    assert resumed.global_step == trainer.global_step
+    assert module.layer.weight.item() == trainer.lightning_module.layer.weight.item()

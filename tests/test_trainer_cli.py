@@ -16,7 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from sft_lightning import GenerationEvaluation, checkpoint_folder
 from sft_lightning.cli import main
+from sft_lightning.errors import UserError
 from sft_lightning.trainer_cli import SFTCLI, parse_fit
 
 
@@ -128,6 +130,52 @@ def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, t
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_run_that_died_at_its_end_is_brought_to_its_end(command, tmp_path, val_file, capsys, save_every):
+    """Whether its last checkpoint was saved before the last validation or after it."""
+    options = [*command, "--data.val_path", val_file, "--evaluation.num_examples", "4"]
+    options += ["--checkpoint.every_n_train_steps", str(save_every)]
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert main([*options, "--output_dir", str(straight)]) == 0
+    capsys.readouterr()
+
+    def die(callback, trainer, module):
+        if not trainer.sanity_checking:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        if save_every == 2:
+            patch.setattr(GenerationEvaluation, "on_validation_epoch_end", die)
+        else:
+            patch.setattr(checkpoint_folder, "publish", publish_unless_final)
+        with pytest.raises(SystemExit):
+            main(options)
+    assert (run / "checkpoint-6").is_dir()
+    assert not (run / "final").exists()
+    capsys.readouterr()
+    assert main([*options, "--ckpt_path", "auto"]) == 0
+    printed = capsys.readouterr().out
+    assert "the run has finished its 6 optimizer steps, but had died before its end, which is made good" in printed
+    assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
+    assert without_speed(run) == without_speed(straight)
+    for name in ("evaluation/step-6/predictions.jsonl", "evaluation/step-6/metrics.json", "final/model.safetensors"):
+        assert (run / name).read_bytes() == (straight / name).read_bytes()
+    assert main([*options, "--ckpt_path", "auto"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def without_speed(run):
+    names = ("step", "train/loss", "val/loss", "val/format_accuracy", "val/answer_accuracy")
+    with (run / "metrics.csv").open() as file:
+        return [[row[name] for name in names] for row in csv.DictReader(file)]
+
+
+def publish_unless_final(folder, *arguments, publish=checkpoint_folder.publish):
+    if folder.name == "final":
+        raise KeyboardInterrupt
+    publish(folder, *arguments)
+
+
 def test_a_run_in_the_way_needs_overwrite_and_loses_only_its_own_files(command, tmp_path, capsys):
     assert main(command) == 0
     (tmp_path / "run" / "mine.txt").write_text("mine")
@@ -186,6 +234,23 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     printed = capsys.readouterr().out
     assert "nothing to do: the run has finished its 6 optimizer steps" in printed
     assert "format accuracy" not in printed, "an unfinished evaluation of an earlier step must not pass for the result"
+
+
+def test_filter_correct_grades_with_the_evaluations_grader_unless_it_has_its_own(command, tmp_path, train_file, caplog):
+    rows = [json.loads(line) for line in Path(train_file).read_text().splitlines()]
+    for row in rows[:2]:
+        row["ground_truth"] = "99"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data.train_path", str(tmp_path / "rows.jsonl"), "--data.filter_correct", "true"]
+    own = '{"class_path": "R1ZeroGrader", "init_args": {"time_limit_seconds": %s}}'
+    graders = [["--evaluation.grader", own % 3], ["--data.grader", own % 4]]
+    for number, grader in ((3, graders[0]), (4, graders[0] + graders[1])):
+        run = tmp_path / f"run-{number}"
+        assert main([*command, *options, *grader, "--output_dir", str(run), "--trainer.max_steps", "1"]) == 0
+        digest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())["digest"]
+        assert f"time_limit_seconds={number}" in digest["the grader of data.filter_correct"]
+        assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["filter_correct"] is True
 
 
 def test_validate_test_and_predict_a_checkpoint_and_a_final_model(command, tmp_path, val_file, capsys):
@@ -294,6 +359,21 @@ def test_a_model_folder_without_weights_names_the_option(command, tmp_path, mode
     )
 
 
+def test_a_config_is_read_without_running_or_writing_anything(command, tmp_path, val_file):
+    options = ["--data.max_train_examples", "5", "--data.val_path", val_file]
+    parsed = parse_fit([*command[1:], *options])
+    data = parsed.built.data
+    assert [example.source.rpartition(":")[2] for example in data.training_tokens] == ["1", "2", "3", "4", "5"]
+    assert [record.ground_truth for record in data.evaluation_records()][:2] == ["100", "101"]
+    assert not (tmp_path / "run").exists()
+    assert main([*command, *options, "--trainer.max_steps", "1"]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert parsed.saved == {**saved, "trainer": {**saved["trainer"], "max_steps": -1}}
+    parse_fit([*command[1:], *options])  # a run in the way is none of its business
+    with pytest.raises(UserError, match="learning_ratee"):
+        parse_fit([*command[1:], "--model.learning_ratee", "1"])
+
+
 def test_print_config_works(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--print_config"])
@@ -325,7 +405,8 @@ def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
 def test_parse_fit_gives_what_fit_would_start_with_and_starts_nothing(command, tmp_path, model_folder):
     run = tmp_path / "run" / "checkpoint-1"
     run.mkdir(parents=True)
-    config, built = parse_fit([*command[1:], "--ckpt_path", "last", "--data.seed", "5", "--trainer.logger", "true"])
+    options = ["--ckpt_path", "last", "--data.seed", "5", "--trainer.logger", "true"]
+    config, built, _ = parse_fit([*command[1:], *options])
     assert config.data.tokenizer_path == model_folder
     assert (built.data.seed, built.data.batch_size, built.data.max_length) == (5, 4, 512)
     assert built.evaluation.generator.max_new_tokens == 3

@@ -67,6 +67,7 @@ def _print_set(report: SetReport, console: Console, marks: _Marks) -> None:
         (account.num_unused, "not used (max_train_examples)"),
         (account.bad_rows.count, "bad"),
         (len(account.overlength_rows), f"over {report.max_length} tokens"),
+        (len(account.filtered_rows), "dropped by data.filter_correct"),
         (len(account.truncated_rows), "with a cut prompt"),
     ]
     parts = [f"{account.num_used:,} rows used", *(f"{count:,} {what}" for count, what in left_out if count)]

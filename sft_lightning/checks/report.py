@@ -88,6 +88,7 @@ class SetReport:
             "num_rows_unused": account.num_unused,
             "num_rows_bad": account.bad_rows.count,
             "num_rows_overlength": len(account.overlength_rows),
+            "num_rows_filtered": len(account.filtered_rows),
             "num_prompts_truncated": len(account.truncated_rows),
             "num_eos_supervised": self.num_eos_supervised,
             "num_responses_graded": self.num_graded,

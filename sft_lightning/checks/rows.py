@@ -11,6 +11,7 @@ from sft_lightning.checks.findings import Finding, Place, Severity, counted
 from sft_lightning.data.batch import Example
 from sft_lightning.data.cache import TokenStore, load_or_build_tokens
 from sft_lightning.data.records import Record, SkippedRows, read_records
+from sft_lightning.data.row_filter import RowFilter
 from sft_lightning.data.tokenization import Overlength, encode_prompts, encode_responses
 from sft_lightning.errors import NoRowsError, UserError
 
@@ -65,6 +66,7 @@ class RowSettings:
         name: ``train`` or ``val``.
         reading: ``template``, ``columns`` and ``max_bad_rows`` as ``read_records`` takes them.
         max_examples: The first so many rows are used, after filtering.
+        row_filter: That of ``data.filter_correct``, where it is on.
     """
 
     name: str
@@ -76,6 +78,7 @@ class RowSettings:
     append_eos: bool
     cache_dir: str | None
     max_examples: int | None = None
+    row_filter: RowFilter | None = None
 
     def load_tokens(self) -> TokenStore | None:
         """Returns the whole set's tokens, from the cache that `fit` uses; None where no row is left.
@@ -91,6 +94,7 @@ class RowSettings:
                 overlength=self.overlength,
                 append_eos=self.append_eos,
                 cache_dir=self.cache_dir,
+                row_filter=self.row_filter,
                 **{**self.reading, "max_bad_rows": sys.maxsize},
             )
         except NoRowsError:
@@ -113,6 +117,7 @@ class RowAccount:
         overlength_rows: Every row with more than ``max_length`` tokens.
         overlength_lengths: Their tokens.
         truncated_rows: Every row whose prompt is cut.
+        filtered_rows: Every row that ``data.filter_correct`` drops.
     """
 
     sources: Sources = field(default_factory=Sources)
@@ -121,6 +126,7 @@ class RowAccount:
     overlength_rows: list[Place] = field(default_factory=list)
     overlength_lengths: list[int] = field(default_factory=list)
     truncated_rows: list[Place] = field(default_factory=list)
+    filtered_rows: list[Place] = field(default_factory=list)
 
     def read(self, settings: RowSettings, store: TokenStore | None) -> Iterator[list[Row]]:
         """Yields the rows in use, ``ROWS_AT_ONCE`` at the most, in file order, and fills the account on the way.
@@ -160,7 +166,8 @@ class RowAccount:
     def findings(self, settings: RowSettings) -> list[Finding]:
         """Returns what to say about rows left out or cut."""
         name, findings = settings.name, []
-        num_rows = self.num_used + self.num_unused + self.bad_rows.count + len(self.overlength_rows)
+        num_rows = self.num_used + self.num_unused + self.bad_rows.count
+        num_rows += len(self.overlength_rows) + len(self.filtered_rows)
         if self.bad_rows.count:
             allowed = settings.reading["max_bad_rows"]
             too_many = self.bad_rows.count > allowed
@@ -189,6 +196,11 @@ class RowAccount:
                     self.truncated_rows,
                 )
             )
+        if self.filtered_rows:
+            count = len(self.filtered_rows)
+            message = f"{name}: {counted(count, 'row')} of {num_rows:,} dropped by data.filter_correct"
+            fix = "the grader does not accept their response, or they have no ground truth"
+            findings.append(Finding("filtered_rows", "info", message, fix, count, self.filtered_rows))
         if not self.num_used:
             findings.append(Finding("no_rows", "error", f"{name}: no row is left", "see the rows above", num_rows))
         return findings
@@ -213,6 +225,9 @@ class RowAccount:
         for record, prompt, response in _encoded(records, settings):
             if prompt and response:
                 num_tokens = len(prompt) + len(response)
+                if num_tokens <= settings.max_length:  # nothing else is left out
+                    self.filtered_rows.append(Place(record.source))
+                    continue
                 self.overlength_lengths.append(num_tokens)
                 self.overlength_rows.append(Place(record.source, reason=f"{num_tokens} tokens"))
             else:

@@ -49,7 +49,8 @@ def _check(of_fit: list[str], memory_gib: float | None) -> "CheckReport":
     from sft_lightning.trainer_cli import parse_fit
 
     hide_progress_bars()
-    settings = _settings(*parse_fit(of_fit), memory_gib)
+    parsed = parse_fit(of_fit)
+    settings = _settings(parsed.config, parsed.built, memory_gib)
     # What the reader of rows would warn of is in the report.
     with _only_errors("sft_lightning.data"), Console(stderr=True).status("") as status:
         return check(settings, status.update)
@@ -76,6 +77,7 @@ def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettin
             append_eos=data.append_eos,
             cache_dir=data.cache_dir,
             max_examples=data.max_train_examples if name == "train" else None,
+            row_filter=data.row_filter if name == "train" else None,
         )
         for name in ("train", "val")
         if data.paths[name] is not None

@@ -26,9 +26,11 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.records import Record, SkippedRows, check_bad_rows, read_records, resolve_files, template_of
+from sft_lightning.data.left_out import LeftOut
+from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
+from sft_lightning.data.row_filter import RowFilter, accepted
 from sft_lightning.data.templates import Template
-from sft_lightning.data.tokenization import LeftOut, Overlength, tokenise_records, tokenizer_fingerprint
+from sft_lightning.data.tokenization import Overlength, tokenise_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ class TokenStore:
     def __init__(self, folder: Path, files: Sequence[Path], num_rows: int | None = None) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: dict[str, str | int | bool] = meta["fingerprint"]
-        self.left_out = _read_left_out(meta, files)
+        # A store is found by the bytes of the data, wherever they lie: its places get the names of today's files.
+        self.left_out = LeftOut.from_dict(meta["left_out"], dict(zip(meta["files"], files, strict=True)))
         self._folder = folder
         self._files = files
         # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
@@ -104,6 +107,7 @@ def load_or_build_tokens(
     overlength: Overlength = "drop",
     append_eos: bool = True,
     max_bad_rows: int = 0,
+    row_filter: RowFilter | None = None,
     cache_dir: str | Path | None = None,
 ) -> TokenStore:
     """Returns the tokens of a data set: from the cache where they are there, else made and kept there.
@@ -119,6 +123,7 @@ def load_or_build_tokens(
             is dropped.
         append_eos: Ends each response with the tokenizer's EOS.
         max_bad_rows: So many bad rows are skipped before it is an error.
+        row_filter: Keeps the rows that it accepts; None keeps all. It judges when the store is made, and never again.
         cache_dir: Holds the stores; None takes ``$SFT_CACHE_DIR``, or ``sft_lightning`` in the user's cache folder.
 
     Raises:
@@ -136,22 +141,21 @@ def load_or_build_tokens(
         "overlength": overlength,
         "append_eos": append_eos,
     }
-    key = hashlib.sha256(json.dumps([_FORMAT, fingerprint], sort_keys=True).encode()).hexdigest()[:32]
-    folder = _cache_root(cache_dir) / key
+    if row_filter:  # not named where there is none, so that stores made without keep their keys
+        fingerprint["filter"] = row_filter.identity
+    folder = _cache_root(cache_dir) / _key(fingerprint)
     if not _is_whole(folder):
         left_out = LeftOut()
         records = read_records(
             path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=left_out.bad_rows
         )
+        kept = accepted(records, row_filter, left_out) if row_filter else records
         rows = tokenise_records(
-            records, tokenizer, max_length=max_length, overlength=overlength, append_eos=append_eos, left_out=left_out
+            kept, tokenizer, max_length=max_length, overlength=overlength, append_eos=append_eos, left_out=left_out
         )
         _build(folder, rows, left_out, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
     store = TokenStore(folder, files)
-    # A store that was made under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
-    check_bad_rows(store.left_out.bad_rows, max_bad_rows)
-    if str(store.left_out):
-        logger.warning("data path '%s': %s", path, store.left_out)
+    _account_for_rows(path, store, max_bad_rows, is_filtered=row_filter is not None)
     return store
 
 
@@ -160,6 +164,18 @@ def _check_options(max_length: int, overlength: str) -> None:
         raise UserError(f"data.overlength is {overlength!r}; give one of {', '.join(get_args(Overlength))}")
     if max_length < 2:
         raise UserError(f"data.max_length is {max_length}; a prompt and a response take at least 2 tokens")
+
+
+def _account_for_rows(path: str | Path, store: TokenStore, max_bad_rows: int, *, is_filtered: bool) -> None:
+    # A store that was made under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
+    check_bad_rows(store.left_out.bad_rows, max_bad_rows)
+    reasons = store.left_out.sentences
+    if is_filtered:
+        num_rows = len(store) + store.left_out.num_rows
+        reasons = [f"data.filter_correct is on, {len(store)} of {num_rows} rows are kept", *reasons]
+    if reasons:
+        level = logging.WARNING if store.left_out.sentences else logging.INFO
+        logger.log(level, "data path '%s': %s", path, ". ".join(reasons))
 
 
 def _build(
@@ -175,7 +191,7 @@ def _build(
         num_rows = _write_rows(temporary, rows, files)
         check_bad_rows(left_out.bad_rows, max_bad_rows)
         if not num_rows:
-            raise NoRowsError(f"no row is left. {left_out}. Raise data.max_length ({fingerprint['max_length']})")
+            raise NoRowsError(f"no row is left. {left_out}. {left_out.way_out(int(fingerprint['max_length']))}")
         if _data_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, left_out)
@@ -214,18 +230,6 @@ def _write_meta(
     with (folder / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         _sync(file)
-
-
-def _read_left_out(meta: Mapping[str, Any], files: Sequence[Path]) -> LeftOut:
-    """A store is found by the bytes of the data, wherever they lie: its places get the names of today's files."""
-    names = dict(zip(meta["files"], files, strict=True))
-
-    def read(rows: Mapping[str, Any]) -> SkippedRows:
-        places = [(source.rpartition(":"), reason) for source, reason in rows["first"]]
-        return SkippedRows(rows["count"], [(f"{names[file]}:{line}", reason) for (file, _, line), reason in places])
-
-    left_out = meta["left_out"]
-    return LeftOut(read(left_out["bad_rows"]), read(left_out["overlength_rows"]), left_out["truncated_prompts"])
 
 
 def _sync(file: IO[Any]) -> None:
@@ -275,6 +279,10 @@ def _data_digest(files: Sequence[Path]) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _key(fingerprint: Mapping[str, str | int | bool]) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT, fingerprint], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _template_name(template: Template) -> str:

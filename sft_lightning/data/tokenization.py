@@ -14,14 +14,14 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sft_lightning.data.records import Record, SkippedRows
+from sft_lightning.data.left_out import LeftOut
+from sft_lightning.data.records import Record
 from sft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,25 +30,6 @@ if TYPE_CHECKING:
 Overlength: TypeAlias = Literal["drop", "error", "truncate_prompt"]
 
 _RECORDS_AT_ONCE = 1024
-
-
-@dataclass
-class LeftOut:
-    """Account of what tokenisation left out."""
-
-    bad_rows: SkippedRows = field(default_factory=SkippedRows)
-    overlength_rows: SkippedRows = field(default_factory=SkippedRows)
-    truncated_prompts: int = 0
-
-    def __str__(self) -> str:
-        parts = []
-        if self.bad_rows.count:
-            parts.append(f"bad rows skipped ({self.bad_rows.count}): {self.bad_rows}")
-        if self.overlength_rows.count:
-            parts.append(f"rows over data.max_length dropped ({self.overlength_rows.count}): {self.overlength_rows}")
-        if self.truncated_prompts:
-            parts.append(f"prompts cut from the left to data.max_length ({self.truncated_prompts})")
-        return ". ".join(parts)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

@@ -58,7 +58,7 @@ def test_refused_truths_are_named_and_the_others_graded(rows_of, lines_of, stops
     texts = [("a", "yes", "yes")] * 150 + [("a", "yes", "bad")] + [("a", "no", "yes")]
     truths, found = graded(rows_of, texts, Picky(), stops=stops)
     assert lines_of(found["rejected_ground_truths"]) == [(151,)]
-    assert found["rejected_ground_truths"].places[0].reason == "no such truth"
+    assert "no such truth" in found["rejected_ground_truths"].places[0].reason
     assert found["rejected_ground_truths"].severity == severity
     assert lines_of(found["wrong_answers"]) == [(152,)]
     assert truths.num_graded == 151

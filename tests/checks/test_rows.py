@@ -5,8 +5,10 @@ import json
 import pytest
 
 from sft_lightning.checks.rows import RowAccount, Sources
+from sft_lightning.correct_responses import CorrectResponses
 from sft_lightning.data.cache import load_or_build_tokens
 from sft_lightning.errors import UserError
+from sft_lightning.evaluation.grading import ExactMatchGrader
 
 SHORT, LONG = "2+2?", "again and again " * 40
 
@@ -47,6 +49,16 @@ def test_bad_rows_that_are_allowed_are_a_warning(tmp_path, settings_for):
     settings = settings_for(path, reading={"template": None, "columns": None, "max_bad_rows": 1})
     (finding,) = read(settings)[1].findings(settings)
     assert finding.severity == "warning"
+
+
+def test_rows_that_filter_correct_drops_are_told_from_overlong_ones(tmp_path, settings_for):
+    right, wrong = {**good(), "ground_truth": 4}, {**good(), "ground_truth": 5}
+    path = write(tmp_path / "rows.jsonl", right, wrong, good(), {**good(LONG), "ground_truth": 4})
+    settings = settings_for(path, max_length=60, row_filter=CorrectResponses(ExactMatchGrader()))
+    used, account = read(settings)
+    assert [row.record.source for row in used] == [f"{path}:1"]
+    found = {finding.name: (finding.severity, places(finding.places)) for finding in account.findings(settings)}
+    assert found == {"filtered_rows": ("info", [2, 3]), "overlength_rows": ("warning", [4])}
 
 
 def test_overlong_rows_are_named_with_their_tokens(tmp_path, settings_for, tokenizer):

@@ -116,5 +116,5 @@ def test_help_says_where_the_other_options_are(capsys):
     ],
 )
 def test_replicas_are_those_of_the_config(config, options, replicas):
-    resolved, _ = parse_fit([*config[1:], *options])
+    resolved = parse_fit([*config[1:], *options]).config
     assert _num_replicas(resolved.trainer) == replicas

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -153,6 +154,8 @@ def test_rows_left_out_are_reported_now_and_at_every_hit(data, caplog):
         "bad_rows": {"count": 1, "first": [(f"{data}:4", "not JSON: Expecting value (column 1)")]},
         "overlength_rows": {"count": 1, "first": [(f"{data}:3", "7 tokens")]},
         "truncated_prompts": 0,
+        "ungraded_rows": {"count": 0, "first": []},
+        "rejected_rows": {"count": 0, "first": []},
     }
     for _ in range(2):
         caplog.clear()
@@ -205,6 +208,99 @@ def test_wrong_options(data, option, message):
     with pytest.raises(UserError) as error:
         load(data, **option)
     assert str(error.value) == message
+
+
+# The row filter
+
+
+class NoTwos:
+    """Rejects responses that hold a two."""
+
+    identity = "no twos"
+
+    def __init__(self):
+        self.judged = 0
+
+    def faults(self, records):
+        self.judged += len(records)
+        return ["a two" if "two" in record.response else None for record in records]
+
+
+FILTERED_ROWS = [
+    {"prompt": "one", "response": "one", "ground_truth": "1"},
+    {"prompt": "two", "response": "is two", "ground_truth": "2"},
+    {"prompt": "one", "response": "three"},
+    {"prompt": "one plus one plus one", "response": "three", "ground_truth": 3},
+    {"prompt": "two", "response": "three", "ground_truth": ["3"]},
+]
+
+
+def test_a_filter_keeps_what_it_accepts_and_the_others_are_reported_now_and_at_every_hit(data, caplog):
+    write_rows(data, FILTERED_ROWS)
+    row_filter = NoTwos()
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            store = load(data, max_length=6, row_filter=row_filter)
+        assert [example.source for example in store] == [f"{data}:1", f"{data}:5"]
+        assert store.report == {
+            "rows": 2,
+            "bad_rows": {"count": 0, "first": []},
+            "overlength_rows": {"count": 1, "first": [(f"{data}:4", "7 tokens")]},
+            "truncated_prompts": 0,
+            "ungraded_rows": {"count": 1, "first": [(f"{data}:3", "no ground_truth")]},
+            "rejected_rows": {"count": 1, "first": [(f"{data}:2", "a two")]},
+        }
+        assert caplog.messages == [
+            f"data path '{data}': data.filter_correct is on, 2 of 5 rows are kept. "
+            f"rows over data.max_length dropped (1): {data}:4: 7 tokens. "
+            f"rows whose response data.filter_correct does not accept dropped (1): {data}:2: a two. "
+            f"rows that data.filter_correct cannot judge dropped (1): {data}:3: no ground_truth"
+        ]
+    assert row_filter.judged == 4, "a hit judges nothing again, and a row without ground truth is never judged"
+
+
+def test_a_filter_that_rejects_nothing_says_so(data, caplog):
+    write_rows(data, FILTERED_ROWS[:1])
+    with caplog.at_level(logging.INFO):
+        load(data, row_filter=NoTwos())
+    assert caplog.messages == [f"data path '{data}': data.filter_correct is on, 1 of 1 rows are kept"]
+
+
+def test_a_store_made_without_a_filter_keeps_its_place_and_one_with_has_its_own(data):
+    write_rows(data, FILTERED_ROWS)
+    plain = load(data)
+    (folder,) = (data.parent / "cache").iterdir()
+    # The key as it was before there were filters.
+    key = hashlib.sha256(json.dumps([1, plain.fingerprint], sort_keys=True).encode()).hexdigest()[:32]
+    assert folder.name == key
+    assert "filter" not in plain.fingerprint
+    filtered = load(data, row_filter=NoTwos())
+    assert filtered.fingerprint == {**plain.fingerprint, "filter": "no twos"}
+    assert (len(plain), len(filtered)) == (5, 3)
+    assert len(stores_in(data.parent / "cache")) == 2
+
+
+def test_a_store_made_before_there_were_filters_is_read(data, monkeypatch):
+    store = load(data, max_length=6)
+    (folder,) = (data.parent / "cache").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["left_out"]["ungraded_rows"], meta["left_out"]["rejected_rows"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    forbid_tokenising(monkeypatch)
+    assert load(data, max_length=6).report == store.report
+
+
+def test_a_filter_that_leaves_nothing_is_an_error_that_says_why(data):
+    write_rows(data, FILTERED_ROWS[1:3])
+    with pytest.raises(UserError) as error:
+        load(data, row_filter=NoTwos())
+    assert str(error.value) == (
+        f"no row is left. rows whose response data.filter_correct does not accept dropped (1): {data}:1: a two. "
+        f"rows that data.filter_correct cannot judge dropped (1): {data}:2: no ground_truth. "
+        "Look at these rows, name another data.grader, or set data.filter_correct: false"
+    )
+    assert stores_in(data.parent / "cache") == []
 
 
 # The cache
@@ -372,15 +468,17 @@ def test_opening_a_store_imports_neither_transformers_nor_pyarrow(data):
     subprocess.run([sys.executable, "-c", code, str(pickled)], check=True)
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("row_filter", [None, NoTwos()])
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, row_filter):
     monkeypatch.setattr("sft_lightning.data.tokenization._RECORDS_AT_ONCE", 256)
+    monkeypatch.setattr("sft_lightning.data.row_filter._RECORDS_AT_ONCE", 256)
     monkeypatch.setattr("sft_lightning.data.cache._ROWS_AT_ONCE", 256)
 
     def peak_bytes(num_chunks):
-        rows = [{"prompt": "one plus " * 20, "response": "two"}] * (256 * num_chunks)
+        rows = [{"prompt": "one plus " * 20, "response": "three", "ground_truth": 3}] * (256 * num_chunks)
         file = write_rows(tmp_path / "a.jsonl", rows)
         tracemalloc.start()
-        load(file)
+        load(file, row_filter=row_filter)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak
