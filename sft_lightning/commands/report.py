@@ -10,11 +10,11 @@ def run(args: list[str]) -> int:
     parser = CommandParser("report", "A page with the results of a run, from what its folder holds.")
     parser.add_argument("run", help="output_dir of fit, finished or not, or of evaluate")
     folder = Path(parser.parse_args(args).run).expanduser()
-    from sft_lightning.evaluation.before_after import before_and_after, rates_of
     from sft_lightning.evaluation.comparison import LABELS, comparison_table
     from sft_lightning.evaluation.ledger import describe_ledger, read_ledger
-    from sft_lightning.evaluation.report import write_report
-    from sft_lightning.evaluation.run_files import read_run
+    from sft_lightning.evaluation.report.before_after import before_and_after, rates_of
+    from sft_lightning.evaluation.report.run_files import read_run
+    from sft_lightning.evaluation.report.writing import write_report
 
     files = read_run(folder)
     page = write_report(folder)

@@ -3,11 +3,11 @@ import json
 import pyarrow
 from pyarrow import parquet
 
-from sft_lightning.evaluation.before_after import before_and_after
-from sft_lightning.evaluation.figures import figures
-from sft_lightning.evaluation.report_ledger import ledger_section
-from sft_lightning.evaluation.report_sections import Contents
-from sft_lightning.evaluation.run_files import read_run
+from sft_lightning.evaluation.report.before_after import before_and_after
+from sft_lightning.evaluation.report.figures import figures
+from sft_lightning.evaluation.report.run_files import read_run
+from sft_lightning.evaluation.report.sections import Contents
+from sft_lightning.evaluation.report.training_rows import ledger_section
 
 
 def contents_of(run):

@@ -3,16 +3,16 @@ from html import unescape
 
 import pytest
 
-from sft_lightning.evaluation.before_after import before_and_after
-from sft_lightning.evaluation.figures import figures
-from sft_lightning.evaluation.report_sections import (
+from sft_lightning.evaluation.report.before_after import before_and_after
+from sft_lightning.evaluation.report.figures import figures
+from sft_lightning.evaluation.report.run_files import read_run
+from sft_lightning.evaluation.report.sections import (
     Contents,
     config_section,
     evaluations_section,
     figures_section,
     result_section,
 )
-from sft_lightning.evaluation.run_files import read_run
 
 METRICS = ("step,train/loss,val/loss", "5,2.5,", "5,,1.75", "9,,1.25")
 

@@ -1,7 +1,7 @@
 import pytest
 
-from sft_lightning.evaluation.figures import Bars, Line, evaluation_rate, figures
-from sft_lightning.evaluation.run_files import read_run
+from sft_lightning.evaluation.report.figures import Bars, Line, evaluation_rate, figures
+from sft_lightning.evaluation.report.run_files import read_run
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from typing import Any
 
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import RATES, Change, Comparison, PairedRate, compare_samples
-from sft_lightning.evaluation.figures import Rate, evaluation_rate
-from sft_lightning.evaluation.run_files import Evaluation, RunFiles
+from sft_lightning.evaluation.report.figures import Rate, evaluation_rate
+from sft_lightning.evaluation.report.run_files import Evaluation, RunFiles
 from sft_lightning.evaluation.statistics import rate_interval
 
 RATE_LABELS = {

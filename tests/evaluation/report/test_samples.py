@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from sft_lightning.evaluation.before_after import before_and_after
-from sft_lightning.evaluation.report_samples import embedded_json, samples_section
-from sft_lightning.evaluation.report_sections import Contents
-from sft_lightning.evaluation.run_files import read_run
+from sft_lightning.evaluation.report.before_after import before_and_after
+from sft_lightning.evaluation.report.run_files import read_run
+from sft_lightning.evaluation.report.samples import embedded_json, samples_section
+from sft_lightning.evaluation.report.sections import Contents
 
 
 def section_of(run):

@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from sft_lightning.evaluation.before_after import before_and_after
-from sft_lightning.evaluation.figures import figures
-from sft_lightning.evaluation.report_ledger import ledger_section
-from sft_lightning.evaluation.report_samples import samples_section
-from sft_lightning.evaluation.report_sections import (
+from sft_lightning.evaluation.report.before_after import before_and_after
+from sft_lightning.evaluation.report.figures import figures
+from sft_lightning.evaluation.report.run_files import RunFiles, read_json, read_run
+from sft_lightning.evaluation.report.samples import samples_section
+from sft_lightning.evaluation.report.sections import (
     Contents,
     Section,
     config_section,
@@ -23,13 +23,13 @@ from sft_lightning.evaluation.report_sections import (
     figures_section,
     result_section,
 )
+from sft_lightning.evaluation.report.training_rows import ledger_section
 from sft_lightning.evaluation.result import write_whole
-from sft_lightning.evaluation.run_files import RunFiles, read_json, read_run
 
 PAGE = "report/index.html"
 ENVIRONMENT = "report/environment.json"
 
-_PARTS = Path(__file__).with_name("report_page")
+_PARTS = Path(__file__).with_name("page")
 _PACKAGES = ("sft-lightning", "torch", "lightning", "transformers")
 
 
@@ -66,7 +66,7 @@ def write_report(run: Path, *, state: str | None = None, with_plots: bool = True
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, _page(contents, state or _state(files)))
     if with_plots:
-        from sft_lightning.evaluation.plots import write_plot
+        from sft_lightning.evaluation.report.plots import write_plot
 
         for figure in contents.figures:
             write_plot(figure, page.with_name(f"{figure.name}.png"))

@@ -4,7 +4,7 @@ from html import escape
 from itertools import pairwise
 from math import ceil, floor, log10
 
-from sft_lightning.evaluation.figures import Bars, Figure, Line, Lines, Rate
+from sft_lightning.evaluation.report.figures import Bars, Figure, Line, Lines, Rate
 
 # In units that are CSS pixels on a narrow screen, and somewhat larger on a wide one.
 _WIDTH, _HEIGHT = 380, 230

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 from sft_lightning.evaluation.comparison import rewarded
-from sft_lightning.evaluation.run_files import Evaluation, RunFiles
+from sft_lightning.evaluation.report.run_files import Evaluation, RunFiles
 from sft_lightning.evaluation.statistics import wilson_interval
 
 _STEPS = "optimizer steps"

@@ -1,4 +1,4 @@
-"""The table of samples in a report: its frame, and its rows as JSON, which ``report_page/samples.js`` puts into it."""
+"""The table of samples in a report: its frame, and its rows as JSON, which ``page/samples.js`` puts into it."""
 
 import json
 from collections import Counter
@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Any
 
 from sft_lightning.evaluation.comparison import rewarded
-from sft_lightning.evaluation.report_sections import Contents, Section
-from sft_lightning.evaluation.run_files import Evaluation
+from sft_lightning.evaluation.report.run_files import Evaluation
+from sft_lightning.evaluation.report.sections import Contents, Section
 
 
 def samples_section(contents: Contents) -> Section | None:

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from sft_lightning.errors import UserError
+from sft_lightning.evaluation.report.run_files import read_run
 from sft_lightning.evaluation.result import EvaluationResult
-from sft_lightning.evaluation.run_files import read_run
 
 METRICS = ("step,train/loss,val/loss", "10,2.5,", "20,1.5,", "20,,1.75")
 

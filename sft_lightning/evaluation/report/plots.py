@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sft_lightning.evaluation.figures import Figure, Lines
+from sft_lightning.evaluation.report.figures import Figure, Lines
 
 _COLOURS = ("#2a62a6", "#c05a1c", "#4c8a3f", "#8455a8", "#b0892a", "#3f8f95", "#a8476a", "#77736b")
 

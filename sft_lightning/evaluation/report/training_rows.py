@@ -10,7 +10,7 @@ from sft_lightning.evaluation.ledger import (
     LedgerRow,
     read_ledger,
 )
-from sft_lightning.evaluation.report_sections import Contents, Section, scrolling
+from sft_lightning.evaluation.report.sections import Contents, Section, scrolling
 
 _MOST_ROWS = 10
 _DASH = "\N{EN DASH}"

@@ -1,8 +1,8 @@
 import pytest
 
-from sft_lightning.evaluation.before_after import before_and_after, p_text, points, rates_of, verdict
 from sft_lightning.evaluation.comparison import PairedRate
-from sft_lightning.evaluation.run_files import read_run
+from sft_lightning.evaluation.report.before_after import before_and_after, p_text, points, rates_of, verdict
+from sft_lightning.evaluation.report.run_files import read_run
 
 
 def rate(before, after, fixed, broken, p_value, num_pairs=320, bounds=(0.05, 0.1)):

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
-from sft_lightning.evaluation.report import record_environment, write_report
+from sft_lightning.evaluation.report.writing import record_environment, write_report
 
 MARKUP = "<script>document.title = 'owned'</script><!--"
 HOSTILE = MARKUP + '"></td><img src=x onerror="document.title=\'owned\'">\u2028</script>\t \u202e\ud83d'

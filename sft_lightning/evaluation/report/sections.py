@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-from sft_lightning.evaluation.before_after import RATE_LABELS, BeforeAfter, p_text, points, rates_of, verdict
 from sft_lightning.evaluation.comparison import PairedRate
-from sft_lightning.evaluation.figures import Figure, Lines, Rate, evaluation_rate
-from sft_lightning.evaluation.figures_svg import draw, interval_strip, legend
-from sft_lightning.evaluation.run_files import Evaluation, RunFiles
+from sft_lightning.evaluation.report.before_after import RATE_LABELS, BeforeAfter, p_text, points, rates_of, verdict
+from sft_lightning.evaluation.report.figures import Figure, Lines, Rate, evaluation_rate
+from sft_lightning.evaluation.report.figures_svg import draw, interval_strip, legend
+from sft_lightning.evaluation.report.run_files import Evaluation, RunFiles
 
 _SECRETS = ("api_key", "apikey", "password", "secret", "access_token", "auth_token")
 _STRIP = "0 to 100%"

@@ -4,8 +4,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sft_lightning.evaluation.figures import Bars, Line, Lines
-from sft_lightning.evaluation.figures_svg import draw, interval_strip, legend, nice_ticks
+from sft_lightning.evaluation.report.figures import Bars, Line, Lines
+from sft_lightning.evaluation.report.figures_svg import draw, interval_strip, legend, nice_ticks
 
 HOSTILE = '"/><script>alert(1)</script>&'
 

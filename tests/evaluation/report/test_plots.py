@@ -4,8 +4,8 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from sft_lightning.evaluation.figures import Bars, Line, Lines
-from sft_lightning.evaluation.plots import write_plot
+from sft_lightning.evaluation.report.figures import Bars, Line, Lines
+from sft_lightning.evaluation.report.plots import write_plot
 
 CURVES = Lines("a", "Accuracy $x", "steps", "share", True, [Line("_a $", [(0, 0.0), (5, 1.0)], [(0, 0.2), (0.8, 1)])])
 BARS = Bars("b", "Failures", "step", "answers", False, ["0", "5"], {"wrong": [3.0, 1.0], "right": [1.0, 3.0]})
@@ -23,8 +23,8 @@ def test_a_plot_is_a_picture_with_something_on_it(tmp_path, figure, colours):
 
 def test_plots_need_no_screen_and_no_pyplot(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from sft_lightning.evaluation.figures import Bars; "
-        "from sft_lightning.evaluation.plots import write_plot; assert 'matplotlib' not in sys.modules; "
+        "import sys; from pathlib import Path; from sft_lightning.evaluation.report.figures import Bars; "
+        "from sft_lightning.evaluation.report.plots import write_plot; assert 'matplotlib' not in sys.modules; "
         f"write_plot(Bars('b', 't', 'x', 'y', False, ['1'], {{'a': [1.0]}}), Path({str(tmp_path / 'p.png')!r})); "
         "print('matplotlib.pyplot' in sys.modules)"
     )
