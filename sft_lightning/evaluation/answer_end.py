@@ -35,7 +35,6 @@ class AnswerEnd:
         self._eos_token_ids = frozenset(eos_token_ids)
         # A token is at least one byte. The few more are for what a decoder does at the front of a text.
         self._window = max((len(stop.encode()) for stop in stop_strings), default=0) + 8
-        self._last_letters = {stop[-1] for stop in stop_strings}
         self._can_end: dict[int, bool] = {}
 
     def reason(self, tokens: list[int]) -> StopReason | None:
@@ -58,10 +57,16 @@ class AnswerEnd:
         return text[: self._cut(text)] if reason == "stop_string" else text
 
     def _may_complete_a_stop_string(self, token: int) -> bool:
-        """Returns whether the token can hold the last byte of a stop string's last letter."""
-        text = self._decode([token])
-        # A part of a letter decodes to the replacement character, and decoders drop spaces at the ends of a text.
-        return any(letter in text or letter.isspace() or "\ufffd" in text for letter in self._last_letters)
+        """Returns whether a stop string may end inside the token's text, as far as that is known without those before.
+
+        A decoder may drop a space at the front of a text, so the token is looked at behind another one, too. A part of
+        a letter decodes to the replacement character.
+        """
+        alone, twice = self._decode([token]), self._decode([token, token])
+        texts = [alone, twice.removeprefix(alone)]
+        if "\ufffd" in twice or not twice.startswith(alone):
+            return True
+        return any(stop[-1].isspace() or _ends_inside(stop, text) for stop in self._stop_strings for text in texts)
 
     def _cut(self, text: str) -> int | None:
         """Returns where the first stop string ends, or None where there is none."""
@@ -72,3 +77,8 @@ class AnswerEnd:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _ends_inside(stop: str, text: str) -> bool:
+    """Returns whether the text holds the stop string or begins with a part that stands at the end of it."""
+    return stop in text or any(stop.endswith(text[:length]) for length in range(1, len(text) + 1))

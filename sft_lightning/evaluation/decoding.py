@@ -1,7 +1,5 @@
 """The decoding loop: a common prefix computed once, rows that leave as soon as they end, one synchronisation a step.
 
-    slots of the cache:  | prefix, in every row | padding | rest of the prompt | answer ... |
-
 Batches of prompts that differ in length are padded between the prefix and their own tokens. Padding is masked, and
 positions do not count it.
 """
@@ -16,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationMixin
 
 from sft_lightning.evaluation.answer_end import AnswerEnd, StopReason
-from sft_lightning.evaluation.row_cache import RowCache
+from sft_lightning.evaluation.row_cache import ROOM_TOKENS, RowCache
 from sft_lightning.evaluation.token_choice import TokenChoice
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class DecodingLoop:
         # Which answer stands in each row of the batch.
         rows = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
         cache, logits, mask, positions = self._prefill([tuple(prompts[row]) for row in rows])
-        num_slots = mask.shape[1] - max_new_tokens
+        num_tokens = cache.get_seq_length()
         random_numbers = self._choice.random_numbers([numbers[row] for row in rows], max_new_tokens, device)
         entropies = torch.zeros(len(rows), device=device)
         for step in range(max_new_tokens):
@@ -133,7 +131,8 @@ class DecodingLoop:
                 index = torch.tensor(kept, device=device)
                 tensors = (tokens, mask, positions, random_numbers, entropies)
                 tokens, mask, positions, random_numbers, entropies = (each.index_select(0, index) for each in tensors)
-            logits = self._forward(tokens[:, None], mask[:, : num_slots + step + 1], positions[:, None], cache)
+            mask[:, num_tokens + step] = 1
+            logits = self._forward(tokens[:, None], mask[:, : cache.num_slots(1)], positions[:, None], cache)
             positions += 1
         raise AssertionError("an answer went on behind its last token")
 
@@ -152,24 +151,24 @@ class DecodingLoop:
         """Computes prompts, the longest first, each of equal ones once.
 
         Returns:
-            The cache; the logits of the first new tokens, shape [B, V]; which slots of the cache are no padding, those
-            of answers included, shape [B, S], int64; and the positions of the first new tokens, shape [B], int64.
+            The cache; the logits of the first new tokens, shape [B, V]; which slots of the cache hold a token, shape
+            [B, S], int64, with all slots to come; and the positions of the first new tokens, shape [B], int64.
         """
         device, num_prefix = self._model.device, self._num_prefix
         distinct = list(dict.fromkeys(prompt[num_prefix:] for prompt in prompts))
         num_slots = num_prefix + len(distinct[0])
-        mask = torch.ones((len(distinct), num_slots + self._end.max_new_tokens), dtype=torch.int64)
-        mask[:, num_prefix:num_slots] = 0
-        cache, logits = RowCache(self._num_layers), []
+        mask = torch.zeros((len(distinct), num_slots + self._end.max_new_tokens + ROOM_TOKENS), dtype=torch.int64)
+        mask[:, :num_prefix] = 1
+        parts, logits = [], []
         for start, end in _parts(distinct):
             input_ids, is_token = _left_padded(distinct[start:end], self._pad_token_id)
             seen = torch.cat([mask[start:end, :num_prefix], is_token], dim=1)
             positions = seen.cumsum(-1)[:, num_prefix:] - 1
-            part = RowCache(self._num_layers, self._prefix)
-            logits.append(self._forward(input_ids.to(device), seen.to(device), positions.to(device), part))
-            cache.add_rows(part, start, num_rows=len(distinct), num_slots=num_slots, num_prefix=num_prefix)
+            parts.append(RowCache(self._num_layers, self._prefix))
+            logits.append(self._forward(input_ids.to(device), seen.to(device), positions.to(device), parts[-1]))
             mask[start:end, num_slots - is_token.shape[1] : num_slots] = is_token
-        next_positions = mask[:, :num_slots].sum(-1)
+        cache = RowCache.of_parts(parts, num_prefix)
+        next_positions = mask.sum(-1)
         rows = torch.arange(len(prompts))
         if len(distinct) < len(prompts):
             place_of = {rest: place for place, rest in enumerate(distinct)}

@@ -18,16 +18,37 @@ def update(cache, *rows):
     return results[0][0][:, 0, :, 0].tolist()
 
 
-def test_rows_grow_in_place_and_past_their_room():
+def batch_of(*rows):
+    """Returns a cache of rows of equal length, with room."""
+    part = RowCache(2)
+    update(part, *rows)
+    return RowCache.of_parts([part], 0)
+
+
+def test_without_room_a_cache_is_as_long_as_its_tokens():
     cache = RowCache(2)
     assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(2, 0) == (2, 0)
     assert update(cache, [1, 2], [3, 4]) == [[1, 2], [3, 4]]
+    assert cache.get_seq_length() == 2
+    assert update(cache, [5], [6]) == [[1, 2, 5], [3, 4, 6]]
+
+
+def test_rows_grow_in_place_and_past_their_room():
+    cache = batch_of([1, 2], [3, 4])
     expected = [[1, 2], [3, 4]]
-    for step in range(150):
+    places = set()
+    for step in range(40):
         expected = [[*row, step + index] for index, row in enumerate(expected)]
-        assert update(cache, [step], [step + 1]) == expected
-    assert cache.get_seq_length() == 152
-    assert cache.get_mask_sizes(1, 0) == (153, 0)
+        num_slots = cache.num_slots(1)
+        got = update(cache, [step], [step + 1])
+        assert cache.get_seq_length() == 3 + step
+        assert [row[: 3 + step] for row in got] == expected
+        assert {value for row in got for value in row[3 + step :]} <= {0}
+        assert {len(row) for row in got} == {num_slots}
+        assert cache.layers[0].keys.is_contiguous()
+        places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 3  # after 16 tokens, and after 17 more
 
 
 def test_all_rows_begin_with_the_prefix_which_stays_as_it_is():
@@ -36,36 +57,36 @@ def test_all_rows_begin_with_the_prefix_which_stays_as_it_is():
     first, second = RowCache(2, prefix), RowCache(2, prefix)
     assert update(first, [1], [2], [3]) == [[7, 8, 1], [7, 8, 2], [7, 8, 3]]
     assert update(second, [4]) == [[7, 8, 4]]
-    assert update(first, [5], [6], [7]) == [[7, 8, 1, 5], [7, 8, 2, 6], [7, 8, 3, 7]]
     assert prefix.get_seq_length() == 2
 
 
 def test_rows_take_the_places_of_those_that_left():
-    cache = RowCache(2)
-    update(cache, [1], [2], [3], [4], [5])
+    cache = batch_of([1], [2], [3], [4], [5])
     cache.move_rows(torch.tensor([3, 4]), torch.tensor([0, 2]))
-    assert update(cache, [14], [12], [15]) == [[4, 14], [2, 12], [5, 15]]
-    for step in range(80):  # past the room, where only three rows are copied
+    assert [row[:2] for row in update(cache, [14], [12], [15])] == [[4, 14], [2, 12], [5, 15]]
+    for step in range(40):  # past the room, where only three rows are copied
         kept = update(cache, [step], [step], [step])
-    assert [row[:2] for row in kept] == [[4, 14], [2, 12], [5, 15]]
+        assert [row[:3] for row in kept] == [[4, 14, 0], [2, 12, 0], [5, 15, 0]]
 
 
 def test_parts_of_their_own_width_are_aligned_on_the_right():
     prefix = RowCache(2)
     update(prefix, [9])
-    cache = RowCache(2)
-    for first, rows in ((0, [[1, 2, 3]]), (1, [[4], [5]])):
-        part = RowCache(2, prefix)
-        update(part, *rows)
-        cache.add_rows(part, first, num_rows=3, num_slots=4, num_prefix=1)
-    assert update(cache, [6], [7], [8]) == [[9, 1, 2, 3, 6], [9, 0, 0, 4, 7], [9, 0, 0, 5, 8]]
+    parts = []
+    for rows in ([[1, 2, 3]], [[4], [5]]):
+        parts.append(RowCache(2, prefix))
+        update(parts[-1], *rows)
+    cache = RowCache.of_parts(parts, 1)
+    assert cache.get_seq_length() == 4
+    rows = update(cache, [6], [7], [8])
+    assert [row[:5] for row in rows] == [[9, 1, 2, 3, 6], [9, 0, 0, 4, 7], [9, 0, 0, 5, 8]]
+    assert [row[5:] for row in rows] == [[0] * 15] * 3
 
 
 def test_rows_repeat():
-    cache = RowCache(2)
-    update(cache, [1], [2])
+    cache = batch_of([1], [2])
     cache.repeat_rows(torch.tensor([0, 0, 1]))
-    assert update(cache, [3], [4], [5]) == [[1, 3], [1, 4], [2, 5]]
+    assert [row[:2] for row in update(cache, [3], [4], [5])] == [[1, 3], [1, 4], [2, 5]]
 
 
 def test_under_autocast_keys_and_values_are_kept_in_its_precision():
