@@ -149,18 +149,45 @@ def test_greedy_equals_a_plain_loop_for_every_batch_size(random_model, tokenizer
         assert {generation.stop_reason for generation in generations} == {"stop_string", "eos", "length"}
 
 
-def test_batches_keep_to_the_token_budget(random_model, tokenizer, monkeypatch):
+def test_greedy_equals_transformers_generate(random_model, tokenizer):
+    generations = greedy(max_new_tokens=24, stop_strings=()).generate(random_model, tokenizer, PROMPTS)
+    for prompt, generation in zip(PROMPTS, generations, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        eos = tokenizer.eos_token_id
+        output = random_model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        assert generation.text == tokenizer.decode(output[0, ids.shape[1] :].tolist()).split("<eos>")[0]
+
+
+def recorded_shapes(model):
+    """Returns a list of the shapes of input ids, filled with every forward pass."""
     shapes = []
-    generate = random_model.generate
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
 
-    def recorded(input_ids, **kwargs):
-        shapes.append(tuple(input_ids.shape))
-        return generate(input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(random_model, "generate", recorded)
+def test_batches_keep_to_the_token_budget(random_model, tokenizer):
+    shapes = recorded_shapes(random_model)
     prompts = ["aa", "bbbb", "c" * 30, "d", "eeeee"]
     greedy(max_new_tokens=5, batch_tokens=20).generate(random_model, tokenizer, prompts)
-    assert shapes == [(1, 30), (2, 5), (2, 2)]
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, 30), (2, 5), (2, 2)]
+
+
+def test_batches_get_smaller_where_memory_does_not_suffice(random_model, tokenizer):
+    def limited(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = greedy().generate(random_model, tokenizer, PROMPTS)
+    hook = random_model.register_forward_pre_hook(limited, with_kwargs=True)
+    shapes = recorded_shapes(random_model)
+    assert greedy().generate(random_model, tokenizer, PROMPTS) == expected
+    assert max(rows for rows, _ in shapes) == 3
+    hook.remove()
+    random_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy().generate(random_model, tokenizer, PROMPTS)
 
 
 def test_sampling_repeats_with_its_seed(random_model, tokenizer):
@@ -172,6 +199,22 @@ def test_sampling_repeats_with_its_seed(random_model, tokenizer):
     torch.rand(5)
     assert texts(seed=3) == first
     assert texts(seed=4) != first
+
+
+def test_samples_do_not_depend_on_batch_order_and_company(random_model, tokenizer):
+    def texts(prompts, numbers=None, rows=16):
+        generator = TransformersGenerator(max_new_tokens=24, seed=3, top_p=0.95, batch_tokens=rows * (27 + 24))
+        return [each.text for each in generator.generate(random_model, tokenizer, prompts, numbers=numbers)]
+
+    prompts = [*PROMPTS, PROMPTS[0]]
+    together = texts(prompts)
+    assert len(set(together)) == len(prompts)  # the same prompt twice, too
+    for rows in (1, 4):
+        assert texts(prompts, rows=rows) == together
+    shuffled = [4, 6, 0, 5, 2, 1, 3]
+    assert texts([prompts[index] for index in shuffled], shuffled) == [together[index] for index in shuffled]
+    assert texts([prompts[5], prompts[2]], [5, 2]) == [together[5], together[2]]
+    assert texts([prompts[5]], [4]) != [together[5]]
 
 
 def test_sampling_settings_are_the_generators_and_not_the_models(random_model, tokenizer):
@@ -207,15 +250,16 @@ def test_training_state_and_random_state_stay(random_model, tokenizer):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in random_model.parameters())
 
 
-def test_state_stays_after_an_error(random_model, tokenizer, monkeypatch):
-    def fail(**kwargs):
-        raise torch.cuda.OutOfMemoryError("no memory")
+def test_state_stays_after_an_error(random_model, tokenizer):
+    def fail(*_):
+        torch.rand(3)
+        raise ValueError("broken")
 
     random_model.train()
     own = random_model.generation_config
     state = torch.get_rng_state()
-    monkeypatch.setattr(random_model, "generate", fail)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    random_model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(ValueError, match="broken"):
         greedy().generate(random_model, tokenizer, PROMPTS)
     assert random_model.training
     assert random_model.generation_config is own
@@ -236,6 +280,12 @@ def test_precision_of_the_model_is_kept(scripted_model, tokenizer, dtype):
     model = scripted_model.to(dtype)
     assert greedy().generate(model, tokenizer, ["4="]) == [Generation("</answer>", 9, "stop_string")]
     assert model.dtype == dtype
+
+
+def test_answers_are_equal_whatever_their_entropies_were_rounded_to(random_model, tokenizer):
+    assert Generation("a", 1, "eos", mean_entropy=0.5) == Generation("a", 1, "eos")
+    generations = greedy().generate(random_model, tokenizer, PROMPTS)
+    assert all(0 < generation.mean_entropy < 5.6 for generation in generations)  # ln 258 = 5.55
 
 
 def test_no_prompts(random_model, tokenizer):
