@@ -47,7 +47,7 @@ trainer = Trainer(
     enable_progress_bar=False, enable_model_summary=False, logger=False,
     callbacks=[
         recorder,
-        GenerationEvaluation(num_examples=3, generator=TransformersGenerator(max_new_tokens=3, greedy=True)),
+        GenerationEvaluation(num_examples=5, num_samples=2, generator=TransformersGenerator(max_new_tokens=6)),
         RowLedger(),
         HFCheckpoint(output, every_n_train_steps=5),
     ],
@@ -80,6 +80,18 @@ def ledger(run):
     return found
 
 
+def evaluations(run):
+    return sorted((run / "evaluation").glob("step-*"))
+
+
+def samples(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def without_entropy(row):
+    return {name: value for name, value in row.items() if name != "mean_entropy"}
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
     (one,) = run("one", 1, 4, 2)
@@ -92,6 +104,15 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-6)
     (resumed,) = run("resumed", 1, 4, 2, ckpt=tmp_path / "two" / "checkpoint-5")
     assert resumed["losses"][-3:] == pytest.approx(one["losses"][-3:], rel=1e-6)
+    # Each process answered its share, no prompt twice, and sampled what one process would have.
+    answers = {name: [samples(folder) for folder in evaluations(tmp_path / name)] for name in ("one", "two")}
+    assert len(answers["one"]) == 3
+    assert [(row["index"], row["sample"]) for row in answers["two"][0]] == [(i, s) for i in range(5) for s in (0, 1)]
+    assert len({row["response"] for row in answers["one"][0]}) > 5
+    for ours, theirs in zip(answers["two"], answers["one"], strict=True):
+        assert [without_entropy(row) for row in ours] == [without_entropy(row) for row in theirs]
+        entropies = [[row["mean_entropy"] for row in rows] for rows in (ours, theirs)]
+        assert entropies[0] == pytest.approx(entropies[1], rel=1e-5)
     ledgers = [ledger(tmp_path / name) for name in ("one", "two")]
     assert len(ledgers[0]) == 84
     assert ledgers[1] == pytest.approx(ledgers[0], rel=1e-6)

@@ -10,12 +10,12 @@ import torch
 
 from sft_lightning.data.tokenization import encode_prompts, pad_token_id
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.answer_end import AnswerEnd, StopReason
-from sft_lightning.evaluation.batching import answer_in_batches
-from sft_lightning.evaluation.decoding import DecodingLoop, can_decode
-from sft_lightning.evaluation.lockstep import is_sharded, lockstep
-from sft_lightning.evaluation.token_choice import TokenChoice
-from sft_lightning.evaluation.transformers_generate import TransformersGenerate
+from sft_lightning.evaluation.decoding.answer_end import AnswerEnd, StopReason
+from sft_lightning.evaluation.decoding.batching import answer_in_batches
+from sft_lightning.evaluation.decoding.lockstep import is_sharded, lockstep
+from sft_lightning.evaluation.decoding.loop import DecodingLoop, can_decode
+from sft_lightning.evaluation.decoding.token_choice import TokenChoice
+from sft_lightning.evaluation.decoding.transformers_generate import TransformersGenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +63,18 @@ class Generator(ABC):
         """
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, stop_strings: Sequence[str]) -> None:
+    """Raises UserError where a setting that every generator has is out of its range."""
+    if isinstance(stop_strings, str) or not all(stop_strings):
+        raise UserError(f"stop_strings {stop_strings!r} must be a list of texts, none of them empty")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"temperature {temperature} must be above 0; for the most likely answer set greedy: true")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p} must be above 0 and at most 1")
+
+
 class TransformersGenerator(Generator):
     """Generates with a model in this process, in batches of prompts of similar length.
 
@@ -96,15 +108,9 @@ class TransformersGenerator(Generator):
         batch_tokens: int = 65536,
         seed: int = 0,
     ) -> None:
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise UserError(f"stop_strings {stop_strings!r} must be a list of texts, none of them empty")
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
-            if value < 1:
-                raise UserError(f"{name} {value} must be at least 1")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature {temperature} must be above 0; for the most likely answer set greedy: true")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p {top_p} must be above 0 and at most 1")
+        check_sampling(max_new_tokens, temperature, top_p, stop_strings)
+        if batch_tokens < 1:
+            raise UserError(f"batch_tokens {batch_tokens} must be at least 1")
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.generation import Generation, Generator
+from sft_lightning.evaluation.generation import Generation, Generator, check_sampling
 from sft_lightning.evaluation.server_client import ServerClient, TemporaryError
 
 if TYPE_CHECKING:
@@ -76,19 +76,10 @@ class OpenAIServerGenerator(Generator):
         api_key_variable: str | None = None,
         extra_fields: dict[str, Any] | None = None,
     ) -> None:
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise UserError(f"stop_strings {stop_strings!r} must be a list of texts, none of them empty")
-        for name, value, least in (
-            ("max_new_tokens", max_new_tokens, 1),
-            ("num_concurrent", num_concurrent, 1),
-            ("num_retries", num_retries, 0),
-        ):
+        check_sampling(max_new_tokens, temperature, top_p, stop_strings)
+        for name, value, least in (("num_concurrent", num_concurrent, 1), ("num_retries", num_retries, 0)):
             if value < least:
                 raise UserError(f"{name} {value} must be at least {least}")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature {temperature} must be above 0; for the most likely answer set greedy: true")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p {top_p} must be above 0 and at most 1")
         if not 0 < timeout_seconds < float("inf"):
             raise UserError(f"timeout_seconds {timeout_seconds} must be above 0")
         refused = sorted((_OWN_FIELDS | _OTHER_ANSWERS).intersection(extra_fields or {}))

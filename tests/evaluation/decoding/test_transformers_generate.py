@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft_lightning.evaluation.decoding import can_decode
+from sft_lightning.evaluation.decoding.loop import can_decode
 from sft_lightning.evaluation.generation import TransformersGenerator
 
 PROMPTS = ["1+1=", "What is seven times eight? ", "x", "The number after 41 is ", "a b c d", "1+1="]

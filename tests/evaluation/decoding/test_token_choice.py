@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from sft_lightning.evaluation.token_choice import TokenChoice
+from sft_lightning.evaluation.decoding.token_choice import TokenChoice
 
 
 def choice_of(*, greedy=False, temperature=1.0, top_p=1.0, seed=0):

@@ -5,10 +5,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sft_lightning.evaluation.answer_end import AnswerEnd
-from sft_lightning.evaluation.decoding import DecodingLoop, can_decode
-from sft_lightning.evaluation.token_choice import TokenChoice
-from sft_lightning.evaluation.transformers_generate import TransformersGenerate
+from sft_lightning.evaluation.decoding.answer_end import AnswerEnd
+from sft_lightning.evaluation.decoding.loop import DecodingLoop, can_decode
+from sft_lightning.evaluation.decoding.token_choice import TokenChoice
+from sft_lightning.evaluation.decoding.transformers_generate import TransformersGenerate
 from sft_lightning.modeling import load_model
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -150,7 +150,7 @@ def test_the_common_prefix_is_computed_once_and_equal_prompts_are(tokenizer):
 
 
 def test_prompts_of_a_kind_are_computed_together(tokenizer, monkeypatch):
-    monkeypatch.setattr("sft_lightning.evaluation.decoding._PART_TOKENS", 10)
+    monkeypatch.setattr("sft_lightning.evaluation.decoding.loop._PART_TOKENS", 10)
     model = make(*LOOP["Qwen2"])
     shapes = shapes_of(model)
     answers = loop_of(model, tokenizer, stop_strings=(), eos_token_ids=(), max_new_tokens=12).answer(PROMPTS, range(5))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sft_lightning.data.tokenization import load_tokenizer
+from sft_lightning.evaluation.decoding.lockstep import is_sharded, lockstep
 from sft_lightning.evaluation.generation import TransformersGenerator
-from sft_lightning.evaluation.lockstep import is_sharded, lockstep
 from sft_lightning.modeling import load_model
 
 PROMPTS = ["User: 1+1=", "User: What is seven times eight? ", "User: x", "User: a b c d", "User: \u00e9!"]

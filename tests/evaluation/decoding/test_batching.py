@@ -3,8 +3,8 @@ import logging
 import pytest
 import torch
 
-from sft_lightning.evaluation.batching import answer_in_batches
-from sft_lightning.evaluation.decoding import Answer
+from sft_lightning.evaluation.decoding.batching import answer_in_batches
+from sft_lightning.evaluation.decoding.loop import Answer
 
 
 def answers_of(prompts, answer, **options):

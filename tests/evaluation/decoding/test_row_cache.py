@@ -1,6 +1,6 @@
 import torch
 
-from sft_lightning.evaluation.row_cache import RowCache
+from sft_lightning.evaluation.decoding.row_cache import RowCache
 
 
 def states(*rows):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sft_lightning.evaluation.decoding import Answer
+from sft_lightning.evaluation.decoding.loop import Answer
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationMixin
 
-from sft_lightning.evaluation.answer_end import AnswerEnd, StopReason
-from sft_lightning.evaluation.row_cache import ROOM_TOKENS, RowCache
-from sft_lightning.evaluation.token_choice import TokenChoice
+from sft_lightning.evaluation.decoding.answer_end import AnswerEnd, StopReason
+from sft_lightning.evaluation.decoding.row_cache import ROOM_TOKENS, RowCache
+from sft_lightning.evaluation.decoding.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

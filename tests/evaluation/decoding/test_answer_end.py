@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.evaluation.answer_end import AnswerEnd
+from sft_lightning.evaluation.decoding.answer_end import AnswerEnd
 
 
 def end_of(tokenizer, stop_strings, eos_token_ids=(), max_new_tokens=1000):

@@ -13,9 +13,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sft_lightning.evaluation.answer_end import AnswerEnd
-from sft_lightning.evaluation.decoding import Answer
-from sft_lightning.evaluation.token_choice import TokenChoice
+from sft_lightning.evaluation.decoding.answer_end import AnswerEnd
+from sft_lightning.evaluation.decoding.loop import Answer
+from sft_lightning.evaluation.decoding.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
