@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -232,6 +233,14 @@ def fit(model_folder: str, train_file: str):
         return Run(runner, module, recorder.losses, recorder.gradients)
 
     return run
+
+
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class FakeServer(ThreadingHTTPServer):

@@ -218,6 +218,7 @@ def test_the_exit_code_of_a_fit_is_the_shells(stand_in, line, code):
     assert sweep_file._fit(["fit", "x"]) == code
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ends_by_itself", [True, False])
 def test_ctrl_c_waits_for_the_fit_and_ends_one_that_does_not_end(stand_in, tmp_path, monkeypatch, ends_by_itself):
     monkeypatch.setattr(sweep_file, "_SECONDS_TO_END", 60 if ends_by_itself else 0.2)

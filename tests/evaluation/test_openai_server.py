@@ -247,6 +247,7 @@ def no_thread_is_left():
     return not any(thread.name.startswith("server-request") for thread in threading.enumerate())
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_ends_at_once_and_cuts_the_requests(server, caplog):
     server.answer = lambda path, body: (server.closing.wait(60), (200, {}, completion("x")))[1]
     started = []

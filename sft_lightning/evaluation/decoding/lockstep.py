@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +15,11 @@ _IDLE, _FORWARD, _FAILED = 0, 1, 2
 
 def is_sharded(model: "PreTrainedModel") -> bool:
     """Returns whether a forward pass of the model needs other processes to run one too (FSDP2, tensor parallelism)."""
-    return dist.is_available() and dist.is_initialized() and any(isinstance(p, DTensor) for p in model.parameters())
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # a torch built without distributed has none
+
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextmanager

@@ -40,11 +40,15 @@ class Answer:
 def can_decode(model: "PreTrainedModel") -> bool:
     """Returns whether the loop here may run a model: whether it carries along keys and values of all tokens only.
 
-    Models with sliding windows, states or inputs of their own making are left to transformers' ``generate``.
+    Models with sliding windows, states, or inputs or attention of their own making are left to transformers'
+    ``generate``.
     """
     arguments = inspect.signature(model.forward).parameters.keys()
     prepares_inputs = getattr(type(model), "prepare_inputs_for_generation", None)
     if prepares_inputs is not GenerationMixin.prepare_inputs_for_generation or not arguments >= _FORWARD_ARGUMENTS:
+        return False
+    # Attention of a model's own may count slots where that of transformers' interface goes by the mask.
+    if not getattr(model, "_supports_attention_backend", False):
         return False
     config = model.config.get_text_config(decoder=True)
     if _rotations(config) & _LENGTH_DEPENDENT_ROTATIONS:
