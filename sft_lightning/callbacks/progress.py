@@ -20,6 +20,11 @@ from rich.progress import (
 
 from sft_lightning.lightning_compat import is_optimizer_step, total_optimizer_steps
 
+# A line of all that is logged would be hard to read.
+_IN_THE_REPORT_ONLY = {
+    f"val/{name}" for name in ("strict_format_accuracy", "mean_reward", "response_tokens", "response_entropy")
+}
+
 
 class StepProgress(ProgressBar):
     """Shows step, loss, response tokens a second and time left: a bar on a terminal, a line every n steps elsewhere.
@@ -73,8 +78,9 @@ class StepProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
-            values = {k: v for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val/")}
-            line = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+            shown = [name for name in sorted(trainer.callback_metrics) if name.startswith("val/")]
+            shown = [name for name in shown if name not in _IN_THE_REPORT_ONLY]
+            line = "  ".join(f"{name} {float(trainer.callback_metrics[name]):.4g}" for name in shown)
             self.print(f"validation after step {trainer.global_step}: {line}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The row ledger read back: which training rows are the hardest, which known by heart, which likely mislabelled.
+"""The row ledger read back: which training rows are the hardest, which memorised, which likely mislabelled.
 
 The rules, in nats and over the epochs that the ledger has in full:
 
@@ -62,7 +62,7 @@ class LedgerFindings:
         epochs: From 0, of the ledger: those after the last one in full are left out.
         num_rows: Rows that the ledger knows.
         hardest: Rows with the highest loss.
-        memorised: Rows known by heart; empty before ``EPOCHS_TO_TELL_MEMORISED``.
+        memorised: Rows memorised; empty before ``EPOCHS_TO_TELL_MEMORISED``.
         mislabelled: Rows that look mislabelled; empty before ``EPOCHS_TO_TELL_MISLABELLED``.
         num_memorised: How many rows fit the rule, of which the list may have the first.
         num_mislabelled: The same.

@@ -17,7 +17,7 @@ _DASH = "\N{EN DASH}"
 
 
 def ledger_section(contents: Contents) -> Section | None:
-    """Training rows: the hardest, the likely mislabelled, and those known by heart."""
+    """Training rows: the hardest, the likely mislabelled, and the memorised ones."""
     try:
         findings = read_ledger(contents.files.folder, most=_MOST_ROWS)
     except UserError as error:
@@ -27,7 +27,7 @@ def ledger_section(contents: Contents) -> Section | None:
     explanation = (
         f"{findings.num_rows:,} rows in {len(findings.epochs)} whole epochs. The numbers are a row's training loss in "
         "the first and in the last of them, in nats a label token. Likely mislabelled: a loss that stays high while "
-        "that of other rows falls. Known by heart: the whole response has become likelier than not, by having learned "
+        "that of other rows falls. Memorised: the whole response has become likelier than not, by having learned "
         "the row or what it is an example of."
     )
     html = f'<p class="note">{escape(explanation)}</p>'
@@ -35,7 +35,7 @@ def ledger_section(contents: Contents) -> Section | None:
     html += _list(
         findings, "Likely mislabelled", findings.mislabelled, findings.num_mislabelled, EPOCHS_TO_TELL_MISLABELLED
     )
-    html += _list(findings, "Known by heart", findings.memorised, findings.num_memorised, EPOCHS_TO_TELL_MEMORISED)
+    html += _list(findings, "Memorised", findings.memorised, findings.num_memorised, EPOCHS_TO_TELL_MEMORISED)
     return Section("rows", "Training rows", html)
 
 

@@ -47,8 +47,8 @@ def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, writ
     assert first.count('<td class="number">4.000</td>') == 2  # nats a label token, in the first and in the last epoch
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in first
     assert "<script>" not in section.html
-    # 2.0 * 0.25 nats are below log 2, and were above it: row 2 is known by heart, row 3 at 1.0 is not.
-    heart = section.html.split("Known by heart</h3>")[1]
+    # 2.0 * 0.25 nats are below log 2, and were above it: row 2 is memorised, row 3 at 1.0 is not.
+    heart = section.html.split("Memorised</h3>")[1]
     assert f"{data}:2" in heart
     assert f"{data}:3" not in heart
 
