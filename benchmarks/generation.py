@@ -65,9 +65,9 @@ def gsm8k(folder: Path, args: argparse.Namespace) -> Setting:
         "GSM8K, random weights" if use_test else "made-up prompts, random weights",
         load_model(str(folder), dtype=DTYPES[args.dtype], device_type=args.device).eval(),
         tokenizer,
-        prompts[: 6 if args.dry_run else 64],
-        max_new_tokens=8 if args.dry_run else 64,
-        batch_sizes=(2, 6) if args.dry_run else (8, 32, 64),
+        prompts[: 6 if args.dry_run else 48],
+        max_new_tokens=8 if args.dry_run else 48,
+        batch_sizes=(2, 6) if args.dry_run else (8, 16, 48),
     )
 
 
