@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from sft_lightning.data.batch import MicroBatch
+from sft_lightning.evaluation.comparison import rewarded
 from sft_lightning.linear_cross_entropy import LabelLosses
 
 # Apple's GPUs have no float64; everywhere else sums over millions of tokens are kept exact enough to compare runs.
@@ -69,17 +70,23 @@ def answer_metrics(samples: Sequence[Mapping[str, Any]], device: torch.device) -
         ``format_accuracy``, ``strict_format_accuracy``, ``answer_accuracy`` and ``mean_reward``, in [0, 1]; and
         ``response_tokens`` of an answer and ``response_entropy`` of a token, in nats. What no answer tells is left out.
     """
-    names = "format_accuracy strict_format_accuracy answer_accuracy mean_reward response_tokens response_entropy"
-    means = {name: MeanMetric().set_dtype(_SUM_DTYPE).to(device) for name in names.split()}
-    for sample in samples:
-        means["format_accuracy"].update(sample["format_correct"])
-        means["answer_accuracy"].update(sample["answer_correct"])
-        means["mean_reward"].update(sample["format_correct"] and sample["answer_correct"])
-        means["response_tokens"].update(sample["num_tokens"])
-        if sample["strict_format_correct"] is not None:
-            means["strict_format_accuracy"].update(sample["strict_format_correct"])
-        if sample["mean_entropy"] is not None:
-            means["response_entropy"].update(sample["mean_entropy"], weight=sample["num_tokens"])
+    weighted: dict[str, list[tuple[float, float]]] = {
+        "format_accuracy": [(one["format_correct"], 1) for one in samples],
+        "strict_format_accuracy": [
+            (one["strict_format_correct"], 1) for one in samples if one["strict_format_correct"] is not None
+        ],
+        "answer_accuracy": [(one["answer_correct"], 1) for one in samples],
+        "mean_reward": [(rewarded(one), 1) for one in samples],
+        "response_tokens": [(one["num_tokens"], 1) for one in samples],
+        "response_entropy": [
+            (one["mean_entropy"], one["num_tokens"]) for one in samples if one["mean_entropy"] is not None
+        ],
+    }
+    means = {name: MeanMetric().set_dtype(_SUM_DTYPE).to(device) for name in weighted}
+    for name, pairs in weighted.items():
+        if pairs:
+            values, weights = torch.tensor(pairs, dtype=_SUM_DTYPE, device=device).T
+            means[name].update(values, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a process without prompts computes a metric that it never updated
         values = {name: float(mean.compute()) for name, mean in means.items()}

@@ -70,6 +70,14 @@ RATES: dict[str, Callable[[Sample], Any]] = {
 LABELS = dict(zip(RATES, ("format", "strict", "answer", "reward"), strict=True))
 
 
+def by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Returns the samples of each prompt, in the order of the prompts."""
+    prompts: dict[int, list[Sample]] = {}
+    for sample in samples:
+        prompts.setdefault(sample["index"], []).append(sample)
+    return [prompts[index] for index in sorted(prompts)]
+
+
 def compare_samples(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
     """Returns what changed from one evaluation to another on the same prompts.
 
@@ -112,7 +120,7 @@ def _short(p_value: float) -> str:
 
 
 def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:
-    sides = [_by_prompt(before), _by_prompt(after)]
+    sides = [by_prompt(before), by_prompt(after)]
     if len(sides[0]) != len(sides[1]):
         raise UserError(
             f"the evaluations have {len(sides[0])} and {len(sides[1])} prompts: compare evaluations of the same ones"
@@ -125,13 +133,6 @@ def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[list
                     f"the evaluations differ in the {field} of sample {number}: compare evaluations of the same data"
                 )
     return pairs
-
-
-def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
-    prompts: dict[int, list[Sample]] = {}
-    for sample in samples:
-        prompts.setdefault(sample["index"], []).append(sample)
-    return [prompts[index] for index in sorted(prompts)]
 
 
 def _paired_rate(values: Sequence[Sequence[Sequence[bool]]]) -> PairedRate:

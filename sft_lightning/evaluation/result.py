@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import RATES, rewarded
+from sft_lightning.evaluation.comparison import RATES, by_prompt, rewarded
 from sft_lightning.evaluation.statistics import majority_accuracy, pass_at_k, rate_interval
 
 # Without these a row of predictions.jsonl cannot be compared with another.
@@ -32,7 +32,7 @@ class EvaluationResult:
     @property
     def num_examples(self) -> int:
         """How many prompts were answered."""
-        return len(self._by_prompt())
+        return len(by_prompt(self.samples))
 
     @property
     def num_samples(self) -> int:
@@ -79,6 +79,15 @@ class EvaluationResult:
         """Kind of failure -> how many."""
         return self._count("failure")
 
+    def rates(self) -> dict[str, tuple[float, float, float]]:
+        """Returns each rate that the grader knows, with its 95% bounds; nothing without samples."""
+        outcomes = {name: self._outcomes(name) for name in RATES}
+        return {
+            name: (sum(map(sum, known)) / len(self.samples), *rate_interval(known))
+            for name, known in outcomes.items()
+            if known
+        }
+
     def metrics(self) -> dict[str, Any]:
         """Returns what ``metrics.json`` holds. A rate that the grader does not know, and a mean of nothing, is None."""
         strict = self._outcomes("strict_format_accuracy")
@@ -93,7 +102,7 @@ class EvaluationResult:
             "num_rewarded": self.num_rewarded,
             "num_timed_out": self.num_timed_out,
             **{name: self._rate(name) for name in RATES},
-            "intervals": self._intervals(),
+            "intervals": {name: list(bounds) for name, (_, *bounds) in self.rates().items()},
             **self._over_samples(),
             "mean_num_tokens": self._lengths(),
             "mean_entropy": self._mean_entropy(),
@@ -109,28 +118,18 @@ class EvaluationResult:
         write_whole(folder / "predictions.jsonl", "".join(lines))
         write_whole(folder / "metrics.json", json.dumps(self.metrics(), indent=2) + "\n")
 
-    def _by_prompt(self) -> dict[int, list[dict[str, Any]]]:
-        prompts: dict[int, list[dict[str, Any]]] = {}
-        for sample in self.samples:
-            prompts.setdefault(sample["index"], []).append(sample)
-        return prompts
-
     def _outcomes(self, name: str) -> list[list[bool]] | None:
         """Returns which samples of each prompt are right, or None where the grader does not tell."""
-        outcomes = [[RATES[name](sample) for sample in samples] for samples in self._by_prompt().values()]
+        outcomes = [[RATES[name](sample) for sample in samples] for samples in by_prompt(self.samples)]
         return None if any(None in samples for samples in outcomes) else outcomes
 
     def _rate(self, name: str) -> float | None:
         outcomes = self._outcomes(name)
         return None if outcomes is None else sum(map(sum, outcomes)) / max(1, len(self.samples))
 
-    def _intervals(self) -> dict[str, list[float]]:
-        outcomes = {name: self._outcomes(name) for name in RATES}
-        return {name: list(rate_interval(known)) for name, known in outcomes.items() if known}
-
     def _over_samples(self) -> dict[str, dict[str, float]]:
         """Returns pass@k for each power of two and for all samples, and maj@k for all: chances of a right answer."""
-        num_samples, prompts = self.num_samples, self._by_prompt().values()
+        num_samples, prompts = self.num_samples, by_prompt(self.samples)
         if num_samples == 1:
             return {"pass_at": {}, "maj_at": {}}
         counts = [(len(samples), sum(one["answer_correct"] for one in samples)) for samples in prompts]

@@ -1,8 +1,5 @@
 """What a run of a sweep came to, read from its folder: steps, validation loss and every evaluation's accuracies."""
 
-import csv
-import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +7,10 @@ from typing import Any
 from sft_lightning import checkpoint_folder as folders
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples
+from sft_lightning.evaluation.report.run_files import RunFiles, read_run
 from sft_lightning.evaluation.result import read_samples
 
 _RATES = ("format_accuracy", "answer_accuracy")
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,9 @@ def read_results(sweep: Path, num_examples: dict[str, int]) -> list[SizeResult]:
     results: list[SizeResult] = []
     for label in labels:
         run = run_folder(sweep, label)
-        evaluations = _evaluations(run)
+        files = read_run(run)
+        evaluations = _evaluations(files)
+        losses = files.series.get("val/loss")
         before = _last_samples(run_folder(sweep, results[-1].label), results[-1].last.step) if results else None
         results.append(
             SizeResult(
@@ -100,7 +99,7 @@ def read_results(sweep: Path, num_examples: dict[str, int]) -> list[SizeResult]:
                 num_examples=num_examples[label],
                 folder=run.name,
                 num_steps=folders.read_manifest(run / "final")["step"],
-                val_loss=_last_val_loss(run),
+                val_loss=losses[-1][1] if losses else None,
                 evaluations=evaluations,
                 p_value=None if before is None else _p_value(before, _last_samples(run, evaluations[-1].step)),
             )
@@ -113,29 +112,18 @@ def run_folder(sweep: Path, label: str) -> Path:
     return sweep / f"size-{label}"
 
 
-def _evaluations(run: Path) -> tuple[Evaluation, ...]:
-    found = []
-    for folder in (run / "evaluation").glob("step-*"):
-        match = _STEP_FOLDER.fullmatch(folder.name)
-        if match and (folder / "metrics.json").is_file():
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            rates = {name: _rate(metrics, name) for name in _RATES}
-            found.append(Evaluation(int(match[1]), metrics["num_examples"], **rates))
-    if not found:
-        raise UserError(f"run '{run}' has no evaluation/step-<n>/metrics.json: nothing to compare it by")
-    return tuple(sorted(found, key=lambda evaluation: evaluation.step))
+def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
+    known = [(one.step, one.metrics) for one in files.evaluations if one.step is not None and one.metrics]
+    if not known:
+        raise UserError(f"run '{files.folder}' has no evaluation/step-<n>/metrics.json: nothing to compare it by")
+    return tuple(
+        Evaluation(step, metrics["num_examples"], **{name: _rate(metrics, name) for name in _RATES})
+        for step, metrics in known
+    )
 
 
 def _rate(metrics: dict[str, Any], name: str) -> Rate:
     return Rate(metrics[name], *metrics["intervals"][name])
-
-
-def _last_val_loss(run: Path) -> float | None:
-    if not (run / "metrics.csv").is_file():
-        return None
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        losses = [row["val/loss"] for row in csv.DictReader(file) if row.get("val/loss")]
-    return float(losses[-1]) if losses else None
 
 
 def _last_samples(run: Path, step: int) -> list[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """The first and the last evaluation of a run side by side, and what that says in plain words."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import RATES, Change, Comparison, PairedRate, compare_samples
 from sft_lightning.evaluation.report.figures import Rate, evaluation_rate
 from sft_lightning.evaluation.report.run_files import Evaluation, RunFiles
-from sft_lightning.evaluation.statistics import rate_interval
+from sft_lightning.evaluation.result import EvaluationResult
 
 RATE_LABELS = {
     "format_accuracy": "Format accuracy",
@@ -60,16 +59,7 @@ def rates_of(evaluation: Evaluation) -> dict[str, Rate]:
     """Returns the rates that an evaluation knows: from its metrics, or from its samples where those are lost."""
     known = {name: evaluation_rate(evaluation.metrics, name) for name in RATES}
     rates = {name: rate for name, rate in known.items() if rate is not None}
-    if rates:
-        return rates
-    prompts: dict[int, list[dict[str, Any]]] = {}
-    for row in evaluation.samples:
-        prompts.setdefault(row["index"], []).append(row)
-    for name, is_right in RATES.items():
-        outcomes = [[is_right(row) for row in rows] for rows in prompts.values()]
-        if outcomes and not any(None in each for each in outcomes):
-            rates[name] = (sum(map(sum, outcomes)) / len(evaluation.samples), *rate_interval(outcomes))
-    return rates
+    return rates or EvaluationResult(evaluation.samples).rates()
 
 
 def verdict(label: str, rate: PairedRate) -> str:
