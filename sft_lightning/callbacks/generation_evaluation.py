@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from sft_lightning.callbacks.gathering import gathered
 from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.callbacks.sample_tables import log_samples
 from sft_lightning.checkpoint_folder import claim
@@ -193,10 +193,7 @@ def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:
 
 def _gathered(samples: list[dict[str, Any]], num_processes: int) -> list[dict[str, Any]]:
     """Returns the samples of all processes, in the order of the prompts."""
-    parts = [samples]
-    if num_processes > 1:
-        parts = [[] for _ in range(num_processes)]
-        torch.distributed.all_gather_object(parts, samples)
+    parts = gathered(samples, num_processes)
     # Ranks that are not replicas of each other answer the same prompts.
     distinct = {(one["index"], one["sample"]): one for part in parts for one in part}
     return [distinct[place] for place in sorted(distinct)]

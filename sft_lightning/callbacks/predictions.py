@@ -6,10 +6,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from sft_lightning.callbacks.gathering import gathered
 from sft_lightning.checkpoint_folder import claim
 
 
@@ -32,11 +32,9 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         rows: list[Any] = [row for batch in predictions for row in batch]
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, rows)
-            # Rank r answered the prompts r, r + world_size, ...
-            rows = [row for group in zip_longest(*parts) for row in group if row is not None]
+        # Rank r answered the prompts r, r + world_size, ...
+        parts = gathered(rows, trainer.world_size)
+        rows = [row for group in zip_longest(*parts) for row in group if row is not None]
         if trainer.is_global_zero:
             claim(self._path.parent, self._path.name)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
