@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning import HFCheckpoint, SFTDataModule, SFTModule
 
+RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
+
 CORPUS = [
     "User: What is 2+2? Assistant: <think> two and two is four </think> <answer> 4 </answer>",
     "the quick brown fox jumps over the lazy dog, again and again, 0 1 2 3 4 5 6 7 8 9",
@@ -28,6 +31,42 @@ CORPUS = [
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def fault(request):
+    """Notes what a test showed of a fault: a row of docs/reliability.md, written if the test then passes.
+
+    Rows are written with SFT_WRITE_DOCS=1 only; tests/test_reliability.py compares the page with the tests.
+    """
+    rows = []
+
+    def note(fault: str, *, provoked: str, outcome: str, lost: str = "nothing", tries: int = 1) -> None:
+        rows.append((fault, provoked, outcome, lost, str(tries), request.node.originalname))
+
+    yield note
+    failed = getattr(request.node, "failed", True)
+    if rows and not failed and os.environ.get("SFT_WRITE_DOCS"):
+        write_reliability_rows(rows)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        item.failed = not report.passed
+    return report
+
+
+def write_reliability_rows(rows: list[tuple[str, ...]]) -> None:
+    """Puts rows into the table of docs/reliability.md, in place of those of the same fault."""
+    lines = RELIABILITY.read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if re.match(r"\|[-|]+\|$", line)) + 1
+    end = next((number for number, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
+    table = {line.split(" | ")[0].removeprefix("| "): line for line in lines[start:end]}
+    table |= {row[0]: "| " + " | ".join(row) + " |" for row in rows}
+    lines[start:end] = [table[name] for name in sorted(table, key=str.casefold)]
+    RELIABILITY.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
-"""The README's "real data on a laptop": GSM8K, 20 optimizer steps, resumed from the tenth bit for bit."""
+"""The README's examples as a user types them: the quickstart, and real data on a laptop."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from transformers import AutoModelForCausalLM
 from sft_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.slow
+def test_the_quickstarts_report_tells_that_the_gain_is_more_than_chance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    assert main(["prepare", "quickstart", "--output", "data/quickstart"]) == 0
+    assert main(["fit", "--config", str(CONFIGS / "quickstart.yaml")]) == 0
+    page = Path("checkpoints/quickstart/report/index.html").read_text(encoding="utf-8")
+    sentence = r"Answer accuracy rose from ([\d.]+)% to ([\d.]+)% on 320 prompts\. That is more than noise: "
+    said = re.search(sentence + r"(\d+) fixed, (\d+) broken, p &lt; 0\.001", page)
+    assert said, re.findall(r".{80}rose from.{200}", page)
+    before, after, num_fixed, num_broken = map(float, said.groups())
+    assert before < 5
+    assert after > 90
+    assert num_fixed - num_broken == round(320 * (after - before) / 100)
 
 
 @pytest.mark.slow
