@@ -34,7 +34,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def fault(request):
+def note_fault(request):
     """Notes what a test showed of a fault: a row of docs/reliability.md, written if the test then passes.
 
     Rows are written with SFT_WRITE_DOCS=1 only; tests/test_reliability.py compares the page with the tests.

@@ -8,14 +8,14 @@ DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 
 
 def tests_of_faults():
-    """Returns the names of all tests that take the fixture ``fault``."""
+    """Returns the names of all tests that take the fixture ``note_fault``."""
     functions = [
         node
         for path in TESTS.rglob("test_*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
     ]
-    return [one.name for one in functions if "fault" in {argument.arg for argument in one.args.args}]
+    return [one.name for one in functions if "note_fault" in {argument.arg for argument in one.args.args}]
 
 
 def test_the_page_and_the_tests_name_each_other():
