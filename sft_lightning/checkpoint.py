@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sft_lightning import checkpoint_folder as folders
 from sft_lightning.checkpoint_io import HFCheckpointIO, write_model
+from sft_lightning.claims import clear
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import (
     datamodule_of,
@@ -244,7 +245,7 @@ def claim_run_folder(run: Path, *, overwrite: bool) -> None:
                 f"output_dir '{run}' holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace "
                 "it, or name another folder"
             )
-        folders.clear(run)
+        clear(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".write-probe"

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim
 
 
 class MetricsCSVLogger(Logger):

@@ -18,6 +18,7 @@ from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.run_report import RunReport
 from sft_lightning.callbacks.throughput import Throughput
 from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
+from sft_lightning.claims import claim
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import ends_again
@@ -171,7 +172,7 @@ class SavedConfig(Callback):
         run = Path(cli.config[cli.subcommand].output_dir)
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
-        folders.claim(run, name)
+        claim(run, name)
         text = yaml.safe_dump(cli.config_to_save, sort_keys=False)
         (run / name).write_text(text, encoding="utf-8")
 

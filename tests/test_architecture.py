@@ -25,6 +25,7 @@ LAYERS = (
         "metrics",
         "nonfinite",
         "checkpoint_folder",
+        "claims",
         "correct_responses",
         "quickstart",
         "sweep",

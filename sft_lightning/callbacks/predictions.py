@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sft_lightning.callbacks.gathering import gathered
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim
 
 
 class PredictionWriter(BasePredictionWriter):
