@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.ckpt"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 _SET_ASIDE = ".replaced"
+# How safetensors and torch say that a file could not be written.
+_DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
 # What is written under a temporary name first.
 _OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", "run_files.json")
 
@@ -37,6 +40,9 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         folder: The final place. One of ours that stands there is replaced, any other moved aside.
         write: Fills the empty folder that it is given.
         about: Goes into the manifest beside the size and sha256 of each file.
+
+    Raises:
+        RunFailedError: If the disk is full, or does not take it for another reason.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
@@ -53,9 +59,26 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         _sync(manifest)
         _sync(unfinished)
         _swap_in(unfinished, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) or _DISK_ERRORS.search(str(error)):
+            raise RunFailedError(f"'{folder}' could not be written: {_reason(error)}; {_before(folder)}") from error
         raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # After a failed write torch fails once more, on closing the file.
+    before = error.__context__
+    return _reason(before) if isinstance(before, OSError) else f"{' '.join(str(error).split()):.200}"
+
+
+def _before(folder: Path) -> str:
+    last = folder.parent / "last"
+    if not (last / MANIFEST).is_file():
+        return "there is no checkpoint before it"
+    return f"'{last.resolve()}' is the last good checkpoint, and --ckpt_path auto goes on from there"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,9 +112,10 @@ def checkpoints(run: Path) -> list[Path]:
     for aside in [*run.glob(f".checkpoint-*{_SET_ASIDE}"), *run.glob(f".final{_SET_ASIDE}")]:
         home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
         if home.exists():
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.rename(home)
+            with suppress(FileNotFoundError):  # another rank was first
+                aside.rename(home)
     found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _STEP_FOLDER.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 

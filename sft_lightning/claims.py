@@ -14,6 +14,33 @@ logger = logging.getLogger(__name__)
 RUN_FILES = "run_files.json"
 
 
+def goes_on_elsewhere(resumed: str | None, run: Path) -> bool:
+    """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
+    return resumed is None or Path(resumed).resolve().parent != run.resolve()
+
+
+def claim_run_folder(run: Path, *, overwrite: bool) -> None:
+    """Makes way for a new run in a folder.
+
+    Raises:
+        UserError: If the folder holds a run already and ``overwrite`` is False, or cannot be written.
+    """
+    if run.exists() and folders.is_run(run):
+        if not overwrite:
+            raise UserError(
+                f"output_dir '{run}' holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace "
+                "it, or name another folder"
+            )
+        clear(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / f".write-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
+
+
 def claim(run: Path, name: str) -> None:
     """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
     run.mkdir(parents=True, exist_ok=True)

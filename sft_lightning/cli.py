@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from sft_lightning import __version__
-from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.errors import NonFiniteError, RunFailedError, StoppedError, UserError
 
 HELP = """\
 usage: sft-lightning COMMAND [options]
@@ -26,7 +26,10 @@ commands:
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
-Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data."""
+Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data,
+75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 interrupted by Ctrl-C."""
+
+INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _OWN_COMMANDS = ("prepare", "check", "evaluate", "compare", "report", "sweep")  # each a file in commands/
@@ -39,8 +42,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(args)
     except UserError as error:
         return _fail(error, exit_code=2)
-    except NonFiniteError as error:
+    except (NonFiniteError, RunFailedError) as error:
         return _fail(error, exit_code=1)
+    except StoppedError as error:
+        return int(str(error))
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), exit_code=INTERRUPTED)
 
 
 def _run(args: list[str]) -> int:
@@ -61,6 +68,6 @@ def _run(args: list[str]) -> int:
     raise UserError(f"unknown command '{command}'; sft-lightning --help lists the commands")
 
 
-def _fail(error: Exception, *, exit_code: int) -> int:
+def _fail(error: BaseException, *, exit_code: int) -> int:
     print(f"sft-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
     return exit_code

@@ -12,5 +12,15 @@ class NoRowsError(UserError):
     """A data set of which no row can be used."""
 
 
+class RunFailedError(RuntimeError):
+    """A run that cannot go on for a known reason: one line. The command line exits with code 1."""
+
+
+class StoppedError(SystemExit):
+    """A run that left on request, with a checkpoint of its last step. Exits with ``CODE``, if not caught."""
+
+    CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of an optimizer step is NaN or infinite; the step was not taken."""

@@ -101,6 +101,7 @@ class SFTModule(LightningModule):
         self.token_metrics = TokenMetrics()
         self._step_parts: list[tuple[LabelLosses, MicroBatch]] = []
         self._gradient_norm: Tensor | None = None
+        self.stop_is_asked = self.stop_is_agreed = False  # of this process, and of any at the last optimizer step
 
     def setup(self, stage: str) -> None:
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
@@ -190,11 +191,15 @@ class SFTModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs the step's exact loss, and stops the run before a non-finite step reaches the weights."""
         parts, self._step_parts = self._step_parts, []
-        sums = self.trainer.strategy.reduce(step_sums(parts), reduce_op="sum")
+        own = step_sums(parts)
+        asked = own.new_full((1,), float(self.stop_is_asked))  # of this rank: a signal may have reached some only
+        sums = self.trainer.strategy.reduce(torch.cat([own, asked]), reduce_op="sum")
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
         # The one time in a step that the host waits for the device.
-        loss_value, *statistics, norm_value = torch.cat([sums, self._gradient_norm.to(sums.dtype).view(1)]).tolist()
+        numbers = torch.cat([sums, self._gradient_norm.to(sums.dtype).view(1)]).tolist()
+        loss_value, *statistics, asked_value, norm_value = numbers
+        self.stop_is_agreed = asked_value > 0
         scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
         if not isfinite(loss_value) or not (isfinite(norm_value) or scaler_decides):
             raise NonFiniteError(describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))

@@ -1,6 +1,7 @@
 """SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,8 +18,8 @@ from sft_lightning.callbacks.progress import StepProgress
 from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.run_report import RunReport
 from sft_lightning.callbacks.throughput import Throughput
-from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
-from sft_lightning.claims import claim
+from sft_lightning.checkpoint import HFCheckpoint
+from sft_lightning.claims import claim, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import ends_again
@@ -73,8 +74,12 @@ class SFTCLI(LightningCLI):
         """Fills in what follows from other options, and makes sure of the folder of a run that begins."""
         self.fill_in_config()
         config = self.config[self.subcommand]
-        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         run = Path(config.checkpoint.dirpath)
+        scheduler = _restarted_by() if self.subcommand == "fit" else None
+        if scheduler is not None and (config.ckpt_path is None or folders.checkpoints(run)):
+            print(f"started again by {scheduler}: goes on as with --ckpt_path auto")
+            config.ckpt_path, config.checkpoint.overwrite = "auto", False
+        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
         if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
             claim_run_folder(run, overwrite=False)
@@ -229,6 +234,17 @@ def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SystemExit as error:
+        # Lightning's own way out after Ctrl-C, with the code of any failure.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _restarted_by() -> str | None:
+    """Returns who starts this command for another time, as it stands in its environment."""
+    counts = {"SLURM": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    return next((name for name, variable in counts.items() if os.environ.get(variable, "0") != "0"), None)
 
 
 def _check_logger_packages(loggers: Any) -> None:

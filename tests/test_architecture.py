@@ -26,6 +26,7 @@ LAYERS = (
         "nonfinite",
         "checkpoint_folder",
         "claims",
+        "disk_space",
         "correct_responses",
         "quickstart",
         "sweep",

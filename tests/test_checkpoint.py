@@ -1,6 +1,7 @@
 """Resume is bit-equal, from any optimizer step; checkpoints are models; `best`, `last` and retention."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sft_lightning import HFCheckpoint
 from sft_lightning import checkpoint_folder as folders
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.metrics_csv import MetricsCSVLogger
 
 STEPS = 12  # 42 rows in steps of 8: six an epoch, the last one of two rows; two epochs
@@ -281,7 +282,8 @@ def test_a_failing_save_leaves_the_last_good_checkpoint(fit, tmp_path, monkeypat
 
     fit(tmp_path, max_steps=2)
     monkeypatch.setattr("sft_lightning.checkpoint_io.torch.save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    last = re.escape(str((tmp_path / "checkpoint-2").resolve()))
+    with pytest.raises(RunFailedError, match=f"No space left on device; '{last}' is the last good checkpoint"):
         fit(tmp_path, ckpt_path=str(tmp_path / "checkpoint-2"), max_steps=4, checkpoint={"every_n_train_steps": 1})
     monkeypatch.undo()
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-2")
