@@ -152,7 +152,9 @@ class SFTCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says so when there was nothing left to do, or nothing but the end."""
         path = self.config[self.subcommand].ckpt_path
-        if path is None or folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
+        if path is None or not (Path(path) / folders.MANIFEST).is_file():  # pruned since
+            return
+        if folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
             return
         steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
         if ends_again(self.trainer):
