@@ -115,7 +115,9 @@ def run_validation(trainer: Trainer) -> None:
     """Validates now, inside fit, as the training loop itself would."""
     first_loop_iter = trainer._logger_connector._first_loop_iter
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop.restarting = False  # or it takes the batches of the last validation for done in this one
+    val_loop.run()
     trainer.training = True
     trainer._logger_connector._first_loop_iter = first_loop_iter
 
