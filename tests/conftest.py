@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -64,7 +63,7 @@ def pytest_runtest_makereport(item, call):
 def write_reliability_rows(rows: list[tuple[str, ...]]) -> None:
     """Puts rows into the table of docs/reliability.md, in place of those of the same fault."""
     lines = RELIABILITY.read_text(encoding="utf-8").splitlines()
-    start = next(number for number, line in enumerate(lines) if re.match(r"\|[-|]+\|$", line)) + 1
+    start = next(number for number, line in enumerate(lines) if line.startswith("| fault |")) + 2
     end = next((number for number, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
     table = {line.split(" | ")[0].removeprefix("| "): line for line in lines[start:end]}
     table |= {row[0]: "| " + " | ".join(row) + " |" for row in rows}
