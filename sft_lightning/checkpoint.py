@@ -118,6 +118,9 @@ class HFCheckpoint(ModelCheckpoint):
             claim_run_folder(self.run, overwrite=self.overwrite)
         elif resumed is not None:
             folders.point(self.run / "last", Path(resumed).resolve())
+        for each in trainer.loggers if resumed is None else ():
+            if isinstance(each, MetricsCSVLogger):
+                each.start_afresh()
         folders.remove_unfinished(self.run)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -41,6 +41,12 @@ class MetricsCSVLogger(Logger):
         """Writes nothing: config.yaml beside the file has them."""
 
     @rank_zero_only
+    def start_afresh(self) -> None:
+        """Leaves no row: of a run that died before its first checkpoint there may be some."""
+        self._path.unlink(missing_ok=True)
+        self._columns = []
+
+    @rank_zero_only
     def start_after(
         self, step: int, *, validates_again: bool = False, step_metrics: dict[str, float] | None = None
     ) -> None:

@@ -153,6 +153,13 @@ def test_a_resumed_run_writes_the_same_metrics(fit, tmp_path, val_file, every_n_
         assert torch.equal(ours.best_model_score, theirs.best_model_score)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_leaves_no_metrics_to_the_next(fit, tmp_path):
+    MetricsCSVLogger(tmp_path).log_metrics({"val/answer_accuracy": 0.5}, 0)
+    fit(tmp_path, logger=MetricsCSVLogger(tmp_path), max_steps=2, log_every_n_steps=1)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2"]
+
+
 def test_early_stopping_works_on_a_validation_metric(fit, tmp_path, val_file):
     run = fit(
         tmp_path,
