@@ -1,7 +1,9 @@
 """Signals to real processes: a checkpoint at the next optimizer step, all ranks leave, and the next start goes on."""
 
+import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,10 +37,9 @@ def start(command, tmp_path):
 
     yield popen
     for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        for pid in [*ranks_of(process), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -59,9 +60,15 @@ def steps(run):
 
 def ranks_of(process):
     """Returns the process ids of all ranks, rank 0 first."""
-    shown = subprocess.run(["ps", "-o", "pid=,ppid=,args=", "-g", str(process.pid)], capture_output=True, text=True)
-    rows = [line.split(None, 2) for line in shown.stdout.splitlines()]
-    return sorted(int(pid) for pid, _, arguments in rows if "sft_lightning" in arguments and "torch" not in arguments)
+    shown = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in shown.stdout.splitlines() if len(line.split(None, 2)) == 3]
+    family = {process.pid}
+    for pid, parent, _ in sorted(rows, key=lambda row: int(row[0])):
+        if int(parent) in family:
+            family.add(int(pid))
+    program = re.compile(r"sft_lightning(\.__main__)? fit ")  # of the second kind are those that Lightning starts
+    named = {int(pid) for pid, _, arguments in rows if program.search(arguments) and "-m torch." not in arguments}
+    return sorted(family & named)
 
 
 def assert_it_goes_on_bit_equal(command, tmp_path, options=()):
@@ -171,4 +178,27 @@ def test_a_restart_by_a_scheduler_resumes_by_itself(start, command, tmp_path, va
         provoked="SIGTERM, then the same command with the scheduler's restart count",
         outcome="resumes by itself, also where the command says --overwrite",
         tries=2,
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path, note_fault):
+    run = tmp_path / "run"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "-m")
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
+    saves = ["--checkpoint.every_n_train_steps", "20", "--trainer.max_steps", "200"]
+    process = start(*LONG[:2], *options, *saves, program=(*torchrun, "sft_lightning"))
+    wait_for_steps(run, 50, process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, process.output.read_text()
+    printed = process.output.read_text()
+    assert "started again by torchrun: goes on as with --ckpt_path auto" in printed
+    assert f"--ckpt_path auto: '{run}/checkpoint-" in printed
+    assert steps(run) == list(range(1, 201))
+    assert (run / "final" / "model.safetensors").is_file()
+    note_fault(
+        "SIGKILL to one rank under torchrun",
+        provoked="rank 1 of 2, with --max_restarts 1",
+        outcome="torchrun starts both ranks again, which go on from the last checkpoint by themselves, to the end",
+        lost="the steps since that checkpoint, computed again",
     )
