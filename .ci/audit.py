@@ -1,4 +1,4 @@
-"""Looks for known vulnerabilities in the versions of constraints.txt. Run by `make audit`, where pip-audit is installed.
+"""Looks up known vulnerabilities of the versions in constraints.txt. Run by `make audit`, where pip-audit is installed.
 
 pip-audit ends with 0, and says that nothing is known, where the service does not know a single one of the packages, as
 an index behind a proxy may do. So its report is read here instead. Exit code: 0 all were looked up and none is known
