@@ -4,7 +4,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help quickstart test test-all soak lint types check format
+=======
+.PHONY: help quickstart test test-all lint types check format audit
+>>>>>>> audit
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +38,10 @@ check: lint types test  ## everything that CI runs
 format: $(INSTALLED)  ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+audit:  ## look up known vulnerabilities of the pinned dependencies; needs the network
+	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install 'pip-audit==2.10.1'; }
+	.venv/audit/bin/python .ci/audit.py
 
 # Touched last, so that an installation that broke off is taken up again.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -16,6 +16,7 @@ commands:
   prepare gsm8k       raw GSM8K rows -> prompt/response/ground_truth
   prepare quickstart  the embedded data set, with a tiny model and tokenizer made on the spot
   check               looks at the data before a GPU is busy, with the options of fit
+  selftest            tries layouts, splits and resuming on your model and rows, with the options of fit
   fit                 train:               sft-lightning fit --config configs/sft_gsm8k.yaml
   validate            loss and graded answers on data.val_path
   test                loss and graded answers on data.test_path
@@ -32,7 +33,7 @@ Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in t
 INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "check", "evaluate", "compare", "report", "sweep")  # each a file in commands/
+_OWN_COMMANDS = ("prepare", "check", "selftest", "evaluate", "compare", "report", "sweep")  # each a file in commands/
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -66,9 +67,15 @@ def load_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         else:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+                model_path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
             model, missing = loaded[0], loaded[1]["missing_keys"]
+    except UnpicklingError as error:
+        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
+        raise UserError(
+            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle that holds something else "
+            "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     _require_all_weights(model_path, missing)
@@ -81,7 +88,11 @@ def load_model(
 
 
 def load_config(model_path: str) -> PretrainedConfig:
-    """Returns a causal language model's config. Raises UserError if the path holds none."""
+    """Returns a causal language model's config, without the kernels that it may name.
+
+    Raises:
+        UserError: If the path holds none.
+    """
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.model_path '{model_path}' is a folder without config.json, so it is no model")
@@ -94,6 +105,9 @@ def load_config(model_path: str) -> PretrainedConfig:
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
+    # A name such as owner/repository would have transformers fetch a kernel from the hub and run it, and in config.json
+    # it counts for more than the argument of from_pretrained. Sub-configs are reached by this, too.
+    config._attn_implementation = config._experts_implementation = None
     return config
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sft_lightning"
 # Top to bottom. A file may import from its own layer and from those below it. A name stands for a file or a folder.
 LAYERS = (
     {"__init__", "__main__", "cli", "commands", "trainer_cli", "screen"},
-    {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv"},
+    {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv", "selftest"},
     {"lightning_compat"},
     {"checks"},
     {

@@ -3,10 +3,10 @@
     <cache_dir>/<key>/
         tokens.bin   int32, the tokens of all rows end to end
         rows.bin     a _ROW for each row
-        meta.json    sizes, fingerprint and what was left out; written last
+        meta.json    sizes and digests, fingerprint and what was left out; written last
 
 A store is written into a folder beside its place and renamed. Of processes that race for it, the first to finish
-publishes and all read that one. A folder whose files have not the sizes of its meta.json is made again.
+publishes and all read that one. A folder whose files are not as its meta.json says is made again.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from sft_lightning.data.batch import Example
+from sft_lightning.data.digests import file_digest, files_digest, value_digest
+from sft_lightning.data.folder_beside import folder_beside, publish
 from sft_lightning.data.left_out import LeftOut
 from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
 from sft_lightning.data.row_filter import RowFilter, accepted
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _ROWS_AT_ONCE = 1024
+_ARRAYS = ("tokens.bin", "rows.bin")
 _ROW = np.dtype(
     [("start", "<i8"), ("line", "<i8"), ("weight", "<f8"), ("file", "<i4"), ("length", "<i4"), ("prompt_length", "<i4")]
 )
@@ -133,7 +135,7 @@ def load_or_build_tokens(
     files = resolve_files(path)
     templates = [template] if template else [template_of(file, columns) for file in files]
     fingerprint: dict[str, str | int | bool] = {
-        "data": _data_digest(files),
+        "data": files_digest(files),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": ", ".join(sorted({_template_name(each) for each in templates})),
         "columns": json.dumps(dict(columns or {}), sort_keys=True),
@@ -141,10 +143,10 @@ def load_or_build_tokens(
         "overlength": overlength,
         "append_eos": append_eos,
     }
-    if row_filter:  # not named where there is none, so that stores made without keep their keys
-        fingerprint["filter"] = row_filter.identity
+    fingerprint |= {"filter": row_filter.identity} if row_filter else {}  # so that stores made without keep their keys
     folder = _cache_root(cache_dir) / _key(fingerprint)
-    if not _is_whole(folder):
+    store = _open_whole(folder, files, fingerprint)
+    if store is None:
         left_out = LeftOut()
         records = read_records(
             path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=left_out.bad_rows
@@ -154,7 +156,7 @@ def load_or_build_tokens(
             kept, tokenizer, max_length=max_length, overlength=overlength, append_eos=append_eos, left_out=left_out
         )
         _build(folder, rows, left_out, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
-    store = TokenStore(folder, files)
+        store = TokenStore(folder, files)
     _account_for_rows(path, store, max_bad_rows, is_filtered=row_filter is not None)
     return store
 
@@ -187,15 +189,15 @@ def _build(
     files: Sequence[Path],
     fingerprint: Mapping[str, str | int | bool],
 ) -> None:
-    with _folder_beside(folder) as temporary:
+    with _write_errors(folder.parent), folder_beside(folder) as temporary:
         num_rows = _write_rows(temporary, rows, files)
         check_bad_rows(left_out.bad_rows, max_bad_rows)
         if not num_rows:
             raise NoRowsError(f"no row is left. {left_out}. {left_out.way_out(int(fingerprint['max_length']))}")
-        if _data_digest(files) != fingerprint["data"]:
+        if files_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, left_out)
-        _publish(temporary, folder)
+        _publish(temporary, folder, files, fingerprint)
 
 
 def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]], files: Sequence[Path]) -> int:
@@ -221,11 +223,13 @@ def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]
 def _write_meta(
     folder: Path, files: Sequence[Path], fingerprint: Mapping[str, str | int | bool], left_out: LeftOut
 ) -> None:
+    account = dataclasses.asdict(left_out)
     meta = {
-        "sizes": {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.bin")},
+        "sizes": {name: (folder / name).stat().st_size for name in _ARRAYS},
+        "digests": _digests(folder, account),
         "fingerprint": fingerprint,
         "files": [str(file) for file in files],
-        "left_out": dataclasses.asdict(left_out),
+        "left_out": account,
     }
     with (folder / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
@@ -237,52 +241,49 @@ def _sync(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _is_whole(folder: Path) -> bool:
+def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:
+    """Returns the store in a folder, None if there is none or it is not as it was written."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["fingerprint"] != fingerprint:
+            return None
+        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        if "digests" in meta and meta["digests"] != _digests(folder, meta["left_out"]):
+            return None  # in stores of earlier versions there are none
+        return TokenStore(folder, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-@contextlib.contextmanager
-def _folder_beside(folder: Path) -> Iterator[Path]:
-    """A new folder with a name of its own on the same disk, gone afterwards unless it was renamed."""
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write the token cache in data.cache_dir '{folder.parent}': {error}") from None
-
-
-def _publish(temporary: Path, folder: Path) -> None:
+def _publish(temporary: Path, folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> None:
     while True:
         try:
-            temporary.rename(folder)
+            publish(temporary, folder)
             return
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-        if _is_whole(folder):
+        if _open_whole(folder, files, fingerprint):
             return  # another process was first
         with contextlib.suppress(FileNotFoundError):  # where another process removes it, too
             shutil.rmtree(folder)
 
 
-def _data_digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+@contextlib.contextmanager
+def _write_errors(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the token cache in data.cache_dir '{cache_dir}': {error}") from None
+
+
+def _digests(folder: Path, left_out: Mapping[str, Any]) -> dict[str, str]:
+    return {**{name: file_digest(folder / name) for name in _ARRAYS}, "left_out": value_digest(left_out)}
 
 
 def _key(fingerprint: Mapping[str, str | int | bool]) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, fingerprint], sort_keys=True).encode()).hexdigest()[:32]
+    return value_digest([_FORMAT, fingerprint])[:32]
 
 
 def _template_name(template: Template) -> str:

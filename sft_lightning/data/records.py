@@ -5,7 +5,6 @@ import glob
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from sft_lightning.data.fields import check_ground_truth, check_text, check_weight
 from sft_lightning.data.templates import Plain, Template, template_for
 from sft_lightning.errors import NoRowsError, UserError
 
@@ -206,17 +206,13 @@ def _to_record(
         raise row
     fields = _rename(row, columns)
     for key in template.required_keys:
-        _check_text(f"field '{key}'" + (f" (column '{columns[key]}')" if key in columns else ""), fields.get(key))
+        check_text(f"field '{key}'" + (f" (column '{columns[key]}')" if key in columns else ""), fields.get(key))
     rendered = template.render(fields)
-    _check_text("rendered prompt", rendered["prompt"])
-    _check_text("rendered response", rendered["response"])
-    weight = rendered.get("weight", 1.0)
-    if not _is_number(weight) or not 0 <= weight <= sys.float_info.max:
-        raise ValueError(f"field 'weight' must be a finite number, at least 0, got {weight!r:.40}")
-    ground_truth = rendered.get("ground_truth")
-    for truth in ground_truth if isinstance(ground_truth, list) else [ground_truth]:
-        if not (isinstance(truth, str) or _is_number(truth) or ground_truth is None):
-            raise ValueError(f"field 'ground_truth' must be text, a number or a list of those, got {truth!r:.40}")
+    check_text("rendered prompt", rendered["prompt"])
+    check_text("rendered response", rendered["response"])
+    weight, ground_truth = rendered.get("weight", 1.0), rendered.get("ground_truth")
+    check_weight(weight)
+    check_ground_truth(ground_truth)
     return Record(rendered["prompt"], rendered["response"], ground_truth, float(weight), source)
 
 
@@ -227,23 +223,6 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return fields | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _check_text(name: str, value: Any) -> None:
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair, which is no character: {error.reason}") from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
     """Yields (``file:line``, row), with the reason in the row's place where there is no row to read."""
     rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
@@ -251,7 +230,7 @@ def _read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any] | ValueError
         for line, row in rows:
             yield f"{file}:{line}", row
     except OSError as error:
-        raise UserError(f"cannot read data file '{file}': {error}") from None
+        raise UserError(f"cannot read data file '{file}': {' '.join(str(error).split())}") from None
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ValueError]]:
@@ -285,8 +264,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any] | ValueEr
                 for row in _batch_rows(batch):
                     number += 1
                     yield number, row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read '{file}' as Parquet: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the name of a column may be no UTF-8
+        raise UserError(f"cannot read '{file}' as Parquet: {' '.join(str(error).split())}") from None
 
 
 def _batch_rows(batch: Any) -> list[Mapping[str, Any] | ValueError]:

@@ -89,6 +89,13 @@ def test_a_parquet_value_that_is_not_utf8_is_one_bad_row(tmp_path):
     assert [record.prompt for record in read(file, max_bad_rows=1)] == ["x", "z"]
 
 
+def test_a_parquet_column_whose_name_is_not_utf8(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "response": ["b"]}), file, store_schema=False)
+    write(file, file.read_bytes().replace(b"prompt", b"prom\xffx"))
+    assert f"cannot read '{file}' as Parquet: 'utf-8' codec can't decode byte 0xff" in error_of(file)
+
+
 def test_a_file_that_is_no_parquet(tmp_path):
     file = write(tmp_path / "a.parquet", GOOD)
     assert error_of(file).startswith(f"cannot read '{file}' as Parquet: ")

@@ -185,12 +185,18 @@ HOSTILE = [
 ]
 
 
-def test_hostile_expressions_are_never_right_and_take_no_longer_than_they_may(started):
+def test_hostile_expressions_are_never_right_and_take_no_longer_than_they_may(started, note_fault):
     before = time.perf_counter()
     verdicts = [compare(text, "73", 0.3) for text in HOSTILE]
     assert Verdict.EQUAL not in verdicts
     assert compare("146/2", "73", 5.0) is Verdict.EQUAL  # and question and reply still belong together
     assert time.perf_counter() - before < 12
+    note_fault(
+        "answer that mathematics cannot read in time",
+        provoked="towers of powers, deep fractions and roots, thousands of terms, half surrogate pairs",
+        outcome="counts as wrong after a time limit; the next answer gets a new process",
+        tries=8,
+    )
 
 
 def test_a_script_without_main_guard_beside_torch_threads_leaves_no_process(tmp_path):

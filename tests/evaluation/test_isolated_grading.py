@@ -81,12 +81,19 @@ def test_responses_are_graded_in_order_in_a_few_processes(graders, started):
     assert len(started) <= 2
 
 
-def test_time_outs_and_crashes_are_survived_and_counted(graders, started):
+def test_time_outs_and_crashes_are_survived_and_counted(graders, started, note_fault):
     responses = ["a", "exit", "sleep", "aa", "kill", "backtrack", "alarm off", "segfault", "aa", "forever deeper"]
     before = time.perf_counter()
     grades = grade_all(graders.Mine(time_limit_seconds=0.5), responses, [2] * 10, num_workers=2)
     assert grades == [WRONG, CRASHED, TIMED_OUT, RIGHT, CRASHED, TIMED_OUT, TIMED_OUT, CRASHED, RIGHT, CRASHED]
     assert time.perf_counter() - before < 40  # of 180 seconds asleep, and a regular expression for a million years
+    note_fault(
+        "grader that hangs or crashes",
+        provoked="sleep, a regular expression without end, exit, SIGKILL, a segmentation fault and a stack overflow in "
+        "a grader's process",
+        outcome="the answer counts as wrong, and as timed out or crashed; the others are graded",
+        tries=7,
+    )
 
 
 def test_the_time_limit_of_a_class_counts(graders, started):

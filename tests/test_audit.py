@@ -1,0 +1,66 @@
+"""What `make audit` says of a report by pip-audit, with literal reports of version 2.10."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def audit():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SOUND = {"name": "numpy", "version": "2.4.6", "vulns": []}
+KNOWN = {"id": "PYSEC-2026-1", "fix_versions": ["3.1.7", "4.0"], "aliases": [], "description": "x"}
+VULNERABLE = {"name": "jinja2", "version": "3.1.6", "vulns": [KNOWN, KNOWN | {"id": "GHSA-1", "fix_versions": []}]}
+SKIPPED = {"name": "torch", "skip_reason": "Dependency not found on PyPI and could not be audited: torch (2.13.0)"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "exit_code", "lines"),
+    [
+        ([SOUND, SOUND], 0, ["2 packages, no known vulnerability"]),
+        (
+            [SOUND, VULNERABLE],
+            1,
+            ["jinja2 3.1.6: PYSEC-2026-1, fixed in 3.1.7, 4.0", "jinja2 3.1.6: GHSA-1, not fixed yet"],
+        ),
+        ([SOUND, SKIPPED], 3, ["1 of 2 packages were not looked up: torch"]),
+        (
+            [SKIPPED, SKIPPED],
+            3,
+            [
+                "2 of 2 packages were not looked up: torch, torch",
+                "the service knows none of them, or is not reachable",
+            ],
+        ),
+        ([SOUND], 3, ["1 of 2 packages were not looked up"]),
+    ],
+)
+def test_verdicts(audit, packages, exit_code, lines):
+    assert audit.verdict({"dependencies": packages, "fixes": []}, 2) == (exit_code, lines)
+
+
+def test_a_vulnerability_counts_whatever_else_was_not_looked_up(audit):
+    assert audit.verdict({"dependencies": [VULNERABLE, SKIPPED]}, 2)[0] == 1
+
+
+def test_no_report_is_no_all_clear(audit):
+    assert audit.verdict(None, 2) == (3, ["the service is not reachable: nothing was looked up"])
+
+
+def test_every_pinned_package_counts(audit):
+    assert audit.num_pinned("# a comment\nnumpy==2.4.6\n\ntorch==2.13.0  # why\n") == 2
+    assert audit.num_pinned((ROOT / "constraints.txt").read_text()) > 90
+
+
+def test_ci_audits_in_a_step_of_its_own():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "- run: make audit" in workflow
+    assert "audit" not in (ROOT / ".ci" / "run").read_text()
