@@ -12,5 +12,19 @@ class NoRowsError(UserError):
     """A data set of which no row can be used."""
 
 
-class NonFiniteError(ArithmeticError):
+class RunFailedError(RuntimeError):
+    """A run that cannot go on, for a reason that one line can tell; what it came from is chained to it.
+
+    The command line prints it without a traceback and exits with code 1.
+
+    Attributes:
+        everywhere: Whether all processes of the run raise the same, so that one of them is enough to tell.
+    """
+
+    everywhere = False
+
+
+class NonFiniteError(RunFailedError, ArithmeticError):
     """The loss or the gradient of an optimizer step is NaN or infinite; the step was not taken."""
+
+    everywhere = True

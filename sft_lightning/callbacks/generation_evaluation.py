@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.callbacks.gathering import gathered
-from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.callbacks.sample_tables import log_samples
 from sft_lightning.checkpoint_folder import claim
 from sft_lightning.errors import UserError
@@ -16,8 +14,10 @@ from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.generation import Generator
 from sft_lightning.evaluation.grading import Grader
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
+from sft_lightning.gathering import gathered
 from sft_lightning.lightning_compat import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.metrics import answer_metrics
+from sft_lightning.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 

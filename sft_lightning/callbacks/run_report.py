@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.checkpoint_folder import claim
 from sft_lightning.evaluation.report.writing import ENVIRONMENT, record_environment, write_report
 from sft_lightning.lightning_compat import is_dry_run
+from sft_lightning.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
