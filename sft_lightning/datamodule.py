@@ -115,8 +115,7 @@ class SFTDataModule(LightningDataModule):
         self.layout: Literal["auto"] | Layout = layout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.cache_dir = cache_dir
-        self.num_workers = num_workers
-        self.worker_timeout_seconds = worker_timeout_seconds
+        self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._stores: dict[str, TokenStore] = {}

@@ -31,15 +31,13 @@ from sft_lightning.lightning_compat import (
 )
 from sft_lightning.memory_watch import generation_explained, memory_explained
 from sft_lightning.metrics import TokenMetrics
-from sft_lightning.modeling import Initialization, check_tokenizer, load_model
+from sft_lightning.modeling import Initialization, check_tokenizer, dtype_options, load_model
 from sft_lightning.optim import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.step_watch import OnNonFinite, StepWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-_HALF_PRECISIONS = {"bf16-true", "bf16-mixed", "16-true", "16-mixed"}
 # What must not change between a checkpoint and the run that goes on from it, unless resume_override is set.
 _OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "eps")
 _SCHEDULE_SETTINGS = ("lr_schedule", "warmup_steps", "warmup_ratio", "min_lr_factor")
@@ -123,9 +121,8 @@ class SFTModule(LightningModule):
             )
         self.model = load_model(
             self.hparams["model_path"],
-            dtype=_PARAMETER_DTYPES.get(precision, torch.float32),
             device_type=self.trainer.strategy.root_device.type,
-            half_precision=precision in _HALF_PRECISIONS,
+            **dtype_options(precision),
             **{name: self.hparams[name] for name in ("init", "attn_implementation", "gradient_checkpointing")},
         )
         if self.hparams["compile"]:

@@ -7,15 +7,24 @@ RUN/nonfinite/step-12/
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from sft_lightning.checkpoint_folder import claim
-from sft_lightning.data.batch import MicroBatch
-from sft_lightning.data.records import Record
+from sft_lightning.data.batch import Example, MicroBatch
+from sft_lightning.data.left_out import LeftOut
+from sft_lightning.data.records import Record, read_records
+from sft_lightning.data.templates import Plain
+from sft_lightning.data.tokenization import tokenise_records
 from sft_lightning.errors import UserError
 from sft_lightning.linear_cross_entropy import LabelLosses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FOLDER = "nonfinite"
 ROWS = "rows.jsonl"
@@ -126,6 +135,27 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict):
         raise UserError(f"'{folder / ABOUT}' is no JSON object")
     return about
+
+
+def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Mapping[str, Any]) -> list[Example]:
+    """Returns the saved rows of a step as the run tokenised them, by the names that they had there.
+
+    Raises:
+        UserError: If there are none that can be read.
+    """
+    path = folder / ROWS
+    options = {name: about[name] for name in ("max_length", "overlength", "append_eos")}
+    tokenised = tokenise_records(read_records(path, template=Plain()), tokenizer, **options, left_out=LeftOut())
+    examples = {
+        record.source: Example(np.array([*prompt, *response], dtype=np.int32), len(prompt), record.source)
+        for record, prompt, response in tokenised
+    }
+    names = [json.loads(line).get("source", "") for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        replace(examples[place], source=name)
+        for number, name in enumerate(names, start=1)
+        if (place := f"{path}:{number}") in examples
+    ]
 
 
 def _as_row(record: Record) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return not isinstance(error, RunFailedError) and any(words in text for words in _WORDS)
 
 
+def host_lacks_memory(error: BaseException) -> bool:
+    """Returns whether an error, or the one that it explains, says that the host's memory did not suffice."""
+    reason = error.__cause__ if isinstance(error, RunFailedError) and error.__cause__ else error
+    return is_out_of_memory(reason) and not isinstance(reason, torch.OutOfMemoryError)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Returns the most memory that tensors took on a CUDA device, or the process elsewhere, since it started."""
     if device.type == "cuda":

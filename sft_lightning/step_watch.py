@@ -89,7 +89,7 @@ class StepWatch:
         # All processes have the same norm; they decide by the sum of their shares, so that they decide alike.
         share = (self.gradient_norm / replicas(trainer)[0]).view(1)
         sums: Tensor = step_sums(parts)
-        sums = trainer.strategy.reduce(torch.cat([sums, share.to(sums.dtype)]), reduce_op="sum")  # type: ignore[assignment]
+        sums = trainer.strategy.reduce(torch.cat([sums, share.to(sums.dtype)]), reduce_op="sum")
         # The one time in a step that the host waits for the device.
         loss, num_correct, entropy_sum, num_labels, norm = sums.tolist()
         metrics = {"grad_norm": norm}
@@ -169,12 +169,14 @@ def _save(trainer: Trainer, numbers: dict[str, Any], rows: Sequence[StepRow], pa
     module: Any = trainer.lightning_module
     run, checkpoint = run_folder(trainer, None), last_checkpoint(trainer)
     records = find_records(lambda: read_records(data.paths["train"], **data.reading, bad_rows=SkippedRows()), rows)
-    tokens = {name: getattr(data, name) for name in ("tokenizer_path", "max_length", "overlength", "append_eos")}
+    tokens = {name: getattr(data, name) for name in ("max_length", "overlength", "append_eos")}
     about = {
         **numbers,
         # Of this run by its name, so that the run's folder may move.
         "checkpoint": Path(checkpoint).name if checkpoint and Path(checkpoint).parent == run else checkpoint,
-        **{name: module.hparams[name] for name in ("model_path", "init", "attn_implementation")},
+        "model_path": _absolute(module.hparams["model_path"]),
+        **{name: module.hparams[name] for name in ("init", "attn_implementation")},
+        "tokenizer_path": _absolute(data.tokenizer_path),
         **tokens,
         "precision": str(trainer.precision),
         "layout": next((batch.layout for _, batch in parts if batch.num_rows), "padded"),
@@ -184,3 +186,8 @@ def _save(trainer: Trainer, numbers: dict[str, Any], rows: Sequence[StepRow], pa
         "rows_not_found": sorted({row.source for row in rows} - {record.source for record in records}),
     }
     save_step(run, records, about)
+
+
+def _absolute(path: str) -> str:
+    """Returns a name of the hub as it is, and a folder so that it is found from anywhere."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sft_lightning.errors import RunFailedError
-from sft_lightning.out_of_memory import explained, generation_advice, is_out_of_memory, peak_memory_bytes
+from sft_lightning.out_of_memory import peak_memory_bytes
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("linux", 5000 * 1024), ("darwin", 5000)])

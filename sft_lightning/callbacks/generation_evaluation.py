@@ -16,6 +16,7 @@ from sft_lightning.evaluation.grading import Grader
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.gathering import gathered
 from sft_lightning.lightning_compat import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.memory_watch import generation_explained
 from sft_lightning.metrics import answer_metrics
 from sft_lightning.run_folder import run_folder
 
@@ -160,7 +161,8 @@ class GenerationEvaluation(Callback):
         indices = range(replica, len(self._records[name]), num_replicas)
         records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
-        with trainer.precision_plugin.forward_context():
+        memory = generation_explained(trainer, self.generator, len(records))
+        with memory, trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
                 [record.prompt for record in records],

@@ -95,7 +95,7 @@ class PlannedLoader:
         *,
         num_workers: int,
         pin_memory: bool,
-        timeout_seconds: int,
+        timeout_seconds: int = 300,
     ) -> None:
         self._length = length
         self._open_epoch = open_epoch

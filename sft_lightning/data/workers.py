@@ -68,10 +68,10 @@ class WatchedWorkers:
     def give_up(self) -> None:
         """Kills the workers, of which one hangs: whoever waits for them then gets an error."""
         self._has_timed_out = True
-        self._kill()
+        for worker in self._workers:
+            worker.kill()  # a process that is stopped hears nothing else; and Python waits for its children in the end
 
     def _kill(self) -> None:
-        # SIGKILL, since a process that is stopped hears nothing else; and Python waits for its children in the end.
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
