@@ -32,14 +32,14 @@ class NormSpikes:
         """The median of the recent norms; NaN where there is none."""
         return median(self._norms) if self._norms else float("nan")
 
-    def add(self, norm: float) -> float | None:
-        """Returns how many times the median of the steps before a norm is, where that makes it a spike, else None.
+    def add(self, norm: float) -> float:
+        """Returns how many times the median of the steps before a norm is, where that makes it a spike, else 0.
 
         Norms that are not finite are left out.
         """
         if not isfinite(norm):
-            return None
+            return 0.0
         usual = self.median
         is_spike = len(self._norms) >= MIN_STEPS and 0 < FACTOR * usual < norm
         self._norms.append(norm)
-        return norm / usual if is_spike else None
+        return norm / usual if is_spike else 0.0

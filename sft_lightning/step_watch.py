@@ -98,10 +98,11 @@ class StepWatch:
         scaler_decides = trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
         if not isfinite(loss) or not (isfinite(norm) or scaler_decides):
             self._leave_out(trainer, loss, norm, parts)
-        elif (spike := self._spikes.add(norm)) is not None:
-            metrics["grad_norm_spike"] = spike
+        spike = self._spikes.add(norm)
+        if spike:
             _tell_spike(trainer, norm, spike, parts)
-        return loss, metrics
+        # In every step, since Lightning goes on handing out what it was given last.
+        return loss, metrics | {"grad_norm_spike": spike}
 
     def state(self) -> dict[str, Any]:
         """Returns what a run that goes on needs to know."""
@@ -137,7 +138,7 @@ class StepWatch:
 
 
 def _tell_spike(trainer: Trainer, norm: float, spike: float, parts: Parts) -> None:
-    step, name = trainer.global_step + 1, "grad_norm_spike"
+    step = trainer.global_step + 1
     sources = _everywhere(trainer, [source for _, batch in parts for source in batch.sources])
     if not trainer.is_global_zero:
         return
@@ -150,7 +151,7 @@ def _tell_spike(trainer: Trainer, norm: float, spike: float, parts: Parts) -> No
     )
     if not logs_this_step(trainer, step):
         for each in trainer.loggers:  # a spike is worth a row of its own
-            each.log_metrics({f"train/{name}": spike}, step=step)
+            each.log_metrics({"train/grad_norm_spike": spike}, step=step)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
