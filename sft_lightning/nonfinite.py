@@ -29,6 +29,23 @@ if TYPE_CHECKING:
 FOLDER = "nonfinite"
 ROWS = "rows.jsonl"
 ABOUT = "about.json"
+# Of a step, and of the run that it was to be taken in.
+_NEEDED = (
+    "step",
+    "loss",
+    "gradient_norm",
+    "checkpoint",
+    "model_path",
+    "init",
+    "attn_implementation",
+    "tokenizer_path",
+    "max_length",
+    "overlength",
+    "append_eos",
+    "precision",
+    "layout",
+    "seed",
+)
 
 
 class StepRow(NamedTuple):
@@ -132,8 +149,9 @@ def read_about(folder: Path) -> dict[str, Any]:
             f"'{folder}' holds no {ABOUT} that can be read ({type(error).__name__}); name a folder "
             f"RUN/{FOLDER}/step-<n> of a run that met a step with a loss or gradient that is not finite"
         ) from None
-    if not isinstance(about, dict):
-        raise UserError(f"'{folder / ABOUT}' is no JSON object")
+    missing = [name for name in _NEEDED if not isinstance(about, dict) or name not in about]
+    if missing:
+        raise UserError(f"'{folder / ABOUT}' has no '{missing[0]}': it was not written by a run, or was changed")
     return about
 
 

@@ -91,9 +91,11 @@ def test_no_more_of_the_data_is_read_than_is_asked_for():
 
 def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer):
     options = {"max_length": 64, "overlength": "drop", "append_eos": True}
-    save_step(tmp_path, RECORDS[:2], {"step": 7, "loss": float("nan"), "gradient_norm": 2.0, **options})
+    names = ("checkpoint", "model_path", "init", "attn_implementation", "tokenizer_path", "precision", "layout", "seed")
+    about = {"step": 7, "gradient_norm": 2.0, **options, **dict.fromkeys(names, "as in the run")}
+    save_step(tmp_path, RECORDS[:2], {**about, "loss": float("nan")})
     folder = tmp_path / "nonfinite" / "step-7"
-    assert read_about(folder) == {"step": 7, "loss": "nan", "gradient_norm": 2.0, **options}
+    assert read_about(folder) == {**about, "loss": "nan"}
     again = list(read_records(folder / "rows.jsonl"))
     assert [(r.prompt, r.response, r.ground_truth, r.weight) for r in again] == [
         ("say 1:", " 1", "1", 0.5),
@@ -108,7 +110,7 @@ def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer)
     assert second.prompt_length == len(prompt)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 7}'])
 def test_a_folder_without_a_step_is_the_users_mistake(tmp_path, content):
     if content is not None:
         (tmp_path / "about.json").write_text(content)

@@ -24,7 +24,7 @@ def run(args: list[str]) -> int:
     from sft_lightning.replay import replay_rows, weights_not_finite
 
     about = read_about(folder)
-    step, loss, norm = (_needed(folder, about, name) for name in ("step", "loss", "gradient_norm"))
+    step, loss, norm = (about[name] for name in ("step", "loss", "gradient_norm"))
     path = options.model or _model_of_run(folder, about)
     model, examples, padding = _load(folder, path, about)
     print(f"optimizer step {step}: loss {loss}, gradient norm {norm}")
@@ -50,7 +50,7 @@ def _model_of_run(folder: Path, about: Mapping[str, Any]) -> str:
     """Returns the checkpoint that the run had last, or the model that it began with."""
     run, checkpoint = folder.resolve().parents[1], about.get("checkpoint")
     if not checkpoint:
-        return _needed(folder, about, "model_path")
+        return about["model_path"]
     path = run / checkpoint
     if not path.is_dir():
         raise UserError(f"the run's last checkpoint before the step, '{path}', is gone: name another with --model")
@@ -65,9 +65,9 @@ def _load(folder: Path, path: str, about: Mapping[str, Any]) -> tuple[Any, "list
     from sft_lightning.nonfinite import read_examples
 
     hide_progress_bars()
-    precision, tokenizer = _needed(folder, about, "precision"), load_tokenizer(_needed(folder, about, "tokenizer_path"))
+    precision, tokenizer = about["precision"], load_tokenizer(about["tokenizer_path"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(_needed(folder, about, "seed"))
+    torch.manual_seed(about["seed"])
     model = load_model(
         path,
         init="pretrained" if path != about["model_path"] else about["init"],
@@ -77,9 +77,3 @@ def _load(folder: Path, path: str, about: Mapping[str, Any]) -> tuple[Any, "list
     )
     model.to(device)  # type: ignore[arg-type]
     return model, read_examples(folder, tokenizer, about), pad_token_id(tokenizer)
-
-
-def _needed(folder: Path, about: Mapping[str, Any], name: str) -> Any:
-    if name not in about:
-        raise UserError(f"'{folder}' has no '{name}' in its about.json: it was not written by a run, or was changed")
-    return about[name]
