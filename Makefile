@@ -4,11 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help quickstart test test-all soak lint types check format
-=======
-.PHONY: help quickstart test test-all lint types check format audit
->>>>>>> audit
+.PHONY: help quickstart test test-all soak lint types check format audit
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

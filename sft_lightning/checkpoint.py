@@ -152,7 +152,8 @@ class HFCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         if not is_optimizer_step(trainer):
             return
-        stops = getattr(pl_module, "stop_is_agreed", False) and not is_dry_run(trainer)
+        watch = getattr(pl_module, "step_watch", None)
+        stops = watch is not None and watch.stop_is_agreed and not is_dry_run(trainer)
         if (stops or step % self._every == 0) and step != self._last_step_saved:
             self._validation_pending = validation_is_due(trainer)
             self._save_step(trainer)
@@ -212,12 +213,13 @@ class HFCheckpoint(ModelCheckpoint):
 
     def _listen(self, trainer: Trainer, pl_module: Any) -> None:
         """Lets SIGTERM and SIGUSR1 ask for a checkpoint of the next optimizer step, and for the end."""
-        if not hasattr(pl_module, "stop_is_asked"):
+        watch = getattr(pl_module, "step_watch", None)
+        if watch is None:
             return  # not a module that tells the other ranks
-        pl_module.stop_is_asked = pl_module.stop_is_agreed = False
+        watch.stop_is_asked = watch.stop_is_agreed = False
 
         def ask(number: int) -> None:
-            pl_module.stop_is_asked = True
+            watch.stop_is_asked = True
 
         heed_signals(trainer, ask)
 

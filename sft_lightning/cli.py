@@ -1,11 +1,12 @@
 """The command line. Answers --help and --version, and finds mistakes in the command, before anything heavy loads."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from sft_lightning import __version__
-from sft_lightning.errors import NonFiniteError, RunFailedError, StoppedError, UserError
+from sft_lightning.errors import RunFailedError, StoppedError, UserError
 
 HELP = """\
 usage: sft-lightning COMMAND [options]
@@ -24,6 +25,7 @@ commands:
   evaluate            graded answers of any model: the baseline and the final measurement
   compare             two evaluations on the same prompts: what changed, and whether it is more than chance
   report              a page with the results of a run, finished or not:  sft-lightning report checkpoints/sft
+  replay              each row of a step that was not finite, alone through the model
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
@@ -33,7 +35,16 @@ Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in t
 INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "check", "selftest", "evaluate", "compare", "report", "sweep")  # each a file in commands/
+_OWN_COMMANDS = (  # each a file in commands/
+    "prepare",
+    "check",
+    "selftest",
+    "evaluate",
+    "compare",
+    "report",
+    "replay",
+    "sweep",
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,8 +54,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(args)
     except UserError as error:
         return _fail(error, exit_code=2)
-    except (NonFiniteError, RunFailedError) as error:
-        return _fail(error, exit_code=1)
+    except RunFailedError as error:
+        return 1 if error.everywhere and _is_told_elsewhere() else _fail(error, exit_code=1)
     except StoppedError as error:
         return int(str(error))
     except KeyboardInterrupt:
@@ -67,6 +78,11 @@ def _run(args: list[str]) -> int:
         run_trainer_command([command, *rest])
         return 0
     raise UserError(f"unknown command '{command}'; sft-lightning --help lists the commands")
+
+
+def _is_told_elsewhere() -> bool:
+    """Returns whether this is one of several processes of a run, and not the one that speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _fail(error: BaseException, *, exit_code: int) -> int:

@@ -13,7 +13,15 @@ class NoRowsError(UserError):
 
 
 class RunFailedError(RuntimeError):
-    """A run that cannot go on for a known reason: one line. The command line exits with code 1."""
+    """A run that cannot go on, for a reason that one line can tell; what it came from is chained to it.
+
+    The command line prints it without a traceback and exits with code 1.
+
+    Attributes:
+        everywhere: Whether all processes of the run raise the same, so that one of them is enough to tell.
+    """
+
+    everywhere = False
 
 
 class StoppedError(SystemExit):
@@ -22,5 +30,7 @@ class StoppedError(SystemExit):
     CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(RunFailedError, ArithmeticError):
     """The loss or the gradient of an optimizer step is NaN or infinite; the step was not taken."""
+
+    everywhere = True

@@ -25,10 +25,10 @@ def is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def logs_this_step(trainer: Trainer) -> bool:
-    """Returns whether the optimizer step that just ended is one whose metrics go to the loggers."""
+def logs_this_step(trainer: Trainer, step: int | None = None) -> bool:
+    """Returns whether the metrics of an optimizer step, of the one that just ended by default, go to the loggers."""
     every = getattr(trainer, "log_every_n_steps", 0)
-    return bool(every) and trainer.global_step % every == 0
+    return bool(every) and (trainer.global_step if step is None else step) % every == 0
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

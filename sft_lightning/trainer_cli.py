@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,11 +26,18 @@ from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import ends_again
 from sft_lightning.metrics_csv import MetricsCSVLogger
 from sft_lightning.module import SFTModule
+from sft_lightning.out_of_memory import explained
 from sft_lightning.screen import set_up_logging, shorten
 
 # The guide's hyperparameters, where Lightning's own defaults differ.
 _TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
 _CHECKPOINT_WORDS = ("auto", "last", "best")
+# What runs out of memory in the steps of a run has more to say than this.
+_BESIDE_STEPS = "what stands around the steps: loading, moving or saving the model, reading data"
+_BESIDE_STEPS_ADVICE = (
+    "What helps: a smaller model; --trainer.precision bf16-true; several devices with configs/overlays/fsdp2.yaml; "
+    "--data.num_workers 0. Checkpoints that were written are untouched"
+)
 # Any one of the packages will do; the extra of the first one's name installs it.
 _LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
 
@@ -222,18 +230,18 @@ def parse_fit(args: list[str]) -> ParsedFit:
 
 def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     set_up_logging()
+    options: dict[str, Any] = {
+        "parser_class": OneLineParser,
+        "seed_everything_default": 42,
+        "trainer_defaults": dict(_TRAINER_DEFAULTS),
+        "save_config_callback": None,
+        "auto_configure_optimizers": False,
+        "parser_kwargs": {"default_env": True, "env_prefix": "SFT"},
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return cli(
-            SFTModule,
-            SFTDataModule,
-            args=args,
-            parser_class=OneLineParser,
-            seed_everything_default=42,
-            trainer_defaults=dict(_TRAINER_DEFAULTS),
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            parser_kwargs={"default_env": True, "env_prefix": "SFT"},
-        )
+        with explained(lambda: _BESIDE_STEPS, lambda: _BESIDE_STEPS_ADVICE, lambda: device):
+            return cli(SFTModule, SFTDataModule, args=args, **options)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except SystemExit as error:

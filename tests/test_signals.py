@@ -182,10 +182,11 @@ def test_a_restart_by_a_scheduler_resumes_by_itself(start, command, tmp_path, va
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path, note_fault):
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path, monkeypatch, note_fault):
     run = tmp_path / "run"
-    # Not its default, static rendezvous, in which processes that start again may find the addresses of those that died.
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 1 -m".split()
+    # Else gloo may find in torchrun's own store the addresses of processes that died.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "-m"]
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
     saves = ["--checkpoint.every_n_train_steps", "20", "--trainer.max_steps", "200"]
     process = start(*LONG[:2], *options, *saves, program=(sys.executable, *torchrun, "sft_lightning"))

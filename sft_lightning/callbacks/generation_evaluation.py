@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.callbacks.gathering import gathered
-from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.callbacks.sample_tables import log_samples
 from sft_lightning.claims import claim, withdraw
 from sft_lightning.errors import UserError
@@ -18,8 +16,11 @@ from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.generation import Generator
 from sft_lightning.evaluation.grading import Grader
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
+from sft_lightning.gathering import gathered
 from sft_lightning.lightning_compat import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.memory_watch import generation_explained
 from sft_lightning.metrics import answer_metrics
+from sft_lightning.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,8 @@ class GenerationEvaluation(Callback):
         indices = range(replica, len(self._records[name]), num_replicas)
         records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
-        with trainer.precision_plugin.forward_context():
+        memory = generation_explained(trainer, self.generator, len(records))
+        with memory, trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
                 [record.prompt for record in records],
