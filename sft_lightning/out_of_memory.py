@@ -12,23 +12,28 @@ import torch
 from sft_lightning.errors import RunFailedError
 
 # Where no class tells: the allocator for CPUs, mapped files and oneDNN raise a plain RuntimeError.
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
+_WORDS_OF_HOST = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
+_WORDS = (*_WORDS_OF_HOST, "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that memory did not suffice, of the device or of the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    text = str(error).lower()
-    return not isinstance(error, RunFailedError) and any(words in text for words in _WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or _says(error, _WORDS)
 
 
 def host_lacks_memory(error: BaseException) -> bool:
     """Returns whether an error, or the one that it explains, says that the host's memory did not suffice."""
     reason = error.__cause__ if isinstance(error, RunFailedError) and error.__cause__ else error
-    return is_out_of_memory(reason) and not isinstance(reason, torch.OutOfMemoryError)
+    return _says(reason, _WORDS_OF_HOST)
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return not isinstance(error, RunFailedError) and any(some in text for some in words)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

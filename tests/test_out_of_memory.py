@@ -78,6 +78,7 @@ def test_a_device_without_memory_leaves_the_host_with_some():
     error = RunFailedError("out of memory")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     assert not host_lacks_memory(error)
+    assert not host_lacks_memory(RuntimeError("CUDA error: out of memory"))
     assert not host_lacks_memory(RunFailedError("out of memory"))
     assert host_lacks_memory(MemoryError())
 
