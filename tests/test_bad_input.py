@@ -262,7 +262,7 @@ def test_a_resume_with_other_steps(run, rows, own_model, tmp_path, monkeypatch, 
     assert (exit_code, f"cannot resume: {named}" in error) == (2, True)
     note_fault(
         "resume with another seed, length, tokenizer or number of examples a step",
-        provoked="another data.seed, data.max_length, data.append_eos, data.batch_size or tokenizer on the second start",
+        provoked="another data.seed, max_length, append_eos, batch_size or tokenizer on the second start",
         outcome="exit 2 with the option, its value and the checkpoint's",
         tries=5,
     )

@@ -90,8 +90,8 @@ def test_tags_of_yaml_make_no_objects(options, marker, tmp_path, capsys, note_fa
     assert not marker.exists()
     note_fault(
         "YAML that would construct objects",
-        provoked="tags such as !!python/object/apply in a config of fit, check, selftest and validate; also in options and "
-        "in environment variables",
+        provoked="tags such as !!python/object/apply in a config of fit, check, selftest and validate; also in options "
+        "and in environment variables",
         outcome="refused in one line (exit 2); nothing is constructed",
         tries=28,
     )
