@@ -241,19 +241,30 @@ def test_data_that_changed_between_two_starts(run, rows, tmp_path, note_fault):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("data.seed", "6"), ("data.max_length", "65"), ("data.append_eos", "false"), ("data.batch_size", "2")],
+    [
+        ("data.seed", "6"),
+        ("data.max_length", "65"),
+        ("data.append_eos", "false"),
+        ("data.batch_size", "2"),
+        ("data.tokenizer_path", "own-model"),
+    ],
 )
-def test_a_resume_with_other_steps(run, rows, tmp_path, note_fault, option, value):
+def test_a_resume_with_other_steps(run, rows, own_model, tmp_path, monkeypatch, note_fault, option, value):
     write(tmp_path, *rows)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = json.loads((own_model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (own_model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert run("--trainer.max_steps", "1")[0] == 0
     exit_code, error = run("--ckpt_path", "auto", f"--{option}", value)
-    named = "examples per step" if option == "data.batch_size" else option
+    names = {"data.batch_size": "examples per step", "data.tokenizer_path": "the tokenizer of data.tokenizer_path"}
+    named = names.get(option, option)
     assert (exit_code, f"cannot resume: {named}" in error) == (2, True)
     note_fault(
         "resume with another seed, length, tokenizer or number of examples a step",
-        provoked="data.seed, data.max_length, data.append_eos and data.batch_size of their own on the second start",
+        provoked="another data.seed, max_length, append_eos, batch_size or tokenizer on the second start",
         outcome="exit 2 with the option, its value and the checkpoint's",
-        tries=4,
+        tries=5,
     )
 
 
