@@ -15,6 +15,7 @@ from sft_lightning.disk_space import describe_shortage, require_space, size_byte
 from sft_lightning.errors import StoppedError, UserError
 from sft_lightning.lightning_compat import (
     datamodule_of,
+    end_other_ranks,
     heed_signals,
     is_dry_run,
     is_optimizer_step,
@@ -27,6 +28,7 @@ from sft_lightning.lightning_compat import (
     validation_is_due,
 )
 from sft_lightning.metrics_csv import MetricsCSVLogger
+from sft_lightning.sharded_strategy import write_whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class HFCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        write_whole_checkpoints(trainer)
         trainer.strategy.checkpoint_io = HFCheckpointIO(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,6 +202,8 @@ class HFCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves nothing: what failed may have left half a step behind, and the last checkpoint is good."""
+        if not isinstance(exception, KeyboardInterrupt):  # which Lightning sees to
+            end_other_ranks(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -94,13 +94,14 @@ def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     if not stored:
         raise UserError(f"--ckpt_path '{folder}' holds no model*.safetensors, so it is no model")
     own = trainer.lightning_module.state_dict()
-    by_storage = {
-        own[_WEIGHTS_PREFIX + name].data_ptr(): w for name, w in stored.items() if _WEIGHTS_PREFIX + name in own
-    }
     weights = {_WEIGHTS_PREFIX + name: w for name, w in stored.items()}
-    for name, parameter in own.items():
-        if name not in weights and parameter.data_ptr() in by_storage:
-            weights[name] = by_storage[parameter.data_ptr()]
+    names = trainer.lightning_module.named_parameters(remove_duplicate=False)
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in names:
+        names_of.setdefault(id(parameter), []).append(name)
+    for tied in names_of.values():
+        known = next((weights[name] for name in tied if name in weights), None)
+        weights |= {name: known for name in tied if known is not None and name not in weights}
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
             raise UserError(

@@ -19,6 +19,7 @@ from sft_lightning.data.packing import collate
 from sft_lightning.data.trie import MIN_SHARED_TOKENS
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses
+from sft_lightning.sharding import gradients_of
 
 # Graphs of one function: training and validation, one row and several, a micro-batch without rows, and each of these
 # for every kind of layer that a model mixes. What is beyond runs uncompiled.
@@ -68,8 +69,7 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), precision():
             loss = label_losses(model, batch).weighted_sum
-            # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
-            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            gradients_of(loss, model)
     except Exception as error:  # whatever a compiler or a model that it was not made for raises
         text = " ".join(str(error).split())[:300]
         raise UserError(

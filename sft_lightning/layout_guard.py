@@ -22,6 +22,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses, makes_logits_in_chunks, use_the_models_own_logits
 from sft_lightning.loss import token_nll
 from sft_lightning.out_of_memory import is_out_of_memory
+from sft_lightning.sharding import gradient_norm, gradients_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,10 +196,7 @@ def _measure(
         losses = label_losses(model, batch)
     if not with_gradients:
         return losses.nll, None
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
-    gradients = torch.autograd.grad(losses.weighted_sum, trainable, allow_unused=True)
-    return losses.nll, torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return losses.nll, gradient_norm(gradients_of(losses.weighted_sum, model))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Seen in Lightning 2.6; see DECISIONS.md for what each works around.
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +160,23 @@ def is_watched_by_rank_zero(trainer: Trainer) -> bool:
     """Returns whether this process was started by rank 0, which is killed as soon as this one exits with an error."""
     environment = trainer._accelerator_connector.cluster_environment
     return isinstance(environment, LightningEnvironment) and not trainer.is_global_zero
+
+
+def end_other_ranks(trainer: Trainer, grace_seconds: float = 10.0) -> None:
+    """Waits for the processes that this one started, and kills those that do not end. For a run that failed.
+
+    Lightning leaves a rank that hangs behind. It kills this process where another ended first, before this one may have
+    told why.
+    """
+    started: list[subprocess.Popen] = getattr(trainer.strategy.launcher, "procs", [])
+    processes = list(started)
+    started.clear()  # the list that Lightning's observer looks at
+    deadline = time.monotonic() + grace_seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 class _LoopThatEndsAgain(_FitLoop):

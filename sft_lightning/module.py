@@ -33,6 +33,7 @@ from sft_lightning.memory_watch import generation_explained, memory_explained
 from sft_lightning.metrics import TokenMetrics
 from sft_lightning.modeling import Initialization, check_tokenizer, dtype_options, load_model
 from sft_lightning.optim import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
+from sft_lightning.sharded_strategy import load_for
 from sft_lightning.step_watch import OnNonFinite, StepWatch
 
 if TYPE_CHECKING:
@@ -119,12 +120,14 @@ class SFTModule(LightningModule):
                 "precision bf16-true keeps the parameters in bfloat16: at a learning rate of 5e-5 an AdamW step rounds "
                 "away for about half of the weights. bf16-mixed keeps them in float32 for twice the memory."
             )
-        self.model = load_model(
+        load = partial(
+            load_model,
             self.hparams["model_path"],
             device_type=self.trainer.strategy.root_device.type,
             **dtype_options(precision),
-            **{name: self.hparams[name] for name in ("init", "attn_implementation", "gradient_checkpointing")},
+            **{name: self.hparams[name] for name in ("attn_implementation", "gradient_checkpointing")},
         )
+        self.model = load_for(self.trainer, partial(load, init=self.hparams["init"]), partial(load, init="random"))
         if self.hparams["compile"]:
             compile_layers(self.model)
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)

@@ -13,6 +13,7 @@ _NOISY_WARNINGS = (
     ".*LeafSpec",
     "Couldn't infer the batch indices",  # predictions.jsonl needs none
     "Total length of `list` across ranks is zero",  # a run without validation data
+    "It is recommended to use `self.log.*sync_dist=True",  # what is logged is the same on all ranks
 )
 
 

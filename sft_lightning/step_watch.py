@@ -1,14 +1,14 @@
 """StepWatch: what is looked at before each optimizer step, and whether the step is taken."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.data.records import SkippedRows, read_records
@@ -28,6 +28,7 @@ from sft_lightning.nonfinite import (
     step_folder,
 )
 from sft_lightning.run_folder import run_folder
+from sft_lightning.sharding import gradient_norm
 from sft_lightning.spikes import NormSpikes
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class StepWatch:
             NonFiniteError: In all processes, if the loss or the gradient is not finite and no step may be left out.
         """
         parts, self._parts = self._parts, []
-        self.gradient_norm = gradient_norm(trainer.lightning_module.parameters())
+        self.gradient_norm = gradient_norm(p.grad for p in trainer.lightning_module.parameters() if p.grad is not None)
         # All processes have the same norm; they decide by the sum of their shares, so that they decide alike.
         share = (self.gradient_norm / replicas(trainer)[0]).view(1)
         own: Tensor = step_sums(parts)
@@ -157,11 +158,6 @@ def _tell_spike(trainer: Trainer, norm: float, spike: float, parts: Parts) -> No
     if not logs_this_step(trainer, step):
         for each in trainer.loggers:  # a spike is worth a row of its own
             each.log_metrics({"train/grad_norm_spike": spike}, step=step)
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Returns the 2-norm of all gradients together; shape [], the same in all processes. The host does not wait."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _everywhere(trainer: Trainer, rows: list[Any]) -> list[Any]:

@@ -23,6 +23,7 @@ LAYERS = (
         "checkpoint_io",
         "metrics_csv",
         "run_folder",
+        "sharded_strategy",
         "selftest",
     },
     {"lightning_compat"},
@@ -38,6 +39,7 @@ LAYERS = (
         "spikes",
         "gathering",
         "out_of_memory",
+        "sharding",
         "replay",
         "checkpoint_folder",
         "claims",
@@ -64,6 +66,7 @@ MAY_IMPORT = {
     "transformers": {
         "modeling",
         "compilation",
+        "sharding",
         "attention",
         "data.tokenization",
         "evaluation.decoding.loop",

@@ -12,10 +12,11 @@ from sft_lightning.data.tokenization import encode_prompts, pad_token_id
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.decoding.answer_end import AnswerEnd, StopReason
 from sft_lightning.evaluation.decoding.batching import answer_in_batches
-from sft_lightning.evaluation.decoding.lockstep import is_sharded, lockstep
+from sft_lightning.evaluation.decoding.lockstep import lockstep
 from sft_lightning.evaluation.decoding.loop import DecodingLoop, can_decode
 from sft_lightning.evaluation.decoding.token_choice import TokenChoice
 from sft_lightning.evaluation.decoding.transformers_generate import TransformersGenerate
+from sft_lightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from sft_lightning.sharding import is_sharded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IDLE, _FORWARD, _FAILED = 0, 1, 2
-
-
-def is_sharded(model: "PreTrainedModel") -> bool:
-    """Returns whether a forward pass of the model needs other processes to run one too (FSDP2, tensor parallelism)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor  # a torch built without distributed has none
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sft_lightning.data.tokenization import load_tokenizer
-from sft_lightning.evaluation.decoding.lockstep import is_sharded, lockstep
+from sft_lightning.evaluation.decoding.lockstep import lockstep
 from sft_lightning.evaluation.generation import TransformersGenerator
 from sft_lightning.modeling import load_model
+from sft_lightning.sharding import is_sharded
 
 PROMPTS = ["User: 1+1=", "User: What is seven times eight? ", "User: x", "User: a b c d", "User: \u00e9!"]
 PROCESS = """

@@ -1,0 +1,181 @@
+"""Models whose parameters are sharded over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Every process builds the model with its parameters on the meta device, and one of them besides loads the weights on its
+host; each then gets its shards from that one. No device ever holds a whole model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether a forward pass of the model needs other processes to run one too (FSDP2, tensor parallelism)."""
+    return any(is_shard(parameter) for parameter in model.parameters())
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Returns whether a tensor is spread over processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor  # a torch built without distributed has none
+
+    return isinstance(tensor, DTensor)
+
+
+def load_sharded(
+    load: Callable[[], "PreTrainedModel"],
+    load_without_weights: Callable[[], "PreTrainedModel"],
+    mesh: "DeviceMesh",
+    device: torch.device,
+) -> "PreTrainedModel":
+    """Returns a model whose parameters are sharded over the processes of a mesh. To be called by all of them.
+
+    Args:
+        load: Returns the whole model, on the host. Called in the first process only.
+        load_without_weights: Returns the same model with any weights.
+        mesh: Of one dimension.
+        device: Where this process holds its shards.
+
+    Raises:
+        UserError: In all processes, if ``load`` raises it in the first.
+    """
+    whole: dict[str, Tensor] = {}
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            whole = load().state_dict()
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, 0)
+    if outcome[0] is not None:
+        raise outcome[0]
+    with _parameters_on_meta():
+        model = load_without_weights()
+    _shard(model, mesh)
+    _materialize(model, device)
+    _fill(model, whole)
+    return model
+
+
+def gathered(state: Any, *, keep: bool) -> Any:
+    """Returns nested mappings and lists with whole tensors on the host in place of shards. Called by all processes.
+
+    Args:
+        state: With the same shards in the same order in all processes.
+        keep: Whether this process wants the result: one tensor at a time is whole in the others.
+    """
+    if isinstance(state, Tensor):
+        whole = state.full_tensor() if is_shard(state) else state  # type: ignore[attr-defined]
+        return whole.detach().cpu() if keep else None
+    if isinstance(state, Mapping):
+        once: dict[int, Any] = {}  # a tied weight has two names, and shall be one tensor under both
+        return {
+            name: once[id(value)] if id(value) in once else once.setdefault(id(value), gathered(value, keep=keep))
+            for name, value in state.items()
+        }
+    if isinstance(state, list | tuple):
+        return type(state)(gathered(value, keep=keep) for value in state)
+    return state
+
+
+def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Returns this process's shard of a tensor that each process has whole, spread as a parameter is.
+
+    A tensor of another shape, such as a counter of steps, is returned as it is.
+    """
+    if not is_shard(parameter) or whole.shape != parameter.shape:
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(
+        whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def gradients_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    """Returns the gradients of a loss by a model's parameters, for a trial; those that it holds stay as they are.
+
+    Called by all processes where the model is sharded.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not is_sharded(model):
+        # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+        return [gradient for gradient in gradients if gradient is not None]
+    kept = [parameter.grad for parameter in trainable]
+    for parameter in trainable:
+        parameter.grad = None
+    loss.backward()  # the graph leads to gathered parameters; hooks take their gradients to the shards
+    found = [parameter.grad for parameter in trainable if parameter.grad is not None]
+    for parameter, gradient in zip(trainable, kept, strict=True):
+        parameter.grad = gradient
+    return found
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Returns the 2-norm of all gradients together; shape [], the same in all processes. The host does not wait."""
+    norm = nn.utils.get_total_norm(list(gradients))
+    return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters that modules register have no storage. Buffers are computed as ever: not all are saved."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
+    """Shards each layer by itself, and what is left (embeddings, last norm) as one: a tied weight is in there once."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _materialize(model: "PreTrainedModel", device: torch.device) -> None:
+    """Gives parameters storage. Module.to_empty would give a tied weight one for each of its names."""
+    filled: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in filled:
+                empty = torch.empty_like(parameter, device=device)
+                filled[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            module._parameters[name] = filled[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _fill(model: "PreTrainedModel", whole: Mapping[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(whole), options=options)
