@@ -116,7 +116,7 @@ def test_validation_without_memory_says_so(limited_fit, tmp_path, note_fault):
     assert line.endswith(f"The last checkpoint, '{tmp_path}/run/checkpoint-8', is untouched")
     note_fault(
         "out of memory in validation",
-        provoked="the same, before the validation at the epoch's end",
+        provoked="RLIMIT_AS at the size of the process, before the validation at the end of a fit's epoch",
         outcome="exit 1, one line with the micro-batch's shape and what to change",
         lost="steps since the last checkpoint",
     )
@@ -133,7 +133,7 @@ def test_generation_without_memory_names_the_generators_settings(limited_fit, tm
     assert line.endswith(f"The last checkpoint, '{tmp_path}/run/checkpoint-8', is untouched")
     note_fault(
         "out of memory while answers are generated",
-        provoked="the same, before the answers to the validation prompts",
+        provoked="RLIMIT_AS at the size of the process, before the answers to the validation prompts",
         outcome="smaller batches are tried; then exit 1, one line that names max_new_tokens and batch_tokens",
         lost="steps since the last checkpoint",
     )

@@ -262,7 +262,7 @@ def test_two_processes_skip_alike_and_end_with_equal_weights(broken, note_fault)
         assert torch.allclose(weight.nan_to_num(7.0), others[name].nan_to_num(7.0), atol=1e-5), name
     note_fault(
         "loss is NaN on one rank, on_nonfinite: skip",
-        provoked="the same, with model.on_nonfinite skip",
+        provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, with model.on_nonfinite skip",
         outcome="both ranks skip the step and go on; weights, moments and counters are as before it",
         lost="the step",
     )

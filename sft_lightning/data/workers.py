@@ -3,10 +3,10 @@
 import multiprocessing
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
@@ -38,47 +38,36 @@ class WatchedWorkers:
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds
-        self._waits_since: float | None = None
-        self._has_timed_out = False
-        threading.Thread(target=_kill_in_time, args=(weakref.ref(self),), name="worker-watch", daemon=True).start()
+        self._wait = _Wait()
+        ended = threading.Event()
+        weakref.finalize(self, ended.set)
+        watch = (self._wait, self._workers, timeout_seconds, ended)
+        threading.Thread(target=_kill_in_time, args=watch, name="worker-watch", daemon=True).start()
 
     def __iter__(self) -> "Iterator[MicroBatch]":
         return self
 
     def __next__(self) -> "MicroBatch":
-        self._waits_since = time.monotonic()
+        self._wait.number += 1
+        self._wait.is_on = True
         try:
             return next(self._batches)
         except StopIteration:
             raise
         except Exception as error:  # of torch's when it misses a worker; of the operating system's in mid-transfer
             died = [f"pid {worker.pid} {_describe_end(worker)}" for worker in self._workers if worker.exitcode]
-            if not self._has_timed_out and not died:
+            if not self._wait.was_too_long and not died:
                 raise  # what a worker itself could not do
-            self._kill()
+            for worker in self._workers:
+                worker.kill()
+            for worker in self._workers:
+                worker.join(_KILLED_WITHIN_SECONDS)
             raise RunFailedError(self._describe(died)) from error
         finally:
-            self._waits_since = None
-
-    def is_overdue(self) -> bool:
-        """Returns whether a micro-batch that is waited for should have come."""
-        since = self._waits_since
-        return since is not None and time.monotonic() - since > self._timeout_seconds
-
-    def give_up(self) -> None:
-        """Kills the workers, of which one hangs: whoever waits for them then gets an error."""
-        self._has_timed_out = True
-        for worker in self._workers:
-            worker.kill()  # a process that is stopped hears nothing else; and Python waits for its children in the end
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-        for worker in self._workers:
-            worker.join(_KILLED_WITHIN_SECONDS)
+            self._wait.is_on = False
 
     def _describe(self, died: list[str]) -> str:
-        if self._has_timed_out:
+        if self._wait.was_too_long:
             return (
                 f"a worker process that collates micro-batches hangs: of data.num_workers {self._num_workers} (pid "
                 f"{', '.join(str(worker.pid) for worker in self._workers)}) none brought the next one within "
@@ -92,18 +81,31 @@ class WatchedWorkers:
         )
 
 
-def _kill_in_time(watched: "weakref.ref[WatchedWorkers]") -> None:
-    """Looks after workers for as long as somebody iterates over them.
+@dataclass
+class _Wait:
+    """The main thread's wait for a micro-batch, for the thread that watches it."""
+
+    number: int = 0
+    is_on: bool = False
+    was_too_long: bool = False
+
+
+def _kill_in_time(wait: _Wait, workers: list[BaseProcess], timeout_seconds: int, ended: threading.Event) -> None:
+    """Kills the workers when a wait for them lasts too long: whoever waits then gets an error.
 
     A time-out of torch's would not do: it ends waiting for a message, and not waiting for the tensor behind a message,
     which a worker that was stopped never hands over.
     """
-    while (workers := watched()) is not None:
-        if workers.is_overdue():
-            workers.give_up()
+    # Turns are counted, and no clock is read, which goes on while a job is suspended by its user.
+    turns, last = 0, 0
+    while not ended.wait(_LOOK_EVERY_SECONDS):
+        turns = turns + 1 if wait.is_on and wait.number == last else 0
+        last = wait.number
+        if turns * _LOOK_EVERY_SECONDS >= timeout_seconds:
+            wait.was_too_long = True
+            for worker in workers:
+                worker.kill()  # a stopped process hears nothing else; and Python waits for its children in the end
             return
-        del workers
-        time.sleep(_LOOK_EVERY_SECONDS)
 
 
 @contextmanager
@@ -120,7 +122,8 @@ def _no_handler_of_deaths() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        if before is not None:  # a handler that was not set from Python
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _describe_end(worker: BaseProcess) -> str:

@@ -5,6 +5,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import Qwen2ForCausalLM
 
 from sft_lightning.cli import main
 from sft_lightning.evaluation.grading import Grade
@@ -81,3 +83,13 @@ def test_evaluate_refuses(tmp_path, model_folder, val_file, capsys, change):
 def test_evaluate_needs_a_model_or_a_server(tmp_path, val_file, capsys):
     assert main(["evaluate", "--data", val_file, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("sft-lightning: error: --model or --server is needed")
+
+
+def test_out_of_memory_names_what_to_lower(tmp_path, model_folder, val_file, capsys, monkeypatch):
+    """The host's allocator itself refuses; one row was the smallest batch to try."""
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", lambda self, *args, **kwargs: torch.empty(1 << 60))
+    arguments = ["--model", model_folder, "--data", val_file, "--output", str(tmp_path), "--num_examples", "3"]
+    assert main(["evaluate", *arguments, "--max_new_tokens", "5"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("sft-lightning: error: out of memory in the answers to 3 prompts; peak memory ")
+    assert line.endswith("max_new_tokens (now 5) or batch_tokens (now 65536), or shorten the prompts")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -69,6 +70,17 @@ def test_a_worker_that_is_stopped_ends_in_an_error_in_time():
     with pytest.raises(RunFailedError, match=r"hangs: of data\.num_workers 2 \(pid \d+, \d+\)"):
         list(batches)
     assert time.monotonic() - started < 30
+    assert not any(map(is_alive, pids))
+
+
+def test_an_iterator_that_is_given_up_leaves_no_thread_and_no_process():
+    before = set(threading.enumerate())
+    batches = watched()
+    pids = {next(batches)[1], next(batches)[1]}
+    (watch,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "worker-watch"]
+    del batches
+    watch.join(10)
+    assert not watch.is_alive()
     assert not any(map(is_alive, pids))
 
 
