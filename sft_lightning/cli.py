@@ -27,7 +27,8 @@ commands:
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
-Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data."""
+Exit code: 0 done, 1 the run failed, the data would spoil it or a check of selftest fails, 2 a mistake in the command,
+the config or the data."""
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _OWN_COMMANDS = ("prepare", "check", "selftest", "evaluate", "compare", "report", "sweep")  # each a file in commands/
