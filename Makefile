@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint types check format audit
+.PHONY: help quickstart test test-all soak lint types check format audit
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,6 +18,9 @@ test: $(INSTALLED)  ## run the fast tests
 
 test-all: $(INSTALLED)  ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
+
+soak: $(INSTALLED)  ## kill 220 runs at random and compare what comes of them: up to half an hour
+	SFT_SOAK="200 20" $(BIN)/python -m pytest -s tests/test_soak.py
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,15 +10,20 @@ from torch import Tensor
 
 from sft_lightning import checkpoint_folder as folders
 from sft_lightning.checkpoint_io import HFCheckpointIO, write_model
-from sft_lightning.errors import UserError
+from sft_lightning.claims import claim_run_folder, goes_on_elsewhere
+from sft_lightning.disk_space import describe_shortage, require_space, size_bytes
+from sft_lightning.errors import StoppedError, UserError
 from sft_lightning.lightning_compat import (
     datamodule_of,
+    heed_signals,
     is_dry_run,
     is_optimizer_step,
+    is_watched_by_rank_zero,
     logs_this_step,
     resume_path,
     run_validation,
     set_ends_again,
+    total_optimizer_steps,
     validation_is_due,
 )
 from sft_lightning.metrics_csv import MetricsCSVLogger
@@ -100,7 +105,10 @@ class HFCheckpoint(ModelCheckpoint):
             self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
         # On every rank, since all of them run the end.
         set_ends_again(trainer, resumed is not None and not self._is_final(Path(resumed)))
-        if is_dry_run(trainer) or not trainer.is_global_zero:
+        if is_dry_run(trainer):
+            return
+        self._listen(trainer, pl_module)
+        if not trainer.is_global_zero:
             return
         if self.monitor is not None and getattr(datamodule_of(trainer), "paths", {"val": ""})["val"] is None:
             raise UserError(
@@ -110,6 +118,9 @@ class HFCheckpoint(ModelCheckpoint):
             claim_run_folder(self.run, overwrite=self.overwrite)
         elif resumed is not None:
             folders.point(self.run / "last", Path(resumed).resolve())
+        for each in trainer.loggers if resumed is None else ():
+            if isinstance(each, MetricsCSVLogger):
+                each.start_afresh()
         folders.remove_unfinished(self.run)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -125,6 +136,7 @@ class HFCheckpoint(ModelCheckpoint):
                 each.start_after(
                     trainer.global_step, validates_again=self._validation_pending, step_metrics=self._step_metrics
                 )
+        self._foresee_space(trainer, pl_module)
         if self._validation_pending:
             # The checkpoint was written just before a validation that the run then may not have lived to see.
             run_validation(trainer)
@@ -136,11 +148,17 @@ class HFCheckpoint(ModelCheckpoint):
         metrics = trainer.logged_metrics.items() if logs_this_step(trainer) else ()
         checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if is_optimizer_step(trainer) and step % self._every == 0 and step != self._last_step_saved:
+        if not is_optimizer_step(trainer):
+            return
+        watch = getattr(pl_module, "step_watch", None)
+        stops = watch is not None and watch.stop_is_agreed and not is_dry_run(trainer)
+        if (stops or step % self._every == 0) and step != self._last_step_saved:
             self._validation_pending = validation_is_due(trainer)
             self._save_step(trainer)
+        if stops:
+            self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves nothing: steps decide."""
@@ -171,6 +189,7 @@ class HFCheckpoint(ModelCheckpoint):
             self._save_step(trainer)
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
+            require_space(self.run / "final", size_bytes(weights))
             folders.publish(
                 self.run / "final",
                 lambda folder: write_model(trainer, folder, weights),
@@ -191,6 +210,40 @@ class HFCheckpoint(ModelCheckpoint):
         self.best_model_score = state_dict["best_model_score"]
         name = state_dict["best_model_name"]
         self.best_model_path = str(self.run / name) if name else ""
+
+    def _listen(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lets SIGTERM and SIGUSR1 ask for a checkpoint of the next optimizer step, and for the end."""
+        watch = getattr(pl_module, "step_watch", None)
+        if watch is None:
+            return  # not a module that tells the other ranks
+        watch.stop_is_asked = watch.stop_is_agreed = False
+
+        def ask(number: int) -> None:
+            watch.stop_is_asked = True
+
+        heed_signals(trainer, ask)
+
+    def _leave(self, trainer: Trainer) -> NoReturn:
+        if trainer.is_global_zero:
+            print(
+                f"stopped by a signal after optimizer step {trainer.global_step}: saved '{self.last_model_path}'; "
+                "--ckpt_path auto goes on"
+            )
+        trainer.strategy.barrier("HFCheckpoint._leave")
+        # Rank 0 would be killed by the launcher that sees another rank fail before it has left itself.
+        raise StoppedError(0 if is_watched_by_rank_zero(trainer) else StoppedError.CODE)
+
+    def _foresee_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns where the checkpoints to come do not fit, and stops before training where not even one does."""
+        if is_dry_run(trainer) or not trainer.is_global_zero:
+            return
+        parameters = list(pl_module.parameters())
+        trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        size = sum(p.numel() * p.element_size() for p in parameters) + 2 * trained  # AdamW keeps two numbers for each
+        require_space(self.run / "final", size)
+        left = -(-(total_optimizer_steps(trainer) - trainer.global_step) // self._every)
+        if (shortage := describe_shortage(self.run, size, min(left, self.keep_last or left) + 1)) is not None:
+            logger.warning("%s", shortage)
 
     def _is_final(self, resumed: Path) -> bool:
         """Returns whether the run came to its end with this checkpoint: its model is ``final``, the last it writes."""
@@ -225,30 +278,3 @@ class HFCheckpoint(ModelCheckpoint):
     def _about(self, trainer: Trainer) -> dict[str, Any]:
         decides_steps = datamodule_of(trainer).state_dict().get("decides_steps", {})
         return {"step": trainer.global_step, "epoch": trainer.current_epoch, "digest": decides_steps}
-
-
-def goes_on_elsewhere(resumed: str | None, run: Path) -> bool:
-    """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
-    return resumed is None or Path(resumed).resolve().parent != run.resolve()
-
-
-def claim_run_folder(run: Path, *, overwrite: bool) -> None:
-    """Makes way for a new run in a folder.
-
-    Raises:
-        UserError: If the folder holds a run already and ``overwrite`` is False, or cannot be written.
-    """
-    if run.exists() and folders.is_run(run):
-        if not overwrite:
-            raise UserError(
-                f"output_dir '{run}' holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace "
-                "it, or name another folder"
-            )
-        folders.clear(run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        probe = run / ".write-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error

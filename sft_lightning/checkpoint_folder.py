@@ -4,7 +4,7 @@ checkpoints/sft/
   checkpoint-500/    a Hugging Face model folder, trainer_state.ckpt, manifest.json (written last)
   last -> checkpoint-1500    best -> checkpoint-1000
   final/             a model folder
-  run_files.json     what else the run wrote here, so that --overwrite deletes that and nothing more
+  run_files.json     what else the run wrote here: claims.py
 """
 
 import hashlib
@@ -14,21 +14,23 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.ckpt"
-RUN_FILES = "run_files.json"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 _SET_ASIDE = ".replaced"
+# How safetensors and torch say that a file could not be written.
+_DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
 # What is written under a temporary name first.
-_OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", RUN_FILES)
+_OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", "run_files.json")
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
@@ -38,6 +40,9 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         folder: The final place. One of ours that stands there is replaced, any other moved aside.
         write: Fills the empty folder that it is given.
         about: Goes into the manifest beside the size and sha256 of each file.
+
+    Raises:
+        RunFailedError: If the disk is full, or does not take it for another reason.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
@@ -54,9 +59,26 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
         _sync(manifest)
         _sync(unfinished)
         _swap_in(unfinished, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) or _DISK_ERRORS.search(str(error)):
+            raise RunFailedError(f"'{folder}' could not be written: {_reason(error)}; {_before(folder)}") from error
         raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # After a failed write torch fails once more, on closing the file.
+    before = error.__context__
+    return _reason(before) if isinstance(before, OSError) else f"{' '.join(str(error).split()):.200}"
+
+
+def _before(folder: Path) -> str:
+    last = folder.parent / "last"
+    if not (last / MANIFEST).is_file():
+        return "there is no checkpoint before it"
+    return f"'{last.resolve()}' is the last good checkpoint, and --ckpt_path auto goes on from there"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -64,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
-            if not {"size", "sha256"} <= expected.keys() or _leads_out(name):
+            if not {"size", "sha256"} <= expected.keys() or leads_out(name):
                 raise ValueError(name)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,9 +112,10 @@ def checkpoints(run: Path) -> list[Path]:
     for aside in [*run.glob(f".checkpoint-*{_SET_ASIDE}"), *run.glob(f".final{_SET_ASIDE}")]:
         home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
         if home.exists():
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
-            aside.rename(home)
+            with suppress(FileNotFoundError):  # another rank was first
+                aside.rename(home)
     found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _STEP_FOLDER.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
@@ -189,62 +212,9 @@ def remove_unfinished(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def claim(run: Path, name: str) -> None:
-    """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
-    run.mkdir(parents=True, exist_ok=True)
-    names = _claimed(run)
-    if name not in names:
-        _replace_text(run / RUN_FILES, json.dumps([*names, name], indent=2))
-
-
-def clear(run: Path) -> None:
-    """Deletes a run: the files that its manifests name, and folders that are empty then. Anything else stays."""
-    remove_unfinished(run)
-    for folder in [*checkpoints(run), run / "final"]:
-        if (folder / MANIFEST).is_file():
-            try:
-                named = read_manifest(folder)["files"]
-            except UserError as error:
-                logger.warning("%s; left where it is", error)
-                continue
-            for name in [*named, MANIFEST]:
-                _unlink(folder / name, below=run)
-        _remove_empty(folder, below=run)
-    for name in _claimed(run):
-        if not _leads_out(name):
-            _unlink(run / name, below=run)
-    for name in ("last", "best"):
-        if (run / name).is_symlink():
-            (run / name).unlink()
-    (run / RUN_FILES).unlink(missing_ok=True)
-
-
-def _leads_out(name: str) -> bool:
+def leads_out(name: str) -> bool:
+    """Returns whether a relative name, read from a file, points out of the folder that it should be in."""
     return Path(name).is_absolute() or ".." in Path(name).parts
-
-
-def _claimed(run: Path) -> list[str]:
-    try:
-        return [str(name) for name in json.loads((run / RUN_FILES).read_text(encoding="utf-8"))]
-    except (OSError, ValueError):
-        return []
-
-
-def _replace_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _unlink(path: Path, below: Path) -> None:
-    path.unlink(missing_ok=True)
-    _remove_empty(path.parent, below)
-
-
-def _remove_empty(folder: Path, below: Path) -> None:
-    while folder != below and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sft_lightning import checkpoint_folder as folders
+from sft_lightning.disk_space import require_space, size_bytes
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import datamodule_of
 from sft_lightning.modeling import save_model
@@ -32,6 +33,7 @@ class HFCheckpointIO(CheckpointIO):
             write_model(self._trainer, folder, checkpoint["state_dict"])
             torch.save(state, folder / folders.TRAINER_STATE)
 
+        require_space(Path(path), size_bytes(checkpoint))
         folders.publish(Path(path), write, storage_options or {"step": checkpoint["global_step"]})
 
     def load_checkpoint(

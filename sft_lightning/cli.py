@@ -1,11 +1,12 @@
 """The command line. Answers --help and --version, and finds mistakes in the command, before anything heavy loads."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from sft_lightning import __version__
-from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.errors import RunFailedError, StoppedError, UserError
 
 HELP = """\
 usage: sft-lightning COMMAND [options]
@@ -24,14 +25,26 @@ commands:
   evaluate            graded answers of any model: the baseline and the final measurement
   compare             two evaluations on the same prompts: what changed, and whether it is more than chance
   report              a page with the results of a run, finished or not:  sft-lightning report checkpoints/sft
+  replay              each row of a step that was not finite, alone through the model
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
 Exit code: 0 done, 1 the run failed, the data would spoil it or a check of selftest fails, 2 a mistake in the command,
-the config or the data."""
+the config or the data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 interrupted by Ctrl-C."""
+
+INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-_OWN_COMMANDS = ("prepare", "check", "selftest", "evaluate", "compare", "report", "sweep")  # each a file in commands/
+_OWN_COMMANDS = (  # each a file in commands/
+    "prepare",
+    "check",
+    "selftest",
+    "evaluate",
+    "compare",
+    "report",
+    "replay",
+    "sweep",
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -41,8 +54,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run(args)
     except UserError as error:
         return _fail(error, exit_code=2)
-    except NonFiniteError as error:
-        return _fail(error, exit_code=1)
+    except RunFailedError as error:
+        return 1 if error.everywhere and _is_told_elsewhere() else _fail(error, exit_code=1)
+    except StoppedError as error:
+        return int(str(error))
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), exit_code=INTERRUPTED)
 
 
 def _run(args: list[str]) -> int:
@@ -63,6 +80,11 @@ def _run(args: list[str]) -> int:
     raise UserError(f"unknown command '{command}'; sft-lightning --help lists the commands")
 
 
-def _fail(error: Exception, *, exit_code: int) -> int:
+def _is_told_elsewhere() -> bool:
+    """Returns whether this is one of several processes of a run, and not the one that speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def _fail(error: BaseException, *, exit_code: int) -> int:
     print(f"sft-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
     return exit_code

@@ -56,6 +56,7 @@ class SFTDataModule(LightningDataModule):
         pad_to_multiple_of: Rounds row lengths up.
         cache_dir: Where tokens are kept, by default in the user's cache folder.
         num_workers: Processes that collate batches.
+        worker_timeout_seconds: How long to wait for a batch of theirs before the run ends.
         seed: Of the data order, by default that of seed_everything.
     """
 
@@ -81,6 +82,7 @@ class SFTDataModule(LightningDataModule):
         pad_to_multiple_of: int | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        worker_timeout_seconds: int = 300,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -90,6 +92,7 @@ class SFTDataModule(LightningDataModule):
             max_length=max_length,
             max_train_examples=max_train_examples,
             pad_to_multiple_of=pad_to_multiple_of,
+            worker_timeout_seconds=worker_timeout_seconds,
         )
         check_at_least(0, num_workers=num_workers, seed=seed)
         if normalize_constant <= 0:
@@ -112,7 +115,7 @@ class SFTDataModule(LightningDataModule):
         self.layout: Literal["auto"] | Layout = layout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.cache_dir = cache_dir
-        self.num_workers = num_workers
+        self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._stores: dict[str, TokenStore] = {}
@@ -279,7 +282,8 @@ class SFTDataModule(LightningDataModule):
 
     def _loader(self, length: int, open_epoch: Callable[[], tuple[MicroBatches, int]]) -> PlannedLoader:
         on_gpu = self._running_trainer.strategy.root_device.type == "cuda"
-        return PlannedLoader(length, open_epoch, num_workers=self.num_workers, pin_memory=on_gpu)
+        workers = {"num_workers": self.num_workers, "timeout_seconds": self.worker_timeout_seconds}
+        return PlannedLoader(length, open_epoch, pin_memory=on_gpu, **workers)
 
     def _micro_batches(self, name: str, share: TrainingShare | ValidationShare, length: int) -> MicroBatches:
         return MicroBatches(

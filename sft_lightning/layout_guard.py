@@ -21,6 +21,7 @@ from sft_lightning.data.trie import MIN_SHARED_TOKENS
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses, makes_logits_in_chunks, use_the_models_own_logits
 from sft_lightning.loss import token_nll
+from sft_lightning.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,9 +141,9 @@ def _problem_of(
         return "the model attends in chunks of the row, of which its attention is not told"
     try:
         losses, norm = _measure(model, layout, examples, with_gradients=padded[1] is not None)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a model does with arguments that it was not made for
+        if is_out_of_memory(error):
+            raise
         return f"the model cannot compute it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     allowed = f"(allowed {compared.tolerance:.0e})"
     if (difference := compared.difference(losses, padded[0])) > compared.tolerance:

@@ -3,10 +3,14 @@
 Seen in Lightning 2.6; see DECISIONS.md for what each works around.
 """
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from sft_lightning.errors import UserError
 
@@ -21,10 +25,10 @@ def is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def logs_this_step(trainer: Trainer) -> bool:
-    """Returns whether the optimizer step that just ended is one whose metrics go to the loggers."""
+def logs_this_step(trainer: Trainer, step: int | None = None) -> bool:
+    """Returns whether the metrics of an optimizer step, of the one that just ended by default, go to the loggers."""
     every = getattr(trainer, "log_every_n_steps", 0)
-    return bool(every) and trainer.global_step % every == 0
+    return bool(every) and (trainer.global_step if step is None else step) % every == 0
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -111,7 +115,9 @@ def run_validation(trainer: Trainer) -> None:
     """Validates now, inside fit, as the training loop itself would."""
     first_loop_iter = trainer._logger_connector._first_loop_iter
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop.restarting = False  # or it takes the batches of the last validation for done in this one
+    val_loop.run()
     trainer.training = True
     trainer._logger_connector._first_loop_iter = first_loop_iter
 
@@ -120,6 +126,38 @@ def resume_path(trainer: Trainer) -> str | None:
     """Returns the checkpoint that this run goes on from."""
     path = trainer._checkpoint_connector._ckpt_path
     return None if path is None else str(path)
+
+
+def heed_signals(trainer: Trainer, on_signal: Callable[[int], None]) -> None:
+    """Has SIGTERM and SIGUSR1 call ``on_signal`` while the Trainer runs. To be called in ``on_fit_start``.
+
+    In place of Lightning's own handlers: those broadcast from within a signal, for which the other ranks do not wait,
+    and under SLURM save in mid-step a checkpoint of another kind. Lightning puts back in the end what was there before.
+    """
+    connector = trainer._signal_connector
+    environment = trainer._accelerator_connector.cluster_environment
+    signals = {signal.SIGTERM, signal.SIGUSR1, getattr(environment, "requeue_signal", None) or signal.SIGUSR1}
+    main_process = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() == main_process:
+            on_signal(number)
+        else:  # a process that was forked, and has nothing to save
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def register() -> None:
+        type(connector).register_signal_handlers(connector)
+        for each in signals:
+            connector._register_signal(each, handle)
+
+    connector.register_signal_handlers = register  # type: ignore[method-assign]
+
+
+def is_watched_by_rank_zero(trainer: Trainer) -> bool:
+    """Returns whether this process was started by rank 0, which is killed as soon as this one exits with an error."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, LightningEnvironment) and not trainer.is_global_zero
 
 
 class _LoopThatEndsAgain(_FitLoop):

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim
 
 
 class MetricsCSVLogger(Logger):
@@ -39,6 +39,12 @@ class MetricsCSVLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: config.yaml beside the file has them."""
+
+    @rank_zero_only
+    def start_afresh(self) -> None:
+        """Leaves no row: of a run that died before its first checkpoint there may be some."""
+        self._path.unlink(missing_ok=True)
+        self._columns = []
 
     @rank_zero_only
     def start_after(

@@ -25,11 +25,13 @@ from sft_lightning.attention import AttentionChoice, choose_attention
 from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprint
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import install_label_loss
+from sft_lightning.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 Initialization = Literal["pretrained", "random"]
 
+_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -77,6 +79,8 @@ def load_model(
             "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     _require_all_weights(model_path, missing)
     wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
@@ -85,6 +89,14 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     install_label_loss(model)
     return model.train()
+
+
+def dtype_options(precision: str) -> dict[str, Any]:
+    """Returns what ``load_model`` is told of a Trainer's precision: ``dtype`` and ``half_precision``."""
+    return {
+        "dtype": _PARAMETER_DTYPES.get(precision, torch.float32),
+        "half_precision": precision in ("bf16-true", "bf16-mixed", "16-true", "16-mixed"),
+    }
 
 
 def load_config(model_path: str) -> PretrainedConfig:

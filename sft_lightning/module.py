@@ -1,8 +1,7 @@
-"""SFTModule: the training and validation steps, the optimizer, the non-finite guard and what is logged."""
+"""SFTModule: the training and validation steps, the optimizer, and what is logged."""
 
 from collections.abc import Callable
 from functools import partial
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft_lightning.attention import AttentionChoice
 from sft_lightning.compilation import compile_layers, try_compiled
 from sft_lightning.data.batch import Layout, MicroBatch
-from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.errors import UserError
 from sft_lightning.evaluation.generation import Generator, TransformersGenerator
 from sft_lightning.label_loss import label_losses
 from sft_lightning.layout_guard import LayoutChoice, choose_layout
@@ -30,17 +29,15 @@ from sft_lightning.lightning_compat import (
     steps_per_epoch,
     total_optimizer_steps,
 )
-from sft_lightning.linear_cross_entropy import LabelLosses
-from sft_lightning.metrics import TokenMetrics, step_sums
-from sft_lightning.modeling import Initialization, check_tokenizer, load_model
-from sft_lightning.nonfinite import describe_non_finite
+from sft_lightning.memory_watch import generation_explained, memory_explained
+from sft_lightning.metrics import TokenMetrics
+from sft_lightning.modeling import Initialization, check_tokenizer, dtype_options, load_model
 from sft_lightning.optim import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
+from sft_lightning.step_watch import OnNonFinite, StepWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-_HALF_PRECISIONS = {"bf16-true", "bf16-mixed", "16-true", "16-mixed"}
 # What must not change between a checkpoint and the run that goes on from it, unless resume_override is set.
 _OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "eps")
 _SCHEDULE_SETTINGS = ("lr_schedule", "warmup_steps", "warmup_ratio", "min_lr_factor")
@@ -67,6 +64,8 @@ class SFTModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Run layers through torch.compile: up to a minute of start-up, little gain on CPUs, untested on CUDA.
         log_token_statistics: Log train/token_accuracy and train/entropy, too.
+        on_nonfinite: Whether a step whose loss or gradient is NaN or infinite stops the run, or is left out.
+        max_nonfinite_steps: With on_nonfinite skip, leave out so many steps of a run; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
         resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
     """
@@ -87,6 +86,8 @@ class SFTModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         log_token_statistics: bool = True,
+        on_nonfinite: OnNonFinite = "stop",
+        max_nonfinite_steps: int = 3,
         generator: Generator | None = None,
         resume_override: bool = False,
     ) -> None:
@@ -99,8 +100,7 @@ class SFTModule(LightningModule):
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
         self.token_metrics = TokenMetrics()
-        self._step_parts: list[tuple[LabelLosses, MicroBatch]] = []
-        self._gradient_norm: Tensor | None = None
+        self.step_watch = StepWatch(on_nonfinite, max_nonfinite_steps)
 
     def setup(self, stage: str) -> None:
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
@@ -108,6 +108,7 @@ class SFTModule(LightningModule):
                 "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
                 "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
             )
+        self.step_watch.restore({})  # before a checkpoint is loaded, if one is
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -120,12 +121,9 @@ class SFTModule(LightningModule):
             )
         self.model = load_model(
             self.hparams["model_path"],
-            init=self.hparams["init"],
-            dtype=_PARAMETER_DTYPES.get(precision, torch.float32),
-            attn_implementation=self.hparams["attn_implementation"],
             device_type=self.trainer.strategy.root_device.type,
-            half_precision=precision in _HALF_PRECISIONS,
-            gradient_checkpointing=self.hparams["gradient_checkpointing"],
+            **dtype_options(precision),
+            **{name: self.hparams[name] for name in ("init", "attn_implementation", "gradient_checkpointing")},
         )
         if self.hparams["compile"]:
             compile_layers(self.model)
@@ -160,10 +158,8 @@ class SFTModule(LightningModule):
         hparams = self.hparams
         optimizer = build_adamw(
             self.model,
-            learning_rate=hparams["learning_rate"],
-            weight_decay=hparams["weight_decay"],
             betas=tuple(hparams["betas"]),
-            eps=hparams["eps"],
+            **{name: hparams[name] for name in ("learning_rate", "weight_decay", "eps")},
             # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
             fused=self.trainer.precision != "16-mixed",
         )
@@ -172,7 +168,7 @@ class SFTModule(LightningModule):
 
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
-        self._step_parts = []  # an earlier fit that was stopped in mid-step leaves some behind
+        self.step_watch.start()
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws
@@ -181,28 +177,26 @@ class SFTModule(LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.model is not None
-        losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
-        self._step_parts.append((losses._replace(weighted_sum=losses.weighted_sum.detach()), batch))
+        with memory_explained(self, "the forward pass", batch):
+            losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
+        self.step_watch.add(losses, batch)
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
         loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
         return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with memory_explained(self, "the backward pass", self.step_watch.batch):
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with memory_explained(self, "the update", self.step_watch.batch):
+            super().optimizer_step(*args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the step's exact loss, and stops the run before a non-finite step reaches the weights."""
-        parts, self._step_parts = self._step_parts, []
-        sums = self.trainer.strategy.reduce(step_sums(parts), reduce_op="sum")
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
-        # The one time in a step that the host waits for the device.
-        loss_value, *statistics, norm_value = torch.cat([sums, self._gradient_norm.to(sums.dtype).view(1)]).tolist()
-        scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
-        if not isfinite(loss_value) or not (isfinite(norm_value) or scaler_decides):
-            raise NonFiniteError(describe_non_finite(self.trainer.global_step, loss_value, norm_value, parts))
-        metrics = {"grad_norm": norm_value, "lr": optimizer.param_groups[0]["lr"]}
-        if self.hparams["log_token_statistics"]:
-            num_correct, entropy_sum, num_labels = statistics
-            metrics |= {"token_accuracy": num_correct / num_labels, "entropy": entropy_sum / num_labels}
-        self.log("train/loss", torch.tensor(loss_value), prog_bar=True)
+        """Logs the step's exact loss, after a look at whether the step may be taken."""
+        loss, metrics = self.step_watch.before_step(self.trainer, self.hparams["log_token_statistics"])
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        self.log("train/loss", torch.tensor(loss), prog_bar=True)
         self.log_dict({f"train/{name}": torch.tensor(value) for name, value in metrics.items()})
         self._log_step(self.trainer.global_step + 1)
 
@@ -213,14 +207,16 @@ class SFTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            assert self._gradient_norm is not None
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._gradient_norm)
+            norm = self.step_watch.gradient_norm
+            assert norm is not None
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         assert self.model is not None
-        losses = label_losses(self.model, batch)
+        with memory_explained(self, "validation", batch):
+            losses = label_losses(self.model, batch)
         if batch.num_rows:
             self.token_metrics.update(losses.nll, losses.correct)
 
@@ -240,7 +236,8 @@ class SFTModule(LightningModule):
         generator = self.generator or TransformersGenerator()
         tokenizer = datamodule_of(self.trainer).tokenizer
         assert self.model is not None
-        answers = generator.generate(self.model, tokenizer, [record["prompt"] for record in batch])
+        with generation_explained(self.trainer, generator, len(batch)):
+            answers = generator.generate(self.model, tokenizer, [record["prompt"] for record in batch])
         return [
             {
                 "prompt": record["prompt"],
@@ -253,6 +250,9 @@ class SFTModule(LightningModule):
             for record, answer in zip(batch, answers, strict=True)
         ]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["step_watch"] = self.step_watch.state()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
@@ -264,6 +264,7 @@ class SFTModule(LightningModule):
                     f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                     "or pass --resume_override to go on with the new one"
                 )
+        self.step_watch.restore(checkpoint.get("step_watch", {}))
         set_loop_position(
             checkpoint["loops"]["fit_loop"],
             global_step=checkpoint["global_step"],

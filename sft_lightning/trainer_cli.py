@@ -1,9 +1,11 @@
 """SFTCLI: fit, validate, test and predict by LightningCLI, with a run folder and errors of one line."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,17 +19,25 @@ from sft_lightning.callbacks.progress import StepProgress
 from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.callbacks.run_report import RunReport
 from sft_lightning.callbacks.throughput import Throughput
-from sft_lightning.checkpoint import HFCheckpoint, claim_run_folder, goes_on_elsewhere
+from sft_lightning.checkpoint import HFCheckpoint
+from sft_lightning.claims import claim, claim_run_folder, goes_on_elsewhere
 from sft_lightning.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import ends_again
 from sft_lightning.metrics_csv import MetricsCSVLogger
 from sft_lightning.module import SFTModule
+from sft_lightning.out_of_memory import explained
 from sft_lightning.screen import set_up_logging, shorten
 
 # The guide's hyperparameters, where Lightning's own defaults differ.
 _TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
 _CHECKPOINT_WORDS = ("auto", "last", "best")
+# What runs out of memory in the steps of a run has more to say than this.
+_BESIDE_STEPS = "what stands around the steps: loading, moving or saving the model, reading data"
+_BESIDE_STEPS_ADVICE = (
+    "What helps: a smaller model; --trainer.precision bf16-true; several devices with configs/overlays/fsdp2.yaml; "
+    "--data.num_workers 0. Checkpoints that were written are untouched"
+)
 # Any one of the packages will do; the extra of the first one's name installs it.
 _LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
 
@@ -72,8 +82,12 @@ class SFTCLI(LightningCLI):
         """Fills in what follows from other options, and makes sure of the folder of a run that begins."""
         self.fill_in_config()
         config = self.config[self.subcommand]
-        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         run = Path(config.checkpoint.dirpath)
+        scheduler = _restarted_by() if self.subcommand == "fit" else None
+        if scheduler is not None and (config.ckpt_path is None or folders.checkpoints(run)):
+            print(f"started again by {scheduler}: goes on as with --ckpt_path auto")
+            config.ckpt_path, config.checkpoint.overwrite = "auto", False
+        config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
         begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
         if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
             claim_run_folder(run, overwrite=False)
@@ -146,7 +160,9 @@ class SFTCLI(LightningCLI):
     def after_fit(self) -> None:
         """Says so when there was nothing left to do, or nothing but the end."""
         path = self.config[self.subcommand].ckpt_path
-        if path is None or folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
+        if path is None or not (Path(path) / folders.MANIFEST).is_file():  # pruned since
+            return
+        if folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
             return
         steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
         if ends_again(self.trainer):
@@ -171,7 +187,7 @@ class SavedConfig(Callback):
         run = Path(cli.config[cli.subcommand].output_dir)
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
-        folders.claim(run, name)
+        claim(run, name)
         text = yaml.safe_dump(cli.config_to_save, sort_keys=False)
         (run / name).write_text(text, encoding="utf-8")
 
@@ -214,20 +230,31 @@ def parse_fit(args: list[str]) -> ParsedFit:
 
 def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     set_up_logging()
+    options: dict[str, Any] = {
+        "parser_class": OneLineParser,
+        "seed_everything_default": 42,
+        "trainer_defaults": dict(_TRAINER_DEFAULTS),
+        "save_config_callback": None,
+        "auto_configure_optimizers": False,
+        "parser_kwargs": {"default_env": True, "env_prefix": "SFT"},
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return cli(
-            SFTModule,
-            SFTDataModule,
-            args=args,
-            parser_class=OneLineParser,
-            seed_everything_default=42,
-            trainer_defaults=dict(_TRAINER_DEFAULTS),
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            parser_kwargs={"default_env": True, "env_prefix": "SFT"},
-        )
+        with explained(lambda: _BESIDE_STEPS, lambda: _BESIDE_STEPS_ADVICE, lambda: device):
+            return cli(SFTModule, SFTDataModule, args=args, **options)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SystemExit as error:
+        # Lightning's own way out after Ctrl-C, with the code of any failure.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _restarted_by() -> str | None:
+    """Returns who starts this command for another time, as it stands in its environment."""
+    counts = {"SLURM": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
+    return next((name for name, variable in counts.items() if os.environ.get(variable, "0") != "0"), None)
 
 
 def _check_logger_packages(loggers: Any) -> None:

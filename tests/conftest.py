@@ -2,8 +2,9 @@
 
 import json
 import os
-import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
@@ -61,7 +63,7 @@ def pytest_runtest_makereport(item, call):
 def write_reliability_rows(rows: list[tuple[str, ...]]) -> None:
     """Puts rows into the table of docs/reliability.md, in place of those of the same fault."""
     lines = RELIABILITY.read_text(encoding="utf-8").splitlines()
-    start = next(number for number, line in enumerate(lines) if re.match(r"\|[-|]+\|$", line)) + 1
+    start = next(number for number, line in enumerate(lines) if line.startswith("| fault |")) + 2
     end = next((number for number, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
     table = {line.split(" | ")[0].removeprefix("| "): line for line in lines[start:end]}
     table |= {row[0]: "| " + " | ".join(row) + " |" for row in rows}
@@ -159,6 +161,23 @@ def gsm8k() -> Path:
     if not (folder / "train.jsonl").is_file():
         pytest.skip(f"no GSM8K in {folder}; set SFT_GSM8K_DIR to a folder with train.jsonl and test.jsonl")
     return folder
+
+
+@pytest.fixture
+def command(model_folder, train_file, tmp_path, monkeypatch):
+    """The options of a small run in tmp_path/run."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {"train_path": train_file, "batch_size": 4, "max_length": 512},
+        "model": {"model_path": model_folder, "learning_rate": 1e-2},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": 2, "log_every_n_steps": 1},
+        "checkpoint": {"every_n_train_steps": 2},
+        "evaluation": {"generator": {"class_path": "TransformersGenerator", "init_args": {"max_new_tokens": 3}}},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["fit", "--config", str(path)]
 
 
 class MetricsRecorder(Logger):
@@ -272,6 +291,18 @@ def fit(model_folder: str, train_file: str):
         return Run(runner, module, recorder.losses, recorder.gradients)
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount).returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture

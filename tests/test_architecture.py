@@ -13,7 +13,18 @@ PACKAGE = ROOT / "sft_lightning"
 # Top to bottom. A file may import from its own layer and from those below it. A name stands for a file or a folder.
 LAYERS = (
     {"__init__", "__main__", "cli", "commands", "trainer_cli", "screen"},
-    {"datamodule", "module", "callbacks", "checkpoint", "checkpoint_io", "metrics_csv", "selftest"},
+    {
+        "datamodule",
+        "module",
+        "step_watch",
+        "memory_watch",
+        "callbacks",
+        "checkpoint",
+        "checkpoint_io",
+        "metrics_csv",
+        "run_folder",
+        "selftest",
+    },
     {"lightning_compat"},
     {"checks"},
     {
@@ -24,7 +35,13 @@ LAYERS = (
         "evaluation",
         "metrics",
         "nonfinite",
+        "spikes",
+        "gathering",
+        "out_of_memory",
+        "replay",
         "checkpoint_folder",
+        "claims",
+        "disk_space",
         "correct_responses",
         "quickstart",
         "sweep",

@@ -1,6 +1,7 @@
 """Resume is bit-equal, from any optimizer step; checkpoints are models; `best`, `last` and retention."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sft_lightning import HFCheckpoint
 from sft_lightning import checkpoint_folder as folders
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.metrics_csv import MetricsCSVLogger
 
 STEPS = 12  # 42 rows in steps of 8: six an epoch, the last one of two rows; two epochs
@@ -140,7 +141,7 @@ def test_a_resumed_run_writes_the_same_metrics(fit, tmp_path, val_file, every_n_
     expected = (tmp_path / "a" / "metrics.csv").read_text()
     validated = [row.split(",")[0] for row in expected.splitlines()[1:] if not row.endswith(",,,")]
     assert validated == (["3", "6", "9", "12"] if every_n_steps else ["6", "12"])
-    for step in (3, 5, 6, 7, 11):
+    for step in (3, 5, 6, 7, 9, 11):
         run = tmp_path / f"b{step}"
         shutil.copytree(tmp_path / "a" / f"checkpoint-{step}", run / f"checkpoint-{step}")
         shutil.copy(tmp_path / "a" / "metrics.csv", run)
@@ -150,6 +151,13 @@ def test_a_resumed_run_writes_the_same_metrics(fit, tmp_path, val_file, every_n_
         ours, theirs = resumed.trainer.checkpoint_callback, straight.trainer.checkpoint_callback
         assert Path(ours.best_model_path).name == Path(theirs.best_model_path).name
         assert torch.equal(ours.best_model_score, theirs.best_model_score)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_leaves_no_metrics_to_the_next(fit, tmp_path):
+    MetricsCSVLogger(tmp_path).log_metrics({"val/answer_accuracy": 0.5}, 0)
+    fit(tmp_path, logger=MetricsCSVLogger(tmp_path), max_steps=2, log_every_n_steps=1)
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2"]
 
 
 def test_early_stopping_works_on_a_validation_metric(fit, tmp_path, val_file):
@@ -281,7 +289,8 @@ def test_a_failing_save_leaves_the_last_good_checkpoint(fit, tmp_path, monkeypat
 
     fit(tmp_path, max_steps=2)
     monkeypatch.setattr("sft_lightning.checkpoint_io.torch.save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    last = re.escape(str((tmp_path / "checkpoint-2").resolve()))
+    with pytest.raises(RunFailedError, match=f"No space left on device; '{last}' is the last good checkpoint"):
         fit(tmp_path, ckpt_path=str(tmp_path / "checkpoint-2"), max_steps=4, checkpoint={"every_n_train_steps": 1})
     monkeypatch.undo()
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-2")

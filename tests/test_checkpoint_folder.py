@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sft_lightning import checkpoint_folder as folders
-from sft_lightning.errors import UserError
+from sft_lightning import claims
+from sft_lightning.errors import RunFailedError, UserError
 
 WEIGHTS, CONFIG = b"0123456789", b'{"hidden_size": 8}'
 fsync = os.fsync
@@ -125,10 +126,11 @@ def test_a_failure_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path
         (folder / "weights").write_text("half")
         raise error
 
-    with pytest.raises(type(error)):
-        folders.publish(tmp_path / "checkpoint-5", write, {})
-    with pytest.raises(type(error)):
-        folders.publish(tmp_path / "checkpoint-6", write, {})
+    for step in (5, 6):
+        with pytest.raises(RunFailedError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+            folders.publish(tmp_path / f"checkpoint-{step}", write, {})
+        if isinstance(error, OSError):
+            assert str(raised.value).endswith("No space left on device; there is no checkpoint before it")
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-5/manifest.json", "checkpoint-5/weights"]
     assert text_of(tmp_path / "checkpoint-5") == "old"
 
@@ -144,7 +146,7 @@ def test_a_failure_of_the_last_rename_loses_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", failing_rename)
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(RunFailedError, match="could not be written: Input/output error"):
             publish(tmp_path, text="new")
     assert text_of(folders.find(tmp_path, "auto")) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
@@ -346,8 +348,8 @@ def test_a_list_of_files_that_leads_out_of_the_run_deletes_nothing_there(tmp_pat
     (tmp_path / "victim.txt").write_text("alive")
     run = tmp_path / "run"
     run.mkdir()
-    (run / folders.RUN_FILES).write_text('["../victim.txt"]')
-    folders.clear(run)
+    (run / claims.RUN_FILES).write_text('["../victim.txt"]')
+    claims.clear(run)
     assert (tmp_path / "victim.txt").read_text() == "alive"
 
 
@@ -499,13 +501,13 @@ def claimed(run):
 def test_claims_are_kept_once_and_in_order(tmp_path):
     run = tmp_path / "new" / "run"
     for name in ("config.yaml", "metrics.csv", "config.yaml", "evaluation/step-5/metrics.json"):
-        folders.claim(run, name)
+        claims.claim(run, name)
     assert claimed(run) == ["config.yaml", "metrics.csv", "evaluation/step-5/metrics.json"]
     assert names(run) == ["run_files.json"]
 
 
 def test_a_death_while_claiming_keeps_the_earlier_claims(tmp_path):
-    for run in deaths(tmp_path, lambda run: folders.claim(run, "b"), lambda run: folders.claim(run, "a")):
+    for run in deaths(tmp_path, lambda run: claims.claim(run, "b"), lambda run: claims.claim(run, "a")):
         assert claimed(run) in (["a"], ["a", "b"])
         folders.remove_unfinished(run)
         assert names(run) == ["run_files.json"]
@@ -522,7 +524,7 @@ def whole_run(run):
 
     folders.publish(run / "final", write_final, {})
     for name in ("config.yaml", "evaluation/step-5/metrics.json", "evaluation/step-5/predictions.jsonl"):
-        folders.claim(run, name)
+        claims.claim(run, name)
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("ours")
     (run / ".checkpoint-15.tmp-123").mkdir()
@@ -544,14 +546,14 @@ def users_own_files(run):
 
 def test_clearing_deletes_a_run_to_the_last_file(tmp_path):
     whole_run(tmp_path)
-    folders.clear(tmp_path)
+    claims.clear(tmp_path)
     assert names(tmp_path) == []
 
 
 def test_clearing_keeps_what_no_manifest_names(tmp_path):
     whole_run(tmp_path)
     mine = users_own_files(tmp_path)
-    folders.clear(tmp_path)
+    claims.clear(tmp_path)
     assert sorted(path for path in names(tmp_path) if (tmp_path / path).is_file()) == sorted(mine)
     assert not (tmp_path / "last").is_symlink()
     assert not (tmp_path / "checkpoint-10").exists()
@@ -561,7 +563,7 @@ def test_clearing_a_folder_without_a_run_deletes_nothing(tmp_path):
     mine = users_own_files(tmp_path)
     (tmp_path / "last").write_text("mine")
     (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(WEIGHTS)
-    folders.clear(tmp_path)
+    claims.clear(tmp_path)
     found = sorted(path for path in names(tmp_path) if (tmp_path / path).is_file())
     assert found == sorted([*mine, "last", "checkpoint-5/model.safetensors"])
 
@@ -569,7 +571,7 @@ def test_clearing_a_folder_without_a_run_deletes_nothing(tmp_path):
 def test_clearing_leaves_and_names_what_has_an_unreadable_manifest(tmp_path, caplog):
     run_of(tmp_path, (5, 10, 15))
     (tmp_path / "checkpoint-10" / "manifest.json").write_text('{"files": ')
-    folders.clear(tmp_path)
+    claims.clear(tmp_path)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-10/manifest.json", "checkpoint-10/weights"]
     (warning,) = caplog.records
     assert f"checkpoint '{tmp_path}/checkpoint-10' has no readable manifest.json" in warning.message
@@ -581,7 +583,7 @@ def test_clearing_never_reaches_outside_of_the_checkpoint(tmp_path):
     for step, name in ((5, "../../precious"), (10, str(precious))):
         folder = publish(tmp_path / "run", f"checkpoint-{step}")
         (folder / "manifest.json").write_text(json.dumps({"files": {name: {"size": 4, "sha256": "0"}}}))
-    folders.clear(tmp_path / "run")
+    claims.clear(tmp_path / "run")
     assert precious.read_text() == "mine"
 
 
@@ -590,8 +592,8 @@ def test_clearing_goes_on_where_an_earlier_one_died_and_never_takes_what_is_not_
         whole_run(run)
         users_own_files(run)
 
-    for run in deaths(tmp_path, folders.clear, prepare):
-        folders.clear(run)
+    for run in deaths(tmp_path, claims.clear, prepare):
+        claims.clear(run)
         assert sorted(path for path in names(run) if (run / path).is_file()) == [
             "checkpoint-5/notes.txt",
             "checkpoint-old/model",
@@ -608,5 +610,5 @@ def test_a_file_that_is_gone_already_does_no_harm(tmp_path):
     whole_run(tmp_path)
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "checkpoint-5" / "weights").unlink()
-    folders.clear(tmp_path)
+    claims.clear(tmp_path)
     assert names(tmp_path) == []

@@ -7,12 +7,23 @@ import time
 import pytest
 
 from sft_lightning import __version__, cli
+from sft_lightning.errors import NonFiniteError, RunFailedError
 
 
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("prepare gsm8k", "prepare quickstart", "fit", "validate", "test", "predict", "evaluate", "compare"):
+    for command in (
+        "prepare gsm8k",
+        "prepare quickstart",
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "evaluate",
+        "compare",
+        "replay",
+    ):
         assert f"\n  {command} " in printed
 
 
@@ -37,6 +48,25 @@ def test_version(capsys):
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, args, message):
     assert cli.main(args) == 2
     assert capsys.readouterr().err == f"sft-lightning: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "local_rank", "printed"),
+    [
+        (RunFailedError("no memory"), "0", "sft-lightning: error: no memory\n"),
+        (RunFailedError("no memory"), "1", "sft-lightning: error: no memory\n"),
+        (NonFiniteError("loss nan"), "0", "sft-lightning: error: loss nan\n"),
+        (NonFiniteError("loss nan"), "1", ""),
+    ],
+)
+def test_a_failed_run_is_one_line_and_exit_code_1_told_by_one_process(capsys, monkeypatch, error, local_rank, printed):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fails)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert cli.main(["fit"]) == 1
+    assert capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sft_lightning import checkpoint_folder
+from sft_lightning import claims
 
 PROGRAM = """
 import json, sys
@@ -118,5 +118,5 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
     assert ledgers[1] == pytest.approx(ledgers[0], rel=1e-6)
     names = {path.name for path in (tmp_path / "two" / "ledger" / "epoch-0").iterdir()}
     assert names == {f"step-{step}.rank-{rank}.parquet" for step in (5, 6) for rank in (0, 1)}
-    checkpoint_folder.clear(tmp_path / "two")
+    claims.clear(tmp_path / "two")
     assert not (tmp_path / "two" / "ledger").exists()

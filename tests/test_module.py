@@ -219,7 +219,7 @@ def broken_model_folder(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def rows_with_a_tilde(tmp_path):
+def rows_with_a_tilde(tmp_path, monkeypatch):
     """Twelve rows; the prompts in lines 5 and 9, and no other text, have a "~"."""
     path = tmp_path / "rows.jsonl"
     rows = [
@@ -227,6 +227,7 @@ def rows_with_a_tilde(tmp_path):
         for n in range(1, 13)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)  # where a Trainer without checkpoints keeps the rows of a step that went wrong
     return str(path)
 
 
@@ -245,7 +246,7 @@ def equal_weights(one, other):
 
 
 def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
-    make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer
+    make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer, tmp_path
 ):
     (tilde,) = tokenizer("~").input_ids
     folder = broken_model_folder(lambda model: model.model.embed_tokens.weight[tilde].fill_(float("nan")))
@@ -256,7 +257,7 @@ def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
     start, _, named = message.partition(" Examples: ")
     assert start == (
         "loss nan and gradient norm nan in optimizer step 1: stopped before the step, the weights and the last "
-        "checkpoint are untouched."
+        f"checkpoint are untouched. Each row alone: sft-lightning replay '{tmp_path}/nonfinite/step-1'."
     )
     assert sorted(named.split(", ")) == [f"{rows_with_a_tilde}:5", f"{rows_with_a_tilde}:9"]
 

@@ -7,7 +7,7 @@ TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 
 
-def tests_of_faults():
+def names_of_fault_tests():
     """Returns the names of all tests that take the fixture ``note_fault``."""
     functions = [
         node
@@ -21,4 +21,4 @@ def tests_of_faults():
 def test_the_page_and_the_tests_name_each_other():
     rows = [line.strip("| ").split(" | ") for line in DOCUMENT.read_text(encoding="utf-8").splitlines()]
     named = {row[-1] for row in rows if len(row) == 6} - {"test"}
-    assert named == set(tests_of_faults())
+    assert named == set(names_of_fault_tests())

@@ -1,23 +1,26 @@
 """GenerationEvaluation: answers the validation prompts with the weights in training, and grades the answers."""
 
 import logging
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.callbacks.gathering import gathered
-from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.callbacks.sample_tables import log_samples
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim, withdraw
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.generation import Generator
 from sft_lightning.evaluation.grading import Grader
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
+from sft_lightning.gathering import gathered
 from sft_lightning.lightning_compat import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.memory_watch import generation_explained
 from sft_lightning.metrics import answer_metrics
+from sft_lightning.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,9 @@ class GenerationEvaluation(Callback):
             self._before = self._latest = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not is_dry_run(trainer):
+            # Of a run that went on from an earlier step: a report would take the last of them for this run's.
+            withdraw(self._run(trainer), partial(_is_beyond, trainer.global_step))
         if self.evaluate_before_training and trainer.global_step == 0 and self._is_on():
             self._before = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._before)
@@ -160,7 +166,8 @@ class GenerationEvaluation(Callback):
         indices = range(replica, len(self._records[name]), num_replicas)
         records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
-        with trainer.precision_plugin.forward_context():
+        memory = generation_explained(trainer, self.generator, len(records))
+        with memory, trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
                 [record.prompt for record in records],
@@ -184,6 +191,11 @@ class GenerationEvaluation(Callback):
         # Lightning takes `self.log` in neither of the two hooks that call this.
         for each in trainer.loggers:
             each.log_metrics(_rates("val", result), step=result["step"])
+
+
+def _is_beyond(step: int, name: str) -> bool:
+    found = re.match(r"evaluation/step-(\d+)/", name)
+    return found is not None and int(found[1]) > step
 
 
 def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat import is_dry_run, is_optimizer_step, replicas

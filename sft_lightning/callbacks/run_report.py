@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.callbacks.run_folder import run_folder
-from sft_lightning.checkpoint_folder import claim
+from sft_lightning.claims import claim
 from sft_lightning.evaluation.report.writing import ENVIRONMENT, record_environment, write_report
 from sft_lightning.lightning_compat import is_dry_run
+from sft_lightning.out_of_memory import host_lacks_memory
+from sft_lightning.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class RunReport(Callback):
         self._is_on = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._is_on:
+        # A host without memory cannot start the threads that read Parquet: to wait for those would be for ever.
+        if self._is_on and not host_lacks_memory(exception):
             self._write(trainer, f"stopped by {type(exception).__name__}")
         self._is_on = False
 

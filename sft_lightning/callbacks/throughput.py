@@ -1,8 +1,6 @@
 """Throughput: how many tokens a second the training loop gets through, and what the device makes of its time."""
 
 import logging
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.flops import ModelFlops, Peak, count_model_flops, num_attended, peak_of
 from sft_lightning.lightning_compat import is_optimizer_step, replicas
+from sft_lightning.out_of_memory import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class Throughput(Callback):
             "unique_tokens_per_second": work.num_unique_tokens * per_second,
             "padding_waste": 1 - work.num_unique_tokens / work.num_positions,
             "sharing_gain": work.num_tokens / work.num_unique_tokens if work.num_unique_tokens else 1.0,
-            "peak_memory_bytes": _peak_memory_bytes(device),
+            "peak_memory_bytes": peak_memory_bytes(device),
         }
         if self._model_flops is not None:
             peak = self._peak = self._peak or _find_peak(trainer, device)
@@ -128,10 +127,3 @@ def _find_peak(trainer: Trainer, device: torch.device) -> Peak:
         rate = peak.flops_per_second / 1e12
         logger.info("model FLOP utilization is relative to %.4g TFLOP/s (%s)", rate, peak.source)
     return peak
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024  # kilobytes everywhere but on macOS

@@ -50,10 +50,13 @@ def _summary(metrics: dict[str, Any]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
+    import torch
+
     from sft_lightning.data.records import read_records
     from sft_lightning.data.templates import template_named
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.evaluation.grading import grader_named
+    from sft_lightning.out_of_memory import explained, generation_advice
 
     if options.num_examples is not None and options.num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
@@ -64,16 +67,19 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     if not records:
         raise UserError(f"--data '{options.data}' has no row with a ground_truth to grade answers by")
     model, tokenizer = (None, None) if options.server else _load(options.model)
-    return evaluate(
-        model,
-        [record.prompt for record in records],
-        [record.ground_truth for record in records],
-        tokenizer=tokenizer,
-        generator=generator,
-        grader=grader,
-        num_samples=options.num_samples,
-        output_dir=options.output,
-    )
+    device = torch.device("cpu") if model is None else model.device
+    advice = generation_advice(generator)
+    with explained(lambda: f"the answers to {len(records)} prompts", lambda: advice, lambda: device):
+        return evaluate(
+            model,
+            [record.prompt for record in records],
+            [record.ground_truth for record in records],
+            tokenizer=tokenizer,
+            generator=generator,
+            grader=grader,
+            num_samples=options.num_samples,
+            output_dir=options.output,
+        )
 
 
 def _generator(options: argparse.Namespace) -> Any:

@@ -189,6 +189,13 @@ class MicroBatch:
         return len(self.sources)
 
     @property
+    def layout(self) -> Layout:
+        """How its rows lie: ``packed`` also where ``shared_prefix`` found nothing to share."""
+        if self.segments is None:
+            return "padded"
+        return "packed" if self.segments.key_positions is None else "shared_prefix"
+
+    @property
     def num_tokens(self) -> int:
         """Input tokens of all rows without padding, shared ones counted for every row."""
         return sum(self.row_lengths)

@@ -11,6 +11,7 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.data.cache import TokenStore
 from sft_lightning.data.packing import collate
 from sft_lightning.data.plan import EpochPlan, PlannedMicroBatch
+from sft_lightning.data.workers import WatchedWorkers
 
 
 class MicroBatches(Dataset):
@@ -84,30 +85,39 @@ class PlannedLoader:
         open_epoch: Called at the start of each iteration; returns the epoch's micro-batches and the first to yield.
         num_workers: Processes that collate; 0 collates in this one.
         pin_memory: Copy into page-locked memory, for asynchronous copies to a GPU.
+        timeout_seconds: How long to wait for a micro-batch of the workers.
     """
 
     def __init__(
-        self, length: int, open_epoch: Callable[[], tuple[MicroBatches, int]], *, num_workers: int, pin_memory: bool
+        self,
+        length: int,
+        open_epoch: Callable[[], tuple[MicroBatches, int]],
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        timeout_seconds: int = 300,
     ) -> None:
         self._length = length
         self._open_epoch = open_epoch
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+        self._timeout_seconds = timeout_seconds
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[MicroBatch]:
         micro_batches, start = self._open_epoch()
-        return iter(
-            DataLoader(
-                micro_batches,
-                batch_size=None,
-                sampler=range(start, len(micro_batches)),
-                num_workers=self._num_workers,
-                pin_memory=self._pin_memory,
-            )
+        batches = DataLoader(
+            micro_batches,
+            batch_size=None,
+            sampler=range(start, len(micro_batches)),
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
         )
+        if not self._num_workers:
+            return iter(batches)
+        return WatchedWorkers(lambda: iter(batches), self._num_workers, self._timeout_seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the position follows from the loop counters. Tells Lightning that this loader resumes."""

@@ -47,6 +47,9 @@ def main() -> None:
     # Both are inherited, and either could save a task from its time limit.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    # Schedulers send these to all processes of a job; the one that this works for decides what becomes of it.
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
     while line := sys.stdin.readline():
         answer, truth, time_limit_seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, time_limit_seconds)

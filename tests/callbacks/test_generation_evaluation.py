@@ -249,6 +249,21 @@ def test_a_resumed_run_remembers_the_values_of_the_first(
     assert table_row(out, "answer")[::3][:2] == ["0.250", "1.000"]
 
 
+def test_going_on_from_an_earlier_step_leaves_no_answers_of_the_later_one(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
+    def fit(max_steps, **kwargs):
+        evaluation = GenerationEvaluation(generator=Scripted(1, 1, 1, 1), output_dir=str(run))
+        trainer = make_trainer(evaluation, HFCheckpoint(str(run), every_n_train_steps=2), max_steps=max_steps)
+        trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file), **kwargs)
+        return {folder.name for folder in (run / "evaluation").iterdir()}
+
+    assert fit(6) == {"step-0", "step-2", "step-4", "step-6"}
+    (run / "evaluation" / "step-6" / "notes.txt").write_text("mine")
+    assert fit(3, ckpt_path=str(run / "checkpoint-2")) == {"step-0", "step-2", "step-3", "step-6"}
+    assert [path.name for path in (run / "evaluation" / "step-6").iterdir()] == ["notes.txt"]
+
+
 # validate and test
 
 

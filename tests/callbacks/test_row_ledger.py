@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_lightning import checkpoint_folder
+from sft_lightning import checkpoint_folder, claims
 from sft_lightning.callbacks import row_ledger
 from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.errors import UserError
@@ -211,7 +211,7 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else_does(fit, t
 def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
     fit(tmp_path, callbacks=(RowLedger(),))
     assert len(parts(tmp_path)) == 2
-    checkpoint_folder.clear(tmp_path)
+    claims.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

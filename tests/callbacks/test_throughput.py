@@ -1,6 +1,4 @@
 import json
-import resource
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,18 +208,3 @@ def test_peak_memory_is_that_of_the_process(run, clock):
     kilobytes = int(line.split()[1])
     # The kernel adds up per-thread counters in one place and not in the other, and counts what the parent had, too.
     assert kilobytes * 1024 / 2 < peak < kilobytes * 1024 * 64
-
-
-@pytest.mark.parametrize(("platform", "expected"), [("linux", 5000 * 1024), ("darwin", 5000)])
-def test_memory_is_in_bytes_on_every_system(monkeypatch, platform, expected):
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
-    monkeypatch.setattr(sys, "platform", platform)
-    assert throughput._peak_memory_bytes(torch.device("cpu")) == expected
-
-
-@pytest.mark.gpu
-def test_peak_memory_on_a_gpu_is_that_of_its_tensors():
-    device = torch.device("cuda")
-    tensor = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    del tensor
-    assert throughput._peak_memory_bytes(device) >= 1 << 28

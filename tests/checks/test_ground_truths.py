@@ -11,7 +11,10 @@ def r1(answer):
 
 
 class Picky(Grader):
-    """Compares text, and breaks on what it does not like."""
+    """Compares text, and breaks on what it does not like. Grades in this process: each other one takes seconds."""
+
+    def __reduce__(self):
+        raise TypeError("no other process can have it")
 
     def grade(self, response, ground_truth):
         if ground_truth == "bad":

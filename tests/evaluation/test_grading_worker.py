@@ -176,3 +176,13 @@ def test_running_out_of_memory_is_the_end_of_the_process_and_of_no_other(tmp_pat
     )
     assert done.stdout == "ready\n"
     assert done.returncode == 1
+
+
+def test_signals_to_all_processes_of_a_job_make_no_answer_wrong():
+    with running_worker() as process:
+        give(process, "144/2")
+        assert process.stdout.readline() == "true\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
+        give(process, "144/2")
+        assert process.stdout.readline() == "true\n"

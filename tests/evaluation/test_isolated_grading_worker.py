@@ -81,3 +81,12 @@ def test_it_dies_at_its_time_limit_though_nobody_waits(worker, tmp_path, monkeyp
     worker.stdin.close()
     assert worker.wait(20) == -signal.SIGALRM
     worker.stdin = None  # closed: communicate() must not flush it
+
+
+def test_signals_to_all_processes_of_a_job_make_no_answer_wrong(worker):
+    give(worker, (sys.path, pickle.dumps(ExactMatchGrader())))
+    assert json.loads(worker.stdout.readline()) == {}
+    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(signal.SIGUSR1)
+    give(worker, (0, "a", "a", 5.0))
+    assert json.loads(worker.stdout.readline())["grade"]["answer_correct"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sft_lightning.evaluation.decoding.loop import Answer
+from sft_lightning.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def answer_in_batches(
         try:
             answers.update(zip(batch, answer(batch), strict=True))
         except (RuntimeError, MemoryError) as error:
-            if not may_retry or len(batch) == 1 or not _is_out_of_memory(error):
+            if not may_retry or len(batch) == 1 or not is_out_of_memory(error):
                 raise
             most_rows = len(batch) // 2
             logger.warning("out of memory with %d rows: going on with batches of %d at the most", len(batch), most_rows)
@@ -54,14 +55,3 @@ def answer_in_batches(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return [answers[index] for index in range(len(prompts))]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The allocator for CPUs raises a plain RuntimeError.
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-        or "not enough memory" in text
-    )

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from sft_lightning.callbacks.run_folder import run_folder
 from sft_lightning.checkpoint import HFCheckpoint
+from sft_lightning.run_folder import run_folder
 
 
 def test_the_folder_is_the_one_given_else_that_of_the_checkpoints_else_the_trainers(

@@ -1,6 +1,6 @@
 """Two processes: tests/test_distributed.py, tests/callbacks/test_predictions.py."""
 
-from sft_lightning.callbacks.gathering import gathered
+from sft_lightning.gathering import gathered
 
 
 def test_one_process_has_all_there_is():

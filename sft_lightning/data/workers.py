@@ -1,0 +1,128 @@
+"""Worker processes that collate: what is said when one dies or hangs, and that none outlives its run."""
+
+import multiprocessing
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING
+
+from sft_lightning.errors import RunFailedError
+
+if TYPE_CHECKING:
+    from sft_lightning.data.batch import MicroBatch
+
+_LOOK_EVERY_SECONDS = 0.5
+_KILLED_WITHIN_SECONDS = 5.0
+
+
+class WatchedWorkers:
+    """Iterates over what worker processes collate.
+
+    Args:
+        start: Returns torch's iterator. The processes that it starts are the workers.
+        num_workers: How many.
+        timeout_seconds: How long to wait for a micro-batch.
+
+    Raises:
+        RunFailedError: From ``next``, when a worker died, or no micro-batch came in time. No worker is left then.
+    """
+
+    def __init__(self, start: "Callable[[], Iterator[MicroBatch]]", num_workers: int, timeout_seconds: int) -> None:
+        before = multiprocessing.active_children()
+        with _no_handler_of_deaths():
+            self._batches = start()
+        self._workers = [child for child in multiprocessing.active_children() if child not in before]
+        self._num_workers = num_workers
+        self._timeout_seconds = timeout_seconds
+        self._waits_since: float | None = None
+        self._has_timed_out = False
+        threading.Thread(target=_kill_in_time, args=(weakref.ref(self),), name="worker-watch", daemon=True).start()
+
+    def __iter__(self) -> "Iterator[MicroBatch]":
+        return self
+
+    def __next__(self) -> "MicroBatch":
+        self._waits_since = time.monotonic()
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise
+        except Exception as error:  # of torch's when it misses a worker; of the operating system's in mid-transfer
+            died = [f"pid {worker.pid} {_describe_end(worker)}" for worker in self._workers if worker.exitcode]
+            if not self._has_timed_out and not died:
+                raise  # what a worker itself could not do
+            self._kill()
+            raise RunFailedError(self._describe(died)) from error
+        finally:
+            self._waits_since = None
+
+    def is_overdue(self) -> bool:
+        """Returns whether a micro-batch that is waited for should have come."""
+        since = self._waits_since
+        return since is not None and time.monotonic() - since > self._timeout_seconds
+
+    def give_up(self) -> None:
+        """Kills the workers, of which one hangs: whoever waits for them then gets an error."""
+        self._has_timed_out = True
+        for worker in self._workers:
+            worker.kill()  # a process that is stopped hears nothing else; and Python waits for its children in the end
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join(_KILLED_WITHIN_SECONDS)
+
+    def _describe(self, died: list[str]) -> str:
+        if self._has_timed_out:
+            return (
+                f"a worker process that collates micro-batches hangs: of data.num_workers {self._num_workers} (pid "
+                f"{', '.join(str(worker.pid) for worker in self._workers)}) none brought the next one within "
+                f"data.worker_timeout_seconds {self._timeout_seconds}. On a slow disk raise it; data.num_workers 0 "
+                "collates in the main process. The last checkpoint is untouched"
+            )
+        return (
+            f"a worker process that collates micro-batches died: {' and '.join(died)}, of data.num_workers "
+            f"{self._num_workers}. SIGKILL is often the system's when memory runs out: lower data.num_workers, 0 "
+            "collates in the main process. The last checkpoint is untouched"
+        )
+
+
+def _kill_in_time(watched: "weakref.ref[WatchedWorkers]") -> None:
+    """Looks after workers for as long as somebody iterates over them.
+
+    A time-out of torch's would not do: it ends waiting for a message, and not waiting for the tensor behind a message,
+    which a worker that was stopped never hands over.
+    """
+    while (workers := watched()) is not None:
+        if workers.is_overdue():
+            workers.give_up()
+            return
+        del workers
+        time.sleep(_LOOK_EVERY_SECONDS)
+
+
+@contextmanager
+def _no_handler_of_deaths() -> Iterator[None]:
+    """Undoes torch's handler of SIGCHLD, set within, which raises the death of a worker wherever the program is.
+
+    In the middle of an update, say, or of a checkpoint. Without it, torch notices a dead worker where it is missed:
+    when its micro-batch does not come.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield  # no handler can be set here, nor does torch
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _describe_end(worker: BaseProcess) -> str:
+    code = worker.exitcode or 0
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -1,0 +1,267 @@
+"""Kills a run with SIGKILL, again and again, and has it go on: `python tests/soak.py [FORKED] [WHOLE]`.
+
+FORKED children (200) are forked from this process, which has done the imports and nothing else, and enter the function
+behind `sft-lightning fit`; WHOLE runs (20) are processes of their own. Half of each are killed while a checkpoint is
+being written, which is certain only where they left an unfinished folder behind: those count. The others die at any
+moment, from the start of the process on. After each kill the newest good checkpoint must be at least as far as before,
+and what `last` and `best` stand for must be whole. A run that comes to its end is compared with one that was never
+interrupted, in weights, optimizer state, metrics, answers and training rows, and the next run begins.
+
+The last line is JSON, with the counts. Exit code 1 if anything was lost.
+"""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pyarrow.parquet as pq
+import torch
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+import sft_lightning.trainer_cli  # noqa: F401
+from sft_lightning import checkpoint_folder as folders
+from sft_lightning.cli import main as sft_lightning_main
+from sft_lightning.errors import UserError
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+# 36 steps of two micro-batches, 18 checkpoints of which three and the best stay, and 7 evaluations.
+OPTIONS = {
+    "data.max_train_examples": 96,
+    "data.batch_size": 4,
+    "trainer.accumulate_grad_batches": 2,
+    "trainer.max_epochs": 3,
+    "trainer.log_every_n_steps": 1,
+    "model.warmup_steps": 5,
+    "checkpoint.every_n_train_steps": 2,
+    "checkpoint.keep_last": 3,
+    "validate_every_n_steps": 6,
+    "evaluation.num_examples": 6,
+    "evaluation.generator.init_args.max_new_tokens": 12,
+}
+
+
+class Run:
+    """The run that is killed: where it is, and how to start it once more."""
+
+    def __init__(self, work: Path, name: str) -> None:
+        self.folder = work / name
+        self.log = work / f"{name}.log"
+        data = work / "data"
+        paths = {"data.train_path": data / "train.jsonl", "data.val_path": data / "heldout.jsonl"}
+        where = {"model.model_path": data / "model", "output_dir": self.folder, "ckpt_path": "auto"}
+        options = [f"--{name}={value}" for name, value in {**OPTIONS, **paths, **where}.items()]
+        self.arguments = ["fit", "--config", str(CONFIG), *options]
+
+    def fork(self) -> int:
+        """Starts it in a child of this process."""
+        child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = sft_lightning_main(self.arguments)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def spawn(self) -> int:
+        """Starts it in a process of its own."""
+        with self.log.open("a") as output:
+            program = [sys.executable, "-m", "sft_lightning", *self.arguments]
+            return subprocess.Popen(program, stdout=output, stderr=output).pid
+
+    def unfinished(self) -> set[str]:
+        """Returns the names of folders that are being written, or were when their process died."""
+        found = {path.name for path in self.folder.glob(".checkpoint-*.tmp-*")}
+        return found | {path.name for path in self.folder.glob(".final.tmp-*")}
+
+    def newest(self) -> int:
+        """Returns the step of the checkpoint that it would go on from, 0 where there is none."""
+        found = folders.find(self.folder, "auto") if self.folder.is_dir() else None
+        return int(found.name.removeprefix("checkpoint-")) if found else 0
+
+
+@dataclass
+class Counts:
+    """What became of the tries."""
+
+    tries: int = 0
+    killed_while_writing: int = 0
+    survivors: int = 0
+    losses: list[str] = field(default_factory=list)
+
+
+def kill(run: Run, process: int, *, while_writing: bool, longest: float, write_seconds: float) -> bool:
+    """Kills a process when its moment has come. Returns False if it came to its end before."""
+    deadline = time.monotonic() + random.uniform(0, longest)
+    left = random.randint(1, 8)  # how many writes to let pass, and die in the last of them
+    seen: set[str] = run.unfinished()
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        if while_writing:
+            new = run.unfinished() - seen
+            seen |= new
+            left -= len(new)
+            if new and left <= 0:
+                time.sleep(random.uniform(0, write_seconds))
+                break
+        elif time.monotonic() > deadline:
+            break
+        time.sleep(0.0003 if while_writing else 0.002)
+    else:
+        return False
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    return os.WIFSIGNALED(status)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Returns all that a run leaves, but for how long it took."""
+    state = torch.load(folders.find(run, "last") / "trainer_state.ckpt", weights_only=True)
+    with (run / "metrics.csv").open() as file:
+        timed = ("per_second", "utilization", "memory")
+        metrics = [
+            {name: value for name, value in row.items() if not any(word in name for word in timed)}
+            for row in csv.DictReader(file)
+        ]
+    rows = [row for path in run.glob("ledger/*/*.parquet") for row in pq.read_table(path).to_pylist()]
+    return {
+        "weights": (run / "final" / "model.safetensors").read_bytes(),
+        "best weights": (run / "best" / "model.safetensors").read_bytes(),
+        "checkpoints": sorted(path.name for path in run.glob("checkpoint-*")),
+        "optimizer state": [
+            (name, key, value.tolist() if isinstance(value, torch.Tensor) else value)
+            for name, values in state["optimizer_states"][0]["state"].items()
+            for key, value in values.items()
+        ],
+        "metrics": metrics,
+        "answers": {path.parent.name: path.read_bytes() for path in run.glob("evaluation/*/predictions.jsonl")},
+        "training rows": sorted(((row["epoch"], row["source"]), row["nll_sum"]) for row in rows),
+    }
+
+
+def differences(run: Path, reference: dict[str, Any]) -> list[str]:
+    """Returns what of a finished run is not as it is without interruptions."""
+    found = outcome(run)
+    return [
+        f"{run.name}: {name} differ: {first_difference(found[name], reference[name])}"
+        for name in reference
+        if found[name] != reference[name]
+    ]
+
+
+def first_difference(ours: Any, theirs: Any) -> str:
+    """Returns the first place at which two sequences or mappings differ, in short."""
+    if isinstance(ours, dict):
+        ours, theirs = sorted(ours.items()), sorted(theirs.items())
+    pairs = zip(ours, theirs, strict=False)
+    found = next((f"{number}: {a} and {b}" for number, (a, b) in enumerate(pairs) if a != b), "lengths")
+    return f"{found:.1500}"
+
+
+def check(run: Run, before: int) -> list[str]:
+    """Returns what a kill has cost, of what was good before."""
+    try:
+        now = run.newest()
+        for word in ("last", "best"):
+            if (run.folder / word).is_symlink():
+                folders.verify(folders.find(run.folder, word))
+    except UserError as error:
+        return [f"{run.folder.name}: {error}"]
+    return [f"{run.folder.name}: was at step {before}, is at {now}"] if now < before else []
+
+
+def reap(run: Run, process: int) -> list[str]:
+    """Waits for the end of a process that nobody kills. Returns what is wrong with it."""
+    _, status = os.waitpid(process, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return [f"{run.folder.name}: exit code {code}\n{run.log.read_text()[-3000:]}"] if code else []
+
+
+def tries(work: Path, kind: str, number: int, reference: dict[str, Any], seconds: float, counts: Counts) -> None:
+    """Kills so many processes of a kind, ``fork`` or ``spawn``, half of them while they write."""
+    runs = writes = 0
+    run = Run(work, f"{kind}-0")
+    tried = before = 0
+    while tried < number:
+        while_writing = writes <= tried - writes
+        process = getattr(run, kind)()
+        if kill(run, process, while_writing=while_writing, longest=seconds, write_seconds=0.015):
+            tried += 1
+            writes += bool(run.unfinished())
+            counts.losses += check(run, before)
+            before = run.newest()
+            print(f"\r{kind}: {tried} of {number} killed, {writes} while writing", end="", flush=True)
+            continue
+        counts.losses += [] if (run.folder / "final").is_dir() else [f"{run.folder.name}: ended early"]
+        finish(run, kind, reference, counts)
+        runs, before = runs + 1, 0
+        run = Run(work, f"{kind}-{runs}")
+    finish(run, kind, reference, counts)
+    print()
+    counts.tries += tried
+    counts.killed_while_writing += writes
+
+
+def finish(run: Run, kind: str, reference: dict[str, Any], counts: Counts) -> None:
+    """Has a run come to its end, and compares."""
+    found = reap(run, getattr(run, kind)()) or differences(run.folder, reference)
+    counts.losses += found
+    counts.survivors += not found
+    shutil.rmtree(run.folder)
+
+
+def soak(work: Path, num_forked: int, num_whole: int) -> Counts:
+    """Runs all of it in a folder that is empty."""
+    os.environ["SFT_CACHE_DIR"] = str(work / "cache")
+    prepare = [sys.executable, "-m", "sft_lightning", "prepare", "quickstart", "--output", str(work / "data")]
+    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    whole = Run(work, "whole")
+    counts = Counts()
+    durations = {}
+    for kind in ("spawn", "fork"):  # the first one makes the tokens, too
+        shutil.rmtree(whole.folder, ignore_errors=True)
+        started = time.monotonic()
+        assert not (failed := reap(whole, getattr(whole, kind)())), failed
+        durations[kind] = time.monotonic() - started
+    reference = outcome(whole.folder)
+    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a process of its own")
+    for kind, number in (("fork", num_forked), ("spawn", num_whole)):
+        tries(work, kind, number, reference, durations[kind], counts)
+    return counts
+
+
+def main() -> int:
+    num_forked, num_whole = (int(argument) for argument in (sys.argv[1:] + ["200", "20"][len(sys.argv) - 1 :]))
+    seed = int(os.environ.get("SFT_SOAK_SEED", time.time_ns() % 10**6))
+    random.seed(seed)
+    print(f"seed {seed}")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        counts = soak(Path(work), num_forked, num_whole)
+    print(*counts.losses, sep="\n")
+    print(
+        f"{counts.tries} tries, {counts.killed_while_writing} of them while a checkpoint was written; "
+        f"{counts.survivors} runs came to their end, equal to one without interruptions; "
+        f"{len(counts.losses)} losses; {(time.monotonic() - started) / 60:.1f} minutes"
+    )
+    print(json.dumps({**vars(counts), "losses": len(counts.losses)}))
+    return bool(counts.losses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
