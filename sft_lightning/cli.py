@@ -30,7 +30,7 @@ commands:
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
 Exit code: 0 done, 1 the run failed, the data would spoil it or a check of selftest fails, 2 a mistake in the command,
-the config or the data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 interrupted by Ctrl-C."""
+the config or the data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 ended by Ctrl-C."""
 
 INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.datamodule import SFTDataModule
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
+from sft_lightning.out_of_memory import is_out_of_memory
 from sft_lightning.selftest.outcome import Outcome, gradient_difference, relative_difference
 from sft_lightning.selftest.reference import (
     Step,
@@ -109,7 +110,9 @@ def check_gradients(trial: Trial, tolerance: float | None = None) -> Iterator[Ou
                 # There is no other layout to fall back to.
                 yield Outcome(f"gradient, {layout}", float("inf") if layout == "padded" else None, allowed, str(error))
                 break
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, RunFailedError) as error:
+                if not is_out_of_memory(error.__cause__ or error):
+                    raise
                 yield Outcome(check, None, allowed, "does not fit into memory")
                 continue
             if watcher.reference:
