@@ -29,8 +29,8 @@ commands:
   sweep               a fit for each number of training examples, one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
-Exit code: 0 done, 1 the run failed or the data would spoil it, 2 a mistake in the command, the config or the data,
-75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 interrupted by Ctrl-C."""
+Exit code: 0 done, 1 the run failed, the data would spoil it or a check of selftest fails, 2 a mistake in the command,
+the config or the data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 ended by Ctrl-C."""
 
 INTERRUPTED = 128 + 2  # as shells say it of SIGINT
 

@@ -81,8 +81,9 @@ def yaml_payloads(marker):
     ]
 
 
-@pytest.mark.parametrize("number", range(7))
-@pytest.mark.parametrize("command", ["fit", "check", "selftest", "validate"])
+@pytest.mark.parametrize(
+    ("command", "number"), [*(("fit", number) for number in range(7)), ("check", 0), ("selftest", 0), ("validate", 0)]
+)
 def test_tags_of_yaml_make_no_objects(options, marker, tmp_path, capsys, note_fault, command, number):
     path = tmp_path / "tagged.yaml"
     path.write_text("model:\n  learning_rate: " + yaml_payloads(marker)[number].replace("\n", "\n    "))
@@ -93,11 +94,11 @@ def test_tags_of_yaml_make_no_objects(options, marker, tmp_path, capsys, note_fa
         provoked="tags such as !!python/object/apply in a config of fit, check, selftest and validate; also in options "
         "and in environment variables",
         outcome="refused in one line (exit 2); nothing is constructed",
-        tries=28,
+        tries=10,
     )
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", [0, 3])
 @pytest.mark.parametrize("name", ["SFT_FIT__MODEL__LEARNING_RATE", "SFT_FIT__TRAINER__CALLBACKS", "SFT_FIT__CONFIG"])
 def test_tags_in_environment_variables_and_options_make_no_objects(options, marker, monkeypatch, capsys, name, number):
     payload = yaml_payloads(marker)[number]

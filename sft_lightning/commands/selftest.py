@@ -51,7 +51,7 @@ def run(args: list[str]) -> int:
 def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "list[Outcome]":
     from rich.console import Console
 
-    from sft_lightning.selftest.gradients import check_gradients
+    from sft_lightning.selftest.gradients import check_gradients, settled
     from sft_lightning.selftest.resuming import check_resume
     from sft_lightning.trainer_cli import parse_fit
 
@@ -64,7 +64,7 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
     ):
         trial = _trial(parsed.config, parsed.built, num_steps, Path(folder))
         for each in _precisions(trial):
-            for outcome in check_gradients(each, tolerance):
+            for outcome in settled(check_gradients(each, tolerance), each, tolerance):
                 outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision}"))
                 status.update(f"{outcome.check}: {outcome.verdict}")
         status.update("save and resume")

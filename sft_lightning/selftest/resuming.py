@@ -7,8 +7,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from sft_lightning.checkpoint import HFCheckpoint
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.lightning_compat import is_optimizer_step
+from sft_lightning.out_of_memory import is_out_of_memory
 from sft_lightning.selftest.outcome import Outcome
 from sft_lightning.selftest.trial import Trial
 
@@ -31,8 +32,12 @@ def check_resume(trial: Trial) -> Outcome:
     check = f"resume, step {saved_at} to {last}"
     try:
         losses, weights = _run(trial, "straight", last, saved_at, ckpt_path=None)
-    except (UserError, torch.OutOfMemoryError) as error:  # which the checks of gradients have told of
-        return Outcome(check, None, 0.0, str(error) if isinstance(error, UserError) else "does not fit into memory")
+    except UserError as error:  # which the checks of gradients have told of
+        return Outcome(check, None, 0.0, str(error))
+    except (torch.OutOfMemoryError, RunFailedError) as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+        return Outcome(check, None, 0.0, "does not fit into memory")
     checkpoint = str(trial.folder / "straight" / f"checkpoint-{saved_at}")
     try:
         resumed_losses, resumed_weights = _run(trial, "resumed", last, saved_at, ckpt_path=checkpoint)

@@ -1,6 +1,12 @@
 """sft-lightning selftest, as typed."""
 
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -84,3 +90,36 @@ def test_a_mistake_is_one_line_and_exit_code_2(config, capsys, options, message)
     assert error.startswith("sft-lightning: error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.slow
+def test_the_quickstart_passes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "quickstart", "--output", "data/quickstart"]) == 0
+    assert main(["selftest", "--config", str(CONFIGS / "quickstart.yaml")]) == 0
+    assert capsys.readouterr().out.endswith("all 11 checks pass\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_nothing_either(config, tmp_path):
+    temporary = tmp_path / "temporary"
+    with subprocess.Popen(
+        [sys.executable, "-m", "sft_lightning", *config, "--num_steps", "50"],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(temporary.glob("sft-selftest-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(temporary.glob("sft-selftest-*"))
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert list(temporary.glob("sft-selftest-*")) == []

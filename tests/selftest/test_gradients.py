@@ -9,7 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM, Qwen2Model
 
 from sft_lightning.data import plan
 from sft_lightning.linear_cross_entropy import linear_cross_entropy
-from sft_lightning.selftest.gradients import check_gradients
+from sft_lightning.selftest.gradients import check_gradients, settled
 
 
 def verdicts(trial, **options):
@@ -85,6 +85,28 @@ def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_trial, mon
     monkeypatch.setattr("sft_lightning.label_loss.linear_cross_entropy", wrong)  # takes EOS for another token
     outcomes = verdicts(make_trial())
     assert failed(outcomes) == set(outcomes)
+
+
+def test_rounding_is_told_from_a_fault_in_float64(make_trial, monkeypatch):
+    trial, tolerance = make_trial(), 2e-7
+    before = verdicts(trial, tolerance=tolerance)
+    rounded = failed(before)
+    assert rounded >= {"gradient, packed, 4 x 2"}
+    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    assert after.keys() == before.keys()
+    assert failed(after) == set()
+    assert "in float32 are rounding (the gradient of model." in after["gradient, packed, 4 x 2"].note
+
+    right = plan.label_weights
+    # One part in 100,000 too much, where the step is split.
+    monkeypatch.setattr(
+        plan,
+        "label_weights",
+        lambda mode, lengths, *rest: right(mode, lengths, *rest) * (1 + 1e-5 * (len(lengths) > 1)),
+    )
+    before = verdicts(trial, tolerance=tolerance)
+    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    assert failed(after) == {check for check in before if check.startswith("gradient, ") and "8 x 1" not in check}
 
 
 def test_rows_of_another_step_fail(make_trial, monkeypatch):

@@ -1,5 +1,7 @@
 """The self-test of checkpoints passes a sound one, and sees one that forgets."""
 
+import torch
+
 from sft_lightning import checkpoint_io
 from sft_lightning.selftest.resuming import check_resume
 
@@ -39,6 +41,15 @@ def test_a_last_bit_of_one_weight_fails(make_trial, monkeypatch):
 
     monkeypatch.setattr(checkpoint_io, "_read_weights", almost)
     assert check_resume(make_trial()).failed
+
+
+def test_what_does_not_fit_into_memory_is_said(make_trial, monkeypatch):
+    def without_memory(self, *arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", without_memory)
+    outcome = check_resume(make_trial())
+    assert (outcome.verdict, outcome.note) == ("not tried", "does not fit into memory")
 
 
 def test_a_checkpoint_that_is_refused_fails_with_the_reason(make_trial, monkeypatch):
