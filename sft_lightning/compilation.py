@@ -68,8 +68,7 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), precision():
-            loss = label_losses(model, batch).weighted_sum
-            gradients_of(loss, model)
+            gradients_of(model, lambda: label_losses(model, batch).weighted_sum)
     except Exception as error:  # whatever a compiler or a model that it was not made for raises
         text = " ".join(str(error).split())[:300]
         raise UserError(

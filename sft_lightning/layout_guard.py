@@ -20,6 +20,7 @@ from sft_lightning.data.packing import collate
 from sft_lightning.data.trie import MIN_SHARED_TOKENS
 from sft_lightning.errors import UserError
 from sft_lightning.label_loss import label_losses, makes_logits_in_chunks, use_the_models_own_logits
+from sft_lightning.linear_cross_entropy import LabelLosses
 from sft_lightning.loss import token_nll
 from sft_lightning.out_of_memory import is_out_of_memory
 from sft_lightning.sharding import gradient_norm, gradients_of
@@ -192,11 +193,18 @@ def _measure(
     """Returns each label's loss, shape [M], and the norm of the gradient of their mean."""
     weights = np.full(len(examples), 1.0 / sum(example.num_labels for example in examples))
     batch = collate(examples, weights, layout=layout, pad_token_id=0).to(model.device)
-    with torch.set_grad_enabled(with_gradients):
-        losses = label_losses(model, batch)
     if not with_gradients:
-        return losses.nll, None
-    return losses.nll, gradient_norm(gradients_of(losses.weighted_sum, model))
+        with torch.no_grad():
+            return label_losses(model, batch).nll, None
+    measured: list[LabelLosses] = []
+
+    def loss() -> Tensor:
+        measured.append(label_losses(model, batch))
+        return measured[0].weighted_sum
+
+    with torch.enable_grad():
+        norm = gradient_norm(gradients_of(model, loss))
+    return measured[0].nll, norm
 
 
 @contextmanager

@@ -105,20 +105,24 @@ def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def gradients_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    """Returns the gradients of a loss by a model's parameters, for a trial; those that it holds stay as they are.
+def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[Tensor]:
+    """Returns a loss's gradients by a model's parameters, for a trial; those that the model holds stay as they are.
 
     Called by all processes where the model is sharded.
+
+    Args:
+        model: Between two passes, so that its parameters are shards, if they ever are.
+        compute_loss: Calls the model.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not is_sharded(model):
         # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
-        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+        gradients = torch.autograd.grad(compute_loss(), trainable, allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
     kept = [parameter.grad for parameter in trainable]
     for parameter in trainable:
         parameter.grad = None
-    loss.backward()  # the graph leads to gathered parameters; hooks take their gradients to the shards
+    compute_loss().backward()  # the graph leads to gathered parameters; hooks take their gradients to the shards
     found = [parameter.grad for parameter in trainable if parameter.grad is not None]
     for parameter, gradient in zip(trainable, kept, strict=True):
         parameter.grad = gradient

@@ -244,6 +244,12 @@ def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
             return cli(SFTModule, SFTDataModule, args=args, **options)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "multiplied should equal the world size" not in str(error):
+            raise
+        raise UserError(
+            f"trainer.strategy: {error} Set data_parallel_size to the number of devices and tensor_parallel_size to 1"
+        ) from error
     except SystemExit as error:
         # Lightning's own way out after Ctrl-C, with the code of any failure.
         if isinstance(error.__context__, KeyboardInterrupt):

@@ -202,7 +202,7 @@ class MetricsRecorder(Logger):
 
 
 @pytest.fixture(scope="session")
-def make_trainer():
+def make_trainer(tmp_path_factory: pytest.TempPathFactory):
     """Makes a quiet Trainer on one CPU; keywords override. What it logs is in ``trainer.logger.series(key)``."""
 
     def make(*callbacks: Callback, **options: object) -> Trainer:
@@ -210,6 +210,7 @@ def make_trainer():
             "accelerator": "cpu",
             "devices": 1,
             "logger": MetricsRecorder(),
+            "default_root_dir": str(tmp_path_factory.mktemp("root")),
             "log_every_n_steps": 1,
             "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
             "enable_progress_bar": False,
@@ -264,7 +265,7 @@ class Run:
 
 
 @pytest.fixture
-def fit(model_folder: str, train_file: str):
+def fit(model_folder: str, train_file: str, tmp_path_factory: pytest.TempPathFactory):
     """Trains as a user's program would. Returns what came out of it; keywords override the defaults below."""
 
     def run(
@@ -284,6 +285,7 @@ def fit(model_folder: str, train_file: str):
         recorder = Recorder()
         saving = [] if output_dir is None else [HFCheckpoint(str(output_dir), **(checkpoint or {}))]
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+        quiet["default_root_dir"] = str(tmp_path_factory.mktemp("root"))
         options = {**quiet, "max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, **trainer}
         options["enable_checkpointing"] = bool(saving) or any(isinstance(c, ModelCheckpoint) for c in callbacks)
         runner = Trainer(callbacks=[recorder, *callbacks, *saving], **options)

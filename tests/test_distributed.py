@@ -333,8 +333,8 @@ def test_sharded_training_resumes_bit_equal_and_into_and_out_of_other_strategies
 
 @pytest.mark.slow
 def test_random_weights_are_the_same_ones_sharded_or_not(run, tmp_path):
-    (one,) = run("one", 1, 4, 2, init="random", max_steps=2, num_examples=0)
-    options = {"precision": "32-true", "init": "random", "max_steps": 2, "num_examples": 0}
+    options = {"precision": "32-true", "init": "random", "max_steps": 4, "num_examples": 0}
+    (one,) = run("one", 1, 4, 2, **options)
     for rank in run("sharded", 2, 2, 2, strategy="fsdp2", **options):
         assert rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
 

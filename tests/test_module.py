@@ -219,7 +219,7 @@ def broken_model_folder(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def rows_with_a_tilde(tmp_path, monkeypatch):
+def rows_with_a_tilde(tmp_path):
     """Twelve rows; the prompts in lines 5 and 9, and no other text, have a "~"."""
     path = tmp_path / "rows.jsonl"
     rows = [
@@ -227,7 +227,6 @@ def rows_with_a_tilde(tmp_path, monkeypatch):
         for n in range(1, 13)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.chdir(tmp_path)  # where a Trainer without checkpoints keeps the rows of a step that went wrong
     return str(path)
 
 
@@ -251,7 +250,8 @@ def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
     (tilde,) = tokenizer("~").input_ids
     folder = broken_model_folder(lambda model: model.model.embed_tokens.weight[tilde].fill_(float("nan")))
     data = make_data(rows_with_a_tilde, batch_size=6)
-    message, weights, before, steps_taken = fit_until_it_stops(make_trainer, folder, data)
+    root = {"default_root_dir": str(tmp_path)}  # where a Trainer without checkpoints keeps a step that went wrong
+    message, weights, before, steps_taken = fit_until_it_stops(make_trainer, folder, data, **root)
     assert steps_taken == 0
     assert equal_weights(weights, before)
     start, _, named = message.partition(" Examples: ")
