@@ -104,6 +104,21 @@ def test_one_checkpoint_at_the_next_step_and_code_75(start, command, tmp_path, n
 
 
 @pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_job_spares_its_workers(start, tmp_path, note_fault):
+    """Loader workers share the process group, as all that a job started share its cgroup."""
+    process = start(*LONG, "--data.num_workers", "2")
+    wait_for_steps(tmp_path / "run", 5, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, process.output.read_text()
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+    note_fault(
+        "SIGTERM to all processes of a job",
+        provoked="a run with two loader workers, its whole process group",
+        outcome="workers go on until the run leaves: one checkpoint, exit code 75",
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_any_rank_stops_all_of_them(start, command, tmp_path, rank, note_fault):
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]

@@ -11,7 +11,7 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.data.cache import TokenStore
 from sft_lightning.data.packing import collate
 from sft_lightning.data.plan import EpochPlan, PlannedMicroBatch
-from sft_lightning.data.workers import WatchedWorkers
+from sft_lightning.data.workers import WatchedWorkers, leave_signals_to_the_run
 
 
 class MicroBatches(Dataset):
@@ -114,6 +114,7 @@ class PlannedLoader:
             sampler=range(start, len(micro_batches)),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=leave_signals_to_the_run,
         )
         if not self._num_workers:
             return iter(batches)
