@@ -109,8 +109,14 @@ def test_every_setting_is_known_and_arrives(resolve, paths, command):
 def test_a_misspelt_setting_is_refused(tmp_path, capsys, paths):
     """So that the test above would see one."""
     text = paths[-1].read_text("utf-8")
-    for right, wrong in (("output_dir:", "output_folder:"), ("every_n_train_steps:", "every_n_steps_of_training:")):
-        assert right in text
+    misspelt = {
+        "output_dir:": "output_folder:",
+        "every_n_train_steps:": "every_n_steps_of_training:",
+        "data_parallel_size:": "data_size:",
+    }
+    there = [(right, wrong) for right, wrong in misspelt.items() if right in text]
+    assert there
+    for right, wrong in there:
         (tmp_path / "misspelt.yaml").write_text(text.replace(right, wrong))
         assert main(["fit", *options([*paths[:-1], tmp_path / "misspelt.yaml"]), "--print_config"]) == 2
         assert wrong.removesuffix(":") in capsys.readouterr().err
