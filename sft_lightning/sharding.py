@@ -4,6 +4,7 @@ Every process builds the model with its parameters on the meta device, and one o
 host; each then gets its shards from that one. No device ever holds a whole model.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -49,15 +52,15 @@ def load_sharded(
         device: Where this process holds its shards.
 
     Raises:
-        UserError: In all processes, if ``load`` raises it in the first.
+        UserError, RunFailedError: In all processes, if ``load`` raises it in the first; RuntimeError for any other.
     """
     whole: dict[str, Tensor] = {}
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             whole = load().state_dict()
-        except UserError as error:
-            outcome = [error]
+        except Exception as error:  # whatever it is, the others wait for this process
+            outcome = [error if isinstance(error, UserError | RunFailedError) else RuntimeError(repr(error))]
     dist.broadcast_object_list(outcome, 0)
     if outcome[0] is not None:
         raise outcome[0]
@@ -157,9 +160,14 @@ def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
     """Shards each layer by itself, and what is left (embeddings, last norm) as one: a tied weight is in there once."""
     from torch.distributed.fsdp import fully_shard
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mesh=mesh)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        logger.warning(
+            "%s has no layers that are known here: it is sharded as one, and gathered as a whole in each pass",
+            type(model).__name__,
+        )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

@@ -62,11 +62,14 @@ def test_no_process_but_the_one_that_wants_it_keeps_what_is_gathered(sharded):
     assert state["step"] == 3
 
 
-def test_the_error_of_the_process_that_loads_is_everyones(load, mesh):
+@pytest.mark.parametrize(
+    ("error", "raised"), [(UserError("no such model"), UserError), (OSError("no such disk"), RuntimeError)]
+)
+def test_the_error_of_the_process_that_loads_is_everyones(load, mesh, error, raised):
     def fail():
-        raise UserError("no such model")
+        raise error
 
-    with pytest.raises(UserError, match="no such model"):
+    with pytest.raises(raised, match="no such"):
         load_sharded(fail, partial(load, init="random"), mesh, torch.device("cpu"))
 
 
