@@ -223,7 +223,7 @@ class HFCheckpoint(ModelCheckpoint):
             return  # not a module that tells the other ranks
         watch.stop_is_asked = watch.stop_is_agreed = False
 
-        def ask(number: int) -> None:
+        def ask() -> None:
             watch.stop_is_asked = True
 
         heed_signals(trainer, ask)

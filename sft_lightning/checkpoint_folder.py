@@ -7,7 +7,6 @@ checkpoints/sft/
   run_files.json     what else the run wrote here: claims.py
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from sft_lightning.data.digests import file_digest
 from sft_lightning.errors import RunFailedError, UserError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def find(run: Path, word: str) -> Path | None:
 def identity(folder: Path) -> str:
     """Returns a hash that tells a checkpoint from any other, also of the same step; empty where there is none."""
     manifest = folder / MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+    return file_digest(manifest) if manifest.is_file() else ""
 
 
 def _newest_good(run: Path, found: list[Path]) -> Path | None:
@@ -222,8 +222,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _sync(path: Path) -> None:

@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except RunFailedError as error:
         return 1 if error.everywhere and _is_told_elsewhere() else _fail(error, exit_code=1)
     except StoppedError as error:
-        return int(str(error))
+        return error.code
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted"), exit_code=INTERRUPTED)
 

@@ -1,7 +1,7 @@
 """Whether there is room for what a run will write, asked before it is written."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ _OVERHEAD_BYTES = 4 * 2**20
 
 def size_bytes(content: Any) -> int:
     """Returns the bytes of all tensors in nested mappings, lists and tuples. A shared storage counts once."""
-    storages: dict[int, int] = {}
-    _collect(content, storages)
-    return sum(storages.values())
+    storages = (tensor.untyped_storage() for tensor in _tensors(content))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -53,19 +52,14 @@ def describe_shortage(run: Path, checkpoint_bytes: int, num_checkpoints: int) ->
     )
 
 
-def _collect(content: Any, storages: dict[int, int]) -> None:
+def _tensors(content: Any) -> Iterator[Tensor]:
     if isinstance(content, Tensor):
-        storage = content.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        yield content
     elif isinstance(content, Mapping):
-        _collect_all(content.values(), storages)
+        yield from _tensors(list(content.values()))
     elif isinstance(content, list | tuple):
-        _collect_all(content, storages)
-
-
-def _collect_all(contents: Iterable[Any], storages: dict[int, int]) -> None:
-    for content in contents:
-        _collect(content, storages)
+        for each in content:
+            yield from _tensors(each)
 
 
 def _mebibytes(number: int) -> str:

@@ -28,6 +28,7 @@ class StoppedError(SystemExit):
     """A run that left on request, with a checkpoint of its last step. Exits with ``CODE``, if not caught."""
 
     CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
+    code: int
 
 
 class NonFiniteError(RunFailedError, ArithmeticError):

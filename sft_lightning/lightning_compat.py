@@ -130,7 +130,7 @@ def resume_path(trainer: Trainer) -> str | None:
     return None if path is None else str(path)
 
 
-def heed_signals(trainer: Trainer, on_signal: Callable[[int], None]) -> None:
+def heed_signals(trainer: Trainer, on_signal: Callable[[], None]) -> None:
     """Has SIGTERM and SIGUSR1 call ``on_signal`` while the Trainer runs. To be called in ``on_fit_start``.
 
     In place of Lightning's own handlers: those broadcast from within a signal, for which the other ranks do not wait,
@@ -143,7 +143,7 @@ def heed_signals(trainer: Trainer, on_signal: Callable[[int], None]) -> None:
 
     def handle(number: int, frame: Any) -> None:
         if os.getpid() == main_process:
-            on_signal(number)
+            on_signal()
         else:  # a process that was forked, and has nothing to save
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sft_lightning.data.batch import Example, Layout
 from sft_lightning.data.packing import collate
 from sft_lightning.label_loss import label_losses
+from sft_lightning.sharding import gradient_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def replay_rows(
             if not found and not losses.weighted_sum.isfinite():
                 found.append("the logits, or the loss of them")
             losses.weighted_sum.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = gradient_norm(p.grad for p in model.parameters() if p.grad is not None)
         yield ReplayedRow(example.source, losses.weighted_sum.item(), norm.item(), found[0] if found else None)
     model.zero_grad()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.sharding import as_shard_like, gathered, load_sharded
+from sft_lightning.sharding import as_shard_like, load_sharded, unsharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +31,11 @@ class _WholeCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        whole = gathered(self.lightning_module.state_dict(keep_vars=True), keep=self.is_global_zero)
+        whole = unsharded(self.lightning_module.state_dict(keep_vars=True), keep=self.is_global_zero)
         return whole if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return gathered(getattr(optimizer, "_optimizer", optimizer).state_dict(), keep=self.is_global_zero)
+        return unsharded(getattr(optimizer, "_optimizer", optimizer).state_dict(), keep=self.is_global_zero)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)

@@ -72,7 +72,7 @@ def load_sharded(
     return model
 
 
-def gathered(state: Any, *, keep: bool) -> Any:
+def unsharded(state: Any, *, keep: bool) -> Any:
     """Returns nested mappings and lists with whole tensors on the host in place of shards. Called by all processes.
 
     Args:
@@ -85,11 +85,11 @@ def gathered(state: Any, *, keep: bool) -> Any:
     if isinstance(state, Mapping):
         once: dict[int, Any] = {}  # a tied weight has two names, and shall be one tensor under both
         return {
-            name: once[id(value)] if id(value) in once else once.setdefault(id(value), gathered(value, keep=keep))
+            name: once[id(value)] if id(value) in once else once.setdefault(id(value), unsharded(value, keep=keep))
             for name, value in state.items()
         }
     if isinstance(state, list | tuple):
-        return type(state)(gathered(value, keep=keep) for value in state)
+        return type(state)(unsharded(value, keep=keep) for value in state)
     return state
 
 

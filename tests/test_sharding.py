@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sft_lightning.errors import UserError
 from sft_lightning.modeling import load_model
-from sft_lightning.sharding import as_shard_like, gathered, gradient_norm, gradients_of, is_sharded, load_sharded
+from sft_lightning.sharding import as_shard_like, gradient_norm, gradients_of, is_sharded, load_sharded, unsharded
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_weights_buffers_and_ties_are_those_of_the_whole_model(sharded, load):
     whole = load()
     assert is_sharded(sharded)
     assert not is_sharded(whole)
-    ours, theirs = gathered(sharded.state_dict(), keep=True), whole.state_dict()
+    ours, theirs = unsharded(sharded.state_dict(), keep=True), whole.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     # The rotary frequencies are in no file, and random numbers on the meta device would be zeros here.
@@ -51,12 +51,12 @@ def test_weights_buffers_and_ties_are_those_of_the_whole_model(sharded, load):
 
 
 def test_a_tied_weight_is_gathered_once(sharded):
-    state = gathered(sharded.state_dict(keep_vars=True), keep=True)
+    state = unsharded(sharded.state_dict(keep_vars=True), keep=True)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
 
 
 def test_no_process_but_the_one_that_wants_it_keeps_what_is_gathered(sharded):
-    state = gathered({"weights": sharded.state_dict(), "betas": (0.9, 0.99), "step": 3}, keep=False)
+    state = unsharded({"weights": sharded.state_dict(), "betas": (0.9, 0.99), "step": 3}, keep=False)
     assert set(state["weights"].values()) == {None}
     assert state["betas"] == (0.9, 0.99)
     assert state["step"] == 3
