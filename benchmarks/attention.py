@@ -19,8 +19,8 @@ from meter import machine
 from rows import DTYPES, Job
 from torch import Tensor
 
-from sft_lightning import segment_attention
 from sft_lightning.data.batch import Segments, Span
+from sft_lightning.models.attention import segments as segment_attention
 
 BLOCK_TOKENS = (48, 64, 96, 128, 192)
 

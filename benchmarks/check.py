@@ -25,7 +25,7 @@ from rows import synthetic_rows, train_tokenizer, write_many_rows, write_model
 _ROWS_OF_TOKENIZER = 10_000
 _PROGRAM = (
     "import resource, sys\n"
-    "from sft_lightning.cli import main\n"
+    "from sft_lightning.cli.main import main\n"
     "code = main(sys.argv[1:])\n"
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     "sys.exit(code)\n"

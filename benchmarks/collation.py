@@ -18,9 +18,9 @@ from meter import machine
 from rows import add_row_options, prepare
 from transformers import AutoTokenizer
 
-from sft_lightning.data.cache import TokenStore, load_or_build_tokens
-from sft_lightning.data.loader import MicroBatches, TrainingShare
-from sft_lightning.data.plan import EpochPlan, StepShape
+from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
+from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 STEP_TIMES = Path(__file__).parent / "results" / "throughput-float32.json"

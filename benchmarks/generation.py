@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sft_lightning.data.records import read_records
 from sft_lightning.data.tokenization import encode_prompts, load_tokenizer, pad_token_id
-from sft_lightning.evaluation.generation import TransformersGenerator
-from sft_lightning.modeling import load_model
+from sft_lightning.generation.transformers_generator import TransformersGenerator
+from sft_lightning.models.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 STOP = "</answer>"

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from meter import machine
 from rows import GSM8K
 
-from sft_lightning.data.templates import R1Zero
-from sft_lightning.evaluation.grading import R1ZeroGrader, grade_all
+from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.grading.graders import R1ZeroGrader, grade_all
 
 
 def records(folder: Path, num_rows: int | None) -> tuple[list[dict[str, str]], str]:

@@ -9,7 +9,7 @@ from rows import Job
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.data.batch import MicroBatch
-from sft_lightning.flops import num_attended
+from sft_lightning.models.flops import num_attended
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-true"}

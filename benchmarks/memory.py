@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from meter import machine
 from torch import Tensor
 
-from sft_lightning.linear_cross_entropy import linear_cross_entropy
+from sft_lightning.losses.linear_cross_entropy import linear_cross_entropy
 
 BASELINE = "full logits"
 OUT_OF_MEMORY = "out of memory"

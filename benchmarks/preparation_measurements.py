@@ -49,7 +49,7 @@ def measure_bare(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_ours(args: argparse.Namespace) -> dict[str, float]:
-    from sft_lightning.data.cache import load_or_build_tokens
+    from sft_lightning.data.token_store import load_or_build_tokens
     from sft_lightning.data.tokenization import load_tokenizer
 
     shutil.rmtree(args.folder / "cache", ignore_errors=True)
@@ -132,7 +132,7 @@ def measure_imports(args: argparse.Namespace) -> dict[str, float]:
 def measure_fit(args: argparse.Namespace) -> dict[str, float]:
     import lightning.pytorch as pl
 
-    from sft_lightning.cli import main as sft_lightning
+    from sft_lightning.cli.main import main as sft_lightning
 
     class FirstStep(pl.Callback):
         def on_train_batch_end(self, *hook_arguments: object) -> None:

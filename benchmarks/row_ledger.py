@@ -25,8 +25,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meter import machine
 
 from sft_lightning import SFTDataModule, SFTModule
-from sft_lightning.callbacks.row_ledger import RowLedger
 from sft_lightning.quickstart.prepare import prepare_quickstart
+from sft_lightning.training.callbacks.row_losses import RowLedger
 
 _WARMUP_STEPS = 10
 _ROWS_PER_STEP = 32

@@ -6,37 +6,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sft_lightning.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
-    from sft_lightning.callbacks.run_report import RunReport as RunReport
-    from sft_lightning.checkpoint import HFCheckpoint as HFCheckpoint
+    from sft_lightning.checkpointing.callback import HFCheckpoint as HFCheckpoint
     from sft_lightning.data.records import SFTDataset as SFTDataset
     from sft_lightning.data.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
-    from sft_lightning.datamodule import SFTDataModule as SFTDataModule
     from sft_lightning.evaluation.evaluate import evaluate as evaluate
-    from sft_lightning.evaluation.grading import R1ZeroGrader as R1ZeroGrader
-    from sft_lightning.loss import compute_entropy as compute_entropy
-    from sft_lightning.loss import compute_sft_loss as compute_sft_loss
-    from sft_lightning.loss import get_response_log_probs as get_response_log_probs
-    from sft_lightning.loss import masked_normalize as masked_normalize
-    from sft_lightning.loss import sft_microbatch_train_step as sft_microbatch_train_step
-    from sft_lightning.module import SFTModule as SFTModule
+    from sft_lightning.grading.graders import R1ZeroGrader as R1ZeroGrader
+    from sft_lightning.losses.functional import compute_entropy as compute_entropy
+    from sft_lightning.losses.functional import compute_sft_loss as compute_sft_loss
+    from sft_lightning.losses.functional import get_response_log_probs as get_response_log_probs
+    from sft_lightning.losses.functional import masked_normalize as masked_normalize
+    from sft_lightning.losses.functional import sft_microbatch_train_step as sft_microbatch_train_step
+    from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
+    from sft_lightning.training.callbacks.run_report import RunReport as RunReport
+    from sft_lightning.training.datamodule import SFTDataModule as SFTDataModule
+    from sft_lightning.training.module import SFTModule as SFTModule
 
 # Public name -> where it lives. Resolved on first use (PEP 562): `import sft_lightning` stays instant, because it
 # imports neither torch nor lightning.
 _HOME = {
-    "SFTDataModule": "datamodule",
-    "SFTModule": "module",
+    "SFTDataModule": "training.datamodule",
+    "SFTModule": "training.module",
     "SFTDataset": "data.records",
-    "HFCheckpoint": "checkpoint",
-    "GenerationEvaluation": "callbacks.generation_evaluation",
-    "RunReport": "callbacks.run_report",
-    "R1ZeroGrader": "evaluation.grading",
+    "HFCheckpoint": "checkpointing.callback",
+    "GenerationEvaluation": "training.callbacks.generation_evaluation",
+    "RunReport": "training.callbacks.run_report",
+    "R1ZeroGrader": "grading.graders",
     "tokenize_prompt_and_output": "data.tokenization",
-    "compute_sft_loss": "loss",
-    "masked_normalize": "loss",
-    "compute_entropy": "loss",
-    "get_response_log_probs": "loss",
-    "sft_microbatch_train_step": "loss",
+    "compute_sft_loss": "losses.functional",
+    "masked_normalize": "losses.functional",
+    "compute_entropy": "losses.functional",
+    "get_response_log_probs": "losses.functional",
+    "sft_microbatch_train_step": "losses.functional",
     "evaluate": "evaluation.evaluate",
 }
 

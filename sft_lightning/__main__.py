@@ -1,5 +1,5 @@
 import sys
 
-from sft_lightning.cli import main
+from sft_lightning.cli.main import main
 
 sys.exit(main())

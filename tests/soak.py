@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 import torch
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import sft_lightning.trainer_cli  # noqa: F401
-from sft_lightning import checkpoint_folder as folders
-from sft_lightning.cli import main as sft_lightning_main
+import sft_lightning.cli.lightning_cli  # noqa: F401
+from sft_lightning.checkpointing import folder as folders
+from sft_lightning.cli.main import main as sft_lightning_main
 from sft_lightning.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

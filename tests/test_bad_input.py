@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from sft_lightning.cli import main
+from sft_lightning.cli.main import main
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_flops_are_those_of_a_model_worked_out_by_hand(benchmark):
 
 def test_a_tree_of_spans_is_counted_by_the_keys_its_tokens_see(benchmark):
     from sft_lightning.data.batch import Example
-    from sft_lightning.data.packing import collate_packed
+    from sft_lightning.data.batching.collate import collate_packed
 
     trainer = benchmark("lightning_trainer")
     shared = list(range(20))

@@ -9,8 +9,8 @@ import yaml
 from lightning.pytorch import Trainer
 
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
-from sft_lightning.cli import main
-from sft_lightning.evaluation.generation import TransformersGenerator
+from sft_lightning.cli.main import main
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -9,9 +9,9 @@ import tempfile
 import pytest
 from lightning.pytorch import Callback
 
-from sft_lightning import checkpoint_folder as folders
-from sft_lightning import trainer_cli
-from sft_lightning.cli import main
+from sft_lightning.checkpointing import folder as folders
+from sft_lightning.cli import lightning_cli as trainer_cli
+from sft_lightning.cli.main import main
 
 EVERY_STEP = ["--checkpoint.every_n_train_steps", "1"]
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sft_lightning import checkpoint_folder, claims
+from sft_lightning.checkpointing import folder as checkpoint_folder
+from sft_lightning.checkpointing import run_folder as claims
 
 PROGRAM = """
 import json, os, signal, sys
@@ -22,8 +23,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
-from sft_lightning.callbacks.row_ledger import RowLedger
-from sft_lightning.evaluation.generation import TransformersGenerator
+from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 job = json.loads(sys.argv[1])
 seed_everything(7, verbose=False)

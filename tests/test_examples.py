@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from sft_lightning.cli import main
+from sft_lightning.cli.main import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sft_lightning import HFCheckpoint, SFTModule
-from sft_lightning.callbacks.progress import StepProgress
-from sft_lightning.callbacks.row_ledger import RowLedger
-from sft_lightning.callbacks.throughput import Throughput
-from sft_lightning.metrics_csv import MetricsCSVLogger
+from sft_lightning.training.callbacks.progress import StepProgress
+from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.throughput import Throughput
+from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
 
 # Their result is a number, or its shape is one: either way the host needs to know.
 WAITING_OPS = {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from sft_lightning.data.plan import EpochPlan, StepShape
+from sft_lightning.data.batching.plan import EpochPlan, StepShape
 
 CONSTANT = 7.0
 SPLITS = [(4, 8), (32, 1), (1, 32)]  # of 42 rows in steps of 32: a full step, then a short one of ten rows

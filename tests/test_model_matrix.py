@@ -25,13 +25,13 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from sft_lightning.attention import choose_attention
 from sft_lightning.data.batch import Example, MicroBatch, collate_padded
-from sft_lightning.data.packing import collate_packed
+from sft_lightning.data.batching.collate import collate_packed
 from sft_lightning.errors import UserError
-from sft_lightning.label_loss import label_losses, makes_logits_in_chunks
-from sft_lightning.layout_guard import choose_layout
-from sft_lightning.modeling import load_model, save_model
+from sft_lightning.losses.model_hooks import label_losses, makes_logits_in_chunks
+from sft_lightning.models.attention.selection import choose_attention
+from sft_lightning.models.layout_check import choose_layout
+from sft_lightning.models.loading import load_model, save_model
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 LAYOUTS = ("padded", "packed", "shared_prefix")

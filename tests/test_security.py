@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from sft_lightning.cli import main
+from sft_lightning.cli.main import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

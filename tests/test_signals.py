@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sft_lightning.cli import main
+from sft_lightning.cli.main import main
 
 # Long enough to be hit in the middle, on any machine.
 LONG = ["--trainer.max_epochs", "500", "--checkpoint.every_n_train_steps", "100000", "--evaluation.num_examples", "0"]

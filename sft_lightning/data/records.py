@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from sft_lightning.data.fields import check_ground_truth, check_text, check_weight
-from sft_lightning.data.templates import Plain, Template, template_for
+from sft_lightning.data.formats.base import Plain, Template, template_for
 from sft_lightning.errors import NoRowsError, UserError
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def template_of(file: Path, columns: Mapping[str, str] | None = None) -> Templat
 class SFTDataset(Dataset[dict[str, Any]]):
     """Records in memory, as dictionaries: a look at the data for a script or a notebook.
 
-    Training itself reads the memory-mapped token store of ``sft_lightning.data.cache``.
+    Training itself reads the memory-mapped token store of ``sft_lightning.data.token_store``.
 
     Args:
         path: A JSONL or Parquet file, a folder of them, or a glob.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from sft_lightning.data.left_out import LeftOut
+from sft_lightning.data.load_report import LeftOut
 from sft_lightning.data.records import Record
 from sft_lightning.errors import UserError
 

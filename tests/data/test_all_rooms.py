@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data.cache import load_or_build_tokens
-from sft_lightning.data.loader import MicroBatches, TrainingShare
-from sft_lightning.data.plan import EpochPlan, StepShape
+from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
+from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.data.token_store import load_or_build_tokens
 from sft_lightning.data.tokenization import tokenize_prompt_and_output
 
 PAD, EOS = 1, 0

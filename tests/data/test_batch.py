@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sft_lightning.data.batch import Example, MicroBatch, Segments, Span, collate_padded
-from sft_lightning.data.packing import collate_packed
+from sft_lightning.data.batching.collate import collate_packed
 
 # Row 0: prompt 11 12 13, response 14 15. Row 1: prompt 21, response 22 23.
 EXAMPLES = [

@@ -8,9 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sft_lightning.cli import main
-from sft_lightning.data.cache import load_or_build_tokens
+from sft_lightning.cli.main import main
 from sft_lightning.data.records import SkippedRows, read_records
+from sft_lightning.data.token_store import load_or_build_tokens
 from sft_lightning.errors import UserError
 
 PIECES = [

@@ -7,8 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from sft_lightning.data.formats.base import Plain, R1Zero
 from sft_lightning.data.records import Record, SFTDataset, read_records, resolve_files
-from sft_lightning.data.templates import Plain, R1Zero
 from sft_lightning.errors import UserError
 
 GSM8K = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[3] / "shared" / "gsm8k"))

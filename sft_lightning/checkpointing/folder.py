@@ -1,0 +1,247 @@
+"""Checkpoint folders on disk: written whole or not at all, verified before use, found by a word.
+
+checkpoints/sft/
+  checkpoint-500/    a Hugging Face model folder, trainer_state.ckpt, manifest.json (written last)
+  last -> checkpoint-1500    best -> checkpoint-1000
+  final/             a model folder
+  run_files.json     what else the run wrote here: claims.py
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sft_lightning.errors import RunFailedError, UserError
+from sft_lightning.system.files import file_digest
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.ckpt"
+_STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
+_SET_ASIDE = ".replaced"
+# How safetensors and torch say that a file could not be written.
+_DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
+# What is written under a temporary name first.
+_OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", "run_files.json")
+
+
+def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
+    """Writes a folder so that it appears complete or not at all, whatever dies in between.
+
+    Args:
+        folder: The final place. One of ours that stands there is replaced, any other moved aside.
+        write: Fills the empty folder that it is given.
+        about: Goes into the manifest beside the size and sha256 of each file.
+
+    Raises:
+        RunFailedError: If the disk is full, or does not take it for another reason.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        write(unfinished)
+        files = {}
+        for path in _files(unfinished):
+            _sync(path)
+            files[path.relative_to(unfinished).as_posix()] = _describe(path)
+        manifest = unfinished / MANIFEST
+        manifest.write_text(json.dumps({**about, "files": files}, indent=2), encoding="utf-8")
+        _sync(manifest)
+        _sync(unfinished)
+        _swap_in(unfinished, folder)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) or _DISK_ERRORS.search(str(error)):
+            raise RunFailedError(f"'{folder}' could not be written: {_reason(error)}; {_before(folder)}") from error
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # After a failed write torch fails once more, on closing the file.
+    before = error.__context__
+    return _reason(before) if isinstance(before, OSError) else f"{' '.join(str(error).split()):.200}"
+
+
+def _before(folder: Path) -> str:
+    last = folder.parent / "last"
+    if not (last / MANIFEST).is_file():
+        return "there is no checkpoint before it"
+    return f"'{last.resolve()}' is the last good checkpoint, and --ckpt_path auto goes on from there"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns a folder's manifest. Raises UserError if it has none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            if not {"size", "sha256"} <= expected.keys() or leads_out(name):
+                raise ValueError(name)
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint '{folder}' has no readable {MANIFEST}: {type(error).__name__}") from None
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError that names the first file of a folder that is missing, cut short or altered."""
+    for name, expected in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint '{folder}' is damaged: {name} is missing")
+        if path.stat().st_size != expected["size"]:
+            raise UserError(
+                f"checkpoint '{folder}' is damaged: {name} has {path.stat().st_size} of {expected['size']} bytes"
+            )
+        if _describe(path) != expected:
+            raise UserError(f"checkpoint '{folder}' is damaged: {name} does not match its sha256")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Returns the step folders of a run, oldest first. Puts back what a crash left set aside, ``final`` too."""
+    for aside in [*run.glob(f".checkpoint-*{_SET_ASIDE}"), *run.glob(f".final{_SET_ASIDE}")]:
+        home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
+        if home.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another rank was first
+                aside.rename(home)
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _STEP_FOLDER.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def is_run(run: Path) -> bool:
+    """Returns whether a folder holds a run: a saved config, a checkpoint or a final model."""
+    return (run / "config.yaml").exists() or (run / "final").exists() or bool(checkpoints(run))
+
+
+def find(run: Path, word: str) -> Path | None:
+    """Returns the checkpoint that ``auto``, ``last`` or ``best`` stands for; None if there is none for ``auto``.
+
+    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not. Checkpoints that a
+    run left behind when it was resumed from an earlier one are not its newest.
+
+    Raises:
+        UserError: If the word is another, ``last`` or ``best`` names no checkpoint, or ``auto`` finds no good one.
+    """
+    if word not in ("auto", "last", "best"):
+        raise UserError(f"'{word}' stands for no checkpoint; choose auto, last or best")
+    run = run.resolve()
+    found = checkpoints(run)
+    if word == "auto":
+        return _newest_good(run, found)
+    link = run / word
+    if not link.exists():
+        raise UserError(f"--ckpt_path {word}: there is no '{link}'; use auto to start fresh where there is none")
+    return link.resolve()
+
+
+def identity(folder: Path) -> str:
+    """Returns a hash that tells a checkpoint from any other, also of the same step; empty where there is none."""
+    manifest = folder / MANIFEST
+    return file_digest(manifest) if manifest.is_file() else ""
+
+
+def _newest_good(run: Path, found: list[Path]) -> Path | None:
+    last = (run / "last").resolve()
+    for folder in reversed(found):
+        try:
+            verify(folder)
+        except UserError as error:
+            logger.warning("%s; trying the one before it", error)
+            continue
+        # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly; any
+        # other beyond `last` is of a branch that was given up.
+        is_beyond = last in found and _step(folder) > _step(last)
+        if is_beyond and read_manifest(folder).get("previous") != identity(last):
+            logger.warning("checkpoint '%s' was left behind when the run went on from an earlier one", folder)
+            continue
+        return folder
+    if found:
+        raise UserError(
+            f"--ckpt_path auto: none of the {len(found)} checkpoints in '{run}' is good; name another folder as "
+            "output_dir, or pass --overwrite without --ckpt_path to replace the run"
+        )
+    return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def point(link: Path, target: Path) -> None:
+    """Makes a link in a run folder stand for one of its checkpoints, without a moment in which it stands for none."""
+    unfinished = link.with_name(f".{link.name}.tmp-{os.getpid()}")
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(target.name, target_is_directory=True)
+    unfinished.replace(link)
+    _sync(link.parent)
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Deletes all but the newest checkpoints of a run, never those that ``last`` and ``best`` stand for."""
+    protected = {(run / name).resolve() for name in ("last", "best")}
+    for folder in checkpoints(run)[:-keep_last]:
+        if folder.resolve() not in protected:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder; from the first moment on it no longer passes for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Deletes what processes that died left unfinished in a run folder."""
+    for path in (path for name in _OURS for path in run.glob(f".{name}.tmp-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def leads_out(name: str) -> bool:
+    """Returns whether a relative name, read from a file, points out of the folder that it should be in."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap_in(unfinished: Path, folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}{_SET_ASIDE}")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        kept = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.aside-{n}")).exists())
+        logger.warning("'%s' is not of our making; moved to '%s'", folder, kept)
+        folder.rename(kept)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    unfinished.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)

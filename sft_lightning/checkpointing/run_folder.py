@@ -1,0 +1,105 @@
+"""Which files of a run folder are the run's own: --overwrite deletes those, and nothing more."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sft_lightning.checkpointing import folder as folders
+from sft_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = "run_files.json"
+
+
+def goes_on_elsewhere(resumed: str | None, run: Path) -> bool:
+    """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
+    return resumed is None or Path(resumed).resolve().parent != run.resolve()
+
+
+def claim_run_folder(run: Path, *, overwrite: bool) -> None:
+    """Makes way for a new run in a folder.
+
+    Raises:
+        UserError: If the folder holds a run already and ``overwrite`` is False, or cannot be written.
+    """
+    if run.exists() and folders.is_run(run):
+        if not overwrite:
+            raise UserError(
+                f"output_dir '{run}' holds another run: pass --ckpt_path auto to go on with it, --overwrite to replace "
+                "it, or name another folder"
+            )
+        clear(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / f".write-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
+
+
+def claim(run: Path, name: str) -> None:
+    """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
+    run.mkdir(parents=True, exist_ok=True)
+    names = _claimed(run)
+    if name not in names:
+        _replace_text(run / RUN_FILES, json.dumps([*names, name], indent=2))
+
+
+def withdraw(run: Path, is_stale: Callable[[str], bool]) -> None:
+    """Deletes those of the claimed files, by their relative names, that ``is_stale`` says."""
+    names = _claimed(run)
+    stale = [name for name in names if is_stale(name) and not folders.leads_out(name)]
+    for name in stale:
+        _unlink(run / name, below=run)
+    if stale:
+        _replace_text(run / RUN_FILES, json.dumps([name for name in names if name not in stale], indent=2))
+
+
+def clear(run: Path) -> None:
+    """Deletes a run: the files that its manifests name, and folders that are empty then. Anything else stays."""
+    folders.remove_unfinished(run)
+    for folder in [*folders.checkpoints(run), run / "final"]:
+        if (folder / folders.MANIFEST).is_file():
+            try:
+                named = folders.read_manifest(folder)["files"]
+            except UserError as error:
+                logger.warning("%s; left where it is", error)
+                continue
+            for name in [*named, folders.MANIFEST]:
+                _unlink(folder / name, below=run)
+        _remove_empty(folder, below=run)
+    for name in _claimed(run):
+        if not folders.leads_out(name):
+            _unlink(run / name, below=run)
+    for name in ("last", "best"):
+        if (run / name).is_symlink():
+            (run / name).unlink()
+    (run / RUN_FILES).unlink(missing_ok=True)
+
+
+def _claimed(run: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads((run / RUN_FILES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        return []
+
+
+def _replace_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _unlink(path: Path, below: Path) -> None:
+    path.unlink(missing_ok=True)
+    _remove_empty(path.parent, below)
+
+
+def _remove_empty(folder: Path, below: Path) -> None:
+    while folder != below and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent

@@ -1,0 +1,144 @@
+"""sft-lightning check: looks at a config's data as fit would read it, before a model is loaded."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sft_lightning.cli.parser import CommandParser
+from sft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from sft_lightning.diagnostics.check.check import CheckReport, CheckSettings
+    from sft_lightning.diagnostics.check.memory_estimate import Device
+
+_DESCRIPTION = """\
+Looks at the data of a config as fit would read it, without loading weights. Takes every option of fit, too:
+sft-lightning fit --help. Exit code: 0 where nothing would spoil the run, 1 where something would, 2 for a mistake in
+the command or the config."""
+
+
+def run(args: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = CommandParser("check", _DESCRIPTION)
+    parser.allow_abbrev = False
+    parser.add_argument("--json", action="store_true", help="print one JSON document, with every place, instead")
+    parser.add_argument("--memory_gib", type=float, help="memory of the device that is to train; default: of this one")
+    options, of_fit = parser.parse_known_args(args)
+    if options.memory_gib is not None and not 0 < options.memory_gib < float("inf"):
+        raise UserError(f"--memory_gib must be a positive number of GiB, got {options.memory_gib}")
+    report = _check(of_fit, options.memory_gib)
+    if options.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        from rich.console import Console
+
+        from sft_lightning.diagnostics.check.rendering import render
+
+        render(report, Console(highlight=False, soft_wrap=False))
+    return report.exit_code
+
+
+def _check(of_fit: list[str], memory_gib: float | None) -> "CheckReport":
+    from rich.console import Console
+
+    from sft_lightning.cli.lightning_cli import parse_fit
+    from sft_lightning.diagnostics.check.check import check
+    from sft_lightning.models.loading import hide_progress_bars
+
+    hide_progress_bars()
+    parsed = parse_fit(of_fit)
+    settings = _settings(parsed.config, parsed.built, memory_gib)
+    # What the reader of rows would warn of is in the report.
+    with _only_errors("sft_lightning.data"), Console(stderr=True).status("") as status:
+        return check(settings, status.update)
+
+
+def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettings":
+    """Returns what the check needs to know of a config of fit and of the classes that were built from it."""
+    from sft_lightning.data.batching.plan import StepShape
+    from sft_lightning.diagnostics.check.check import CheckSettings
+    from sft_lightning.diagnostics.check.rows import RowSettings
+    from sft_lightning.grading.graders import R1ZeroGrader
+
+    data, trainer = built.data, config.trainer
+    if data.paths["train"] is None:
+        raise UserError("data.train_path is not set: name a JSONL or Parquet file, a folder or a glob")
+    sets = tuple(
+        RowSettings(
+            name=name,
+            path=data.paths[name],
+            tokenizer=data.tokenizer,
+            reading=data.reading,
+            max_length=data.max_length,
+            overlength=data.overlength,
+            append_eos=data.append_eos,
+            cache_dir=data.cache_dir,
+            max_examples=data.max_train_examples if name == "train" else None,
+            row_filter=data.row_filter if name == "train" else None,
+        )
+        for name in ("train", "val")
+        if data.paths[name] is not None
+    )
+    return CheckSettings(
+        sets=sets,
+        step_shape=StepShape(data.batch_size, trainer.accumulate_grad_batches, _num_replicas(trainer)),
+        layout=data.layout,
+        pad_to_multiple_of=data.pad_to_multiple_of,
+        seed=data.seed,
+        grader=built.evaluation.grader or R1ZeroGrader(),
+        num_graded_answers=built.evaluation.num_examples,
+        model_path=config.model.model_path,
+        precision=str(trainer.precision or "32-true"),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        with_entropy=config.model.log_token_statistics,
+        device=_device(trainer, memory_gib),
+    )
+
+
+def _num_replicas(trainer: Any) -> int:
+    """Returns how many devices will share a step, as far as the config says so."""
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, list):
+        num_devices = len(devices)
+    elif isinstance(devices, int) and devices > 0:
+        num_devices = devices
+    else:
+        num_devices = _num_cuda_devices() if trainer.accelerator != "cpu" else 1
+    return max(1, num_devices) * trainer.num_nodes
+
+
+def _num_cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _device(trainer: Any, memory_gib: float | None) -> "Device":
+    import torch
+
+    from sft_lightning.diagnostics.check.memory_estimate import Device
+
+    on_cuda = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if memory_gib is not None:
+        return Device("the device asked for", int(memory_gib * 2**30), trainer.accelerator != "cpu", is_known=True)
+    if on_cuda:
+        properties = torch.cuda.get_device_properties(0)
+        return Device(properties.name, properties.total_memory, is_cuda=True, is_known=True)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("this machine's memory", memory, is_cuda=False, is_known=trainer.accelerator == "cpu")
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,36 @@
+"""sft-lightning compare: two evaluations on the same prompts."""
+
+from sft_lightning.cli.parser import CommandParser
+
+
+def run(args: list[str]) -> int:
+    """Prints and writes the paired comparison; returns the exit code."""
+    parser = CommandParser("compare", "What changed between two evaluations on the same prompts, and by chance or not.")
+    parser.add_argument("before", help="folder with predictions.jsonl, for example RUN/evaluation/step-0")
+    parser.add_argument("after", help="folder with predictions.jsonl of the same prompts")
+    parser.add_argument("--output", help="folder for comparison.json; default: AFTER")
+    options = parser.parse_args(args)
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from sft_lightning.evaluation.comparison import compare_samples, comparison_table
+    from sft_lightning.evaluation.result import read_samples, write_whole
+
+    samples = read_samples(options.after)
+    comparison = compare_samples(read_samples(options.before), samples)
+    print(comparison_table(comparison))
+    report = {
+        "before": options.before,
+        "after": options.after,
+        "rates": {name: asdict(rate) for name, rate in comparison.rates.items()},
+        "changes": [
+            {"index": sample["index"], "sample": sample["sample"], "change": change}
+            for sample, change in zip(samples, comparison.changes, strict=True)
+        ],
+    }
+    folder = Path(options.output or options.after)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "comparison.json", json.dumps(report, indent=1) + "\n")
+    print(f"written to {folder / 'comparison.json'}")
+    return 0

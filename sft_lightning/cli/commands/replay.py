@@ -1,0 +1,79 @@
+"""sft-lightning replay: each row of a step that was not finite, alone through the model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft_lightning.cli.parser import CommandParser
+from sft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from sft_lightning.data.batch import Example
+    from sft_lightning.diagnostics.replay import ReplayedRow
+
+
+def run(args: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    parser = CommandParser("replay", "Each row of a step that was not finite, alone through the model.")
+    parser.add_argument("folder", help="RUN/nonfinite/step-<n>")
+    parser.add_argument("--model", help="folder or hub name; default: the run's last checkpoint before the step")
+    options = parser.parse_args(args)
+    folder = Path(options.folder)
+
+    from sft_lightning.diagnostics.replay import replay_rows, weights_not_finite
+    from sft_lightning.training.nonfinite import read_about
+
+    about = read_about(folder)
+    step, loss, norm = (about[name] for name in ("step", "loss", "gradient_norm"))
+    path = options.model or _model_of_run(folder, about)
+    model, examples, padding = _load(folder, path, about)
+    print(f"optimizer step {step}: loss {loss}, gradient norm {norm}")
+    print(f"model: {path}")
+    for name in weights_not_finite(model):
+        print(f"weight {name} holds numbers that are not finite")
+    rows = []
+    for row in replay_rows(model, examples, layout=about["layout"], precision=about["precision"], pad_token_id=padding):
+        rows.append(row)
+        print(_describe(row), flush=True)
+    for source in about.get("rows_not_found", ()):
+        print(f"{source}  is not saved: its file had changed")
+    print(f"{sum(not row.is_finite for row in rows)} of {len(rows)} rows are not finite alone")
+    return 0
+
+
+def _describe(row: "ReplayedRow") -> str:
+    first = f"  first not finite: {row.first_not_finite}" if row.first_not_finite else ""
+    return f"{row.source}  loss {row.loss:.6g}  gradient norm {row.gradient_norm:.6g}{first}"
+
+
+def _model_of_run(folder: Path, about: Mapping[str, Any]) -> str:
+    """Returns the checkpoint that the run had last, or the model that it began with."""
+    run, checkpoint = folder.resolve().parents[1], about.get("checkpoint")
+    if not checkpoint:
+        return about["model_path"]
+    path = run / checkpoint
+    if not path.is_dir():
+        raise UserError(f"the run's last checkpoint before the step, '{path}', is gone: name another with --model")
+    return str(path)
+
+
+def _load(folder: Path, path: str, about: Mapping[str, Any]) -> tuple[Any, "list[Example]", int]:
+    import torch
+
+    from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
+    from sft_lightning.models.loading import dtype_options, hide_progress_bars, load_model
+    from sft_lightning.training.nonfinite import read_examples
+
+    hide_progress_bars()
+    precision, tokenizer = about["precision"], load_tokenizer(about["tokenizer_path"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(about["seed"])
+    model = load_model(
+        path,
+        init="pretrained" if path != about["model_path"] else about["init"],
+        attn_implementation=about["attn_implementation"],
+        device_type=device.type,
+        **dtype_options(precision),
+    )
+    model.to(device)  # type: ignore[arg-type]
+    return model, read_examples(folder, tokenizer, about), pad_token_id(tokenizer)

@@ -1,0 +1,146 @@
+"""Loaders: planned micro-batches, collated from the token store, from any point of an epoch on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from sft_lightning.data.batch import Layout, MicroBatch
+from sft_lightning.data.batching.collate import collate
+from sft_lightning.data.batching.plan import EpochPlan, PlannedMicroBatch
+from sft_lightning.data.batching.workers import WatchedWorkers, leave_signals_to_the_run
+from sft_lightning.data.token_store import TokenStore
+
+
+class MicroBatches(Dataset):
+    """Micro-batch i of one replica, collated when asked for. Picklable, so that worker processes can hold it.
+
+    Args:
+        store: The tokenised examples.
+        planned: Micro-batch i's rows and weights.
+        length: Micro-batches there are.
+        pad_token_id: Fills rows up.
+        pad_to_multiple_of: Rounds row lengths up.
+        layout: How a micro-batch lays its rows out.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        planned: Callable[[int], PlannedMicroBatch],
+        length: int,
+        *,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None,
+        layout: Layout = "padded",
+    ) -> None:
+        self._store = store
+        self._planned = planned
+        self._length = length
+        self._collate = partial(
+            collate, layout=layout, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        planned = self._planned(index)
+        examples = [self._store[int(example)] for example in planned.examples]
+        return self._collate(examples, planned.label_weights, rng_seed=planned.rng_seed)
+
+
+class TrainingShare:
+    """One replica's micro-batches of an epoch, as :class:`MicroBatches` asks for them."""
+
+    def __init__(self, plan: EpochPlan, replica: int) -> None:
+        self._plan = plan
+        self._replica = replica
+
+    def __call__(self, index: int) -> PlannedMicroBatch:
+        return self._plan.micro_batch(self._replica, index)
+
+
+class ValidationShare:
+    """One replica's batches of a validation set; every label weighs 1, so that sums are sums over tokens."""
+
+    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+        self._batches = batches
+
+    def __call__(self, index: int) -> PlannedMicroBatch:
+        examples = self._batches[index]
+        return PlannedMicroBatch(examples=examples, label_weights=np.ones(len(examples)), rng_seed=0)
+
+
+class PlannedLoader:
+    """Iterates over micro-batches, each time from where ``open_epoch`` says.
+
+    Deliberately no DataLoader: into one of those Lightning injects a sampler that repeats rows under several devices,
+    and it restores a position of its own on resume, which it gets wrong in five ways.
+
+    Args:
+        length: Micro-batches of a whole epoch.
+        open_epoch: Called at the start of each iteration; returns the epoch's micro-batches and the first to yield.
+        num_workers: Processes that collate; 0 collates in this one.
+        pin_memory: Copy into page-locked memory, for asynchronous copies to a GPU.
+        timeout_seconds: How long to wait for a micro-batch of the workers.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        open_epoch: Callable[[], tuple[MicroBatches, int]],
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        timeout_seconds: int = 300,
+    ) -> None:
+        self._length = length
+        self._open_epoch = open_epoch
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._timeout_seconds = timeout_seconds
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        micro_batches, start = self._open_epoch()
+        batches = DataLoader(
+            micro_batches,
+            batch_size=None,
+            sampler=range(start, len(micro_batches)),
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        if not self._num_workers:
+            return iter(batches)
+        return WatchedWorkers(lambda: iter(batches), self._num_workers, self._timeout_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the position follows from the loop counters. Tells Lightning that this loader resumes."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing, see ``state_dict``."""
+
+
+class RecordBatches:
+    """Records in file order, ``batch_size`` at a time. Deliberately no list: Lightning takes one for several loaders.
+
+    Args:
+        records: The records of one replica.
+        batch_size: Records of a batch; the last one may have fewer.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], batch_size: int) -> None:
+        self._batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Sequence[dict[str, Any]]]:
+        return iter(self._batches)

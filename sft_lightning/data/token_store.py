@@ -1,0 +1,296 @@
+"""The token store: a data set's tokens on disk, memory-mapped, made once for its bytes, tokenizer and options.
+
+    <cache_dir>/<key>/
+        tokens.bin   int32, the tokens of all rows end to end
+        rows.bin     a _ROW for each row
+        meta.json    sizes and digests, fingerprint and what was left out; written last
+
+A store is written into a folder beside its place and renamed. Of processes that race for it, the first to finish
+publishes and all read that one. A folder whose files are not as its meta.json says is made again.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from sft_lightning.data.batch import Example
+from sft_lightning.data.filters import RowFilter, accepted
+from sft_lightning.data.formats.base import Template
+from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
+from sft_lightning.data.tokenization import Overlength, tokenise_records, tokenizer_fingerprint
+from sft_lightning.errors import NoRowsError, UserError
+from sft_lightning.system.files import file_digest, files_digest, value_digest
+from sft_lightning.system.folder_beside import folder_beside, publish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_ROWS_AT_ONCE = 1024
+_ARRAYS = ("tokens.bin", "rows.bin")
+_ROW = np.dtype(
+    [("start", "<i8"), ("line", "<i8"), ("weight", "<f8"), ("file", "<i4"), ("length", "<i4"), ("prompt_length", "<i4")]
+)
+
+
+class TokenStore:
+    """The tokenised rows of a data set, memory-mapped. Pickling one costs no more than its path.
+
+    Attributes:
+        fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
+        left_out: What the data set holds beside the rows of the store; a view of the first rows has it, too.
+        total_lengths: Shape [N], int64, prompt and response tokens of each row.
+        label_lengths: Shape [N], int64, response tokens of each row.
+        weights: Shape [N], float64.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path], num_rows: int | None = None) -> None:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.fingerprint: dict[str, str | int | bool] = meta["fingerprint"]
+        # A store is found by the bytes of the data, wherever they lie: its places get the names of today's files.
+        self.left_out = LeftOut.from_dict(meta["left_out"], dict(zip(meta["files"], files, strict=True)))
+        self._folder = folder
+        self._files = files
+        # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
+        self._tokens = np.memmap(folder / "tokens.bin", dtype="<i4", mode="r").view(np.ndarray)
+        self._rows = np.memmap(folder / "rows.bin", dtype=_ROW, mode="r").view(np.ndarray)[:num_rows]
+        self.total_lengths = self._rows["length"].astype(np.int64)
+        self.label_lengths = self.total_lengths - self._rows["prompt_length"]
+        self.weights = self._rows["weight"].astype(np.float64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        start, line, _, file, length, prompt_length = self._rows[index].item()
+        return Example(self._tokens[start : start + length], prompt_length, f"{self._files[file]}:{line}")
+
+    def prompt(self, index: int) -> np.ndarray:
+        """Returns the prompt tokens of a row. Shape [prompt length], int32."""
+        start, *_, prompt_length = self._rows[index].item()
+        return self._tokens[start : start + prompt_length]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self._folder, self._files, len(self))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """``rows`` of this store, and the fields of ``left_out``."""
+        return {"rows": len(self), **dataclasses.asdict(self.left_out)}
+
+    def first(self, num_rows: int) -> "TokenStore":
+        """Returns a view of the first ``num_rows`` rows in file order, or of all where there are fewer."""
+        if num_rows < 1:
+            raise UserError(f"data.max_train_examples is {num_rows}; give at least 1, or null for all")
+        return TokenStore(self._folder, self._files, min(num_rows, len(self)))
+
+
+def load_or_build_tokens(
+    path: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_length: int = 2048,
+    overlength: Overlength = "drop",
+    append_eos: bool = True,
+    max_bad_rows: int = 0,
+    row_filter: RowFilter | None = None,
+    cache_dir: str | Path | None = None,
+) -> TokenStore:
+    """Returns the tokens of a data set: from the cache where they are there, else made and kept there.
+
+    Args:
+        path: A JSONL or Parquet file, a folder of them, or a glob.
+        tokenizer: Makes the ids.
+        template: Turns a row into prompt and response; None chooses by the keys of each file's rows.
+        columns: Our name for a field -> the file's name for it.
+        max_length: The most tokens that prompt, response and EOS may have together.
+        overlength: What becomes of a longer row: ``drop`` it, stop with an ``error``, or ``truncate_prompt`` from the
+            left down to a BOS, if it has one, and one token. No response is cut: a row that is too long all the same
+            is dropped.
+        append_eos: Ends each response with the tokenizer's EOS.
+        max_bad_rows: So many bad rows are skipped before it is an error.
+        row_filter: Keeps the rows that it accepts; None keeps all. It judges when the store is made, and never again.
+        cache_dir: Holds the stores; None takes ``$SFT_CACHE_DIR``, or ``sft_lightning`` in the user's cache folder.
+
+    Raises:
+        UserError: For a bad path, option or row, for a row too long under ``error``, or when no row is left.
+    """
+    _check_options(max_length, overlength)
+    files = resolve_files(path)
+    templates = [template] if template else [template_of(file, columns) for file in files]
+    fingerprint: dict[str, str | int | bool] = {
+        "data": files_digest(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": ", ".join(sorted({_template_name(each) for each in templates})),
+        "columns": json.dumps(dict(columns or {}), sort_keys=True),
+        "max_length": max_length,
+        "overlength": overlength,
+        "append_eos": append_eos,
+    }
+    fingerprint |= {"filter": row_filter.identity} if row_filter else {}  # so that stores made without keep their keys
+    folder = _cache_root(cache_dir) / _key(fingerprint)
+    store = _open_whole(folder, files, fingerprint)
+    if store is None:
+        left_out = LeftOut()
+        records = read_records(
+            path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=left_out.bad_rows
+        )
+        kept = accepted(records, row_filter, left_out) if row_filter else records
+        rows = tokenise_records(
+            kept, tokenizer, max_length=max_length, overlength=overlength, append_eos=append_eos, left_out=left_out
+        )
+        _build(folder, rows, left_out, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
+        store = TokenStore(folder, files)
+    _account_for_rows(path, store, max_bad_rows, is_filtered=row_filter is not None)
+    return store
+
+
+def _check_options(max_length: int, overlength: str) -> None:
+    if overlength not in get_args(Overlength):
+        raise UserError(f"data.overlength is {overlength!r}; give one of {', '.join(get_args(Overlength))}")
+    if max_length < 2:
+        raise UserError(f"data.max_length is {max_length}; a prompt and a response take at least 2 tokens")
+
+
+def _account_for_rows(path: str | Path, store: TokenStore, max_bad_rows: int, *, is_filtered: bool) -> None:
+    # A store that was made under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
+    check_bad_rows(store.left_out.bad_rows, max_bad_rows)
+    reasons = store.left_out.sentences
+    if is_filtered:
+        num_rows = len(store) + store.left_out.num_rows
+        reasons = [f"data.filter_correct is on, {len(store)} of {num_rows} rows are kept", *reasons]
+    if reasons:
+        level = logging.WARNING if store.left_out.sentences else logging.INFO
+        logger.log(level, "data path '%s': %s", path, ". ".join(reasons))
+
+
+def _build(
+    folder: Path,
+    rows: Iterator[tuple[Record, list[int], list[int]]],
+    left_out: LeftOut,
+    *,
+    max_bad_rows: int,
+    files: Sequence[Path],
+    fingerprint: Mapping[str, str | int | bool],
+) -> None:
+    with _write_errors(folder.parent), folder_beside(folder) as temporary:
+        num_rows = _write_rows(temporary, rows, files)
+        check_bad_rows(left_out.bad_rows, max_bad_rows)
+        if not num_rows:
+            raise NoRowsError(f"no row is left. {left_out}. {left_out.way_out(int(fingerprint['max_length']))}")
+        if files_digest(files) != fingerprint["data"]:
+            raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
+        _write_meta(temporary, files, fingerprint, left_out)
+        _publish(temporary, folder, files, fingerprint)
+
+
+def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]], files: Sequence[Path]) -> int:
+    file_numbers = {str(file): number for number, file in enumerate(files)}
+    num_rows = start = 0
+    with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "rows.bin").open("wb") as rows_file:
+        while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            table = []
+            for record, prompt, response in chunk:
+                file, _, line = record.source.rpartition(":")
+                length = len(prompt) + len(response)
+                table.append((start, int(line), record.weight, file_numbers[file], length, len(prompt)))
+                start += length
+            tokens = itertools.chain.from_iterable(ids for _, *both in chunk for ids in both)
+            rows_file.write(np.array(table, dtype=_ROW).tobytes())
+            tokens_file.write(np.fromiter(tokens, dtype="<i4").tobytes())
+            num_rows += len(chunk)
+        _sync(tokens_file)
+        _sync(rows_file)
+    return num_rows
+
+
+def _write_meta(
+    folder: Path, files: Sequence[Path], fingerprint: Mapping[str, str | int | bool], left_out: LeftOut
+) -> None:
+    account = dataclasses.asdict(left_out)
+    meta = {
+        "sizes": {name: (folder / name).stat().st_size for name in _ARRAYS},
+        "digests": _digests(folder, account),
+        "fingerprint": fingerprint,
+        "files": [str(file) for file in files],
+        "left_out": account,
+    }
+    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        _sync(file)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:
+    """Returns the store in a folder, None if there is none or it is not as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["fingerprint"] != fingerprint:
+            return None
+        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        if "digests" in meta and meta["digests"] != _digests(folder, meta["left_out"]):
+            return None  # in stores of earlier versions there are none
+        return TokenStore(folder, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _publish(temporary: Path, folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> None:
+    while True:
+        try:
+            publish(temporary, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        if _open_whole(folder, files, fingerprint):
+            return  # another process was first
+        with contextlib.suppress(FileNotFoundError):  # where another process removes it, too
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _write_errors(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the token cache in data.cache_dir '{cache_dir}': {error}") from None
+
+
+def _digests(folder: Path, left_out: Mapping[str, Any]) -> dict[str, str]:
+    return {**{name: file_digest(folder / name) for name in _ARRAYS}, "left_out": value_digest(left_out)}
+
+
+def _key(fingerprint: Mapping[str, str | int | bool]) -> str:
+    return value_digest([_FORMAT, fingerprint])[:32]
+
+
+def _template_name(template: Template) -> str:
+    return f"{type(template).__name__} {hashlib.sha256(template.identity.encode()).hexdigest()[:16]}"
+
+
+def _cache_root(cache_dir: str | Path | None) -> Path:
+    if chosen := cache_dir or os.environ.get("SFT_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_lightning"

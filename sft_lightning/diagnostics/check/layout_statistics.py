@@ -1,0 +1,137 @@
+"""What each layout makes of an epoch: padding, shared tokens and the largest micro-batch, from the plan itself."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from sft_lightning.data.batch import Layout
+from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
+from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.data.token_store import TokenStore
+
+# Enough for the rates: they are sums over thousands of rows.
+_NUM_STEPS = 100
+# Besides, so many of the steps with most tokens and with the longest rows, for the largest micro-batch.
+_NUM_LARGE_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LargestMicroBatch:
+    """The micro-batch with the most positions.
+
+    Attributes:
+        num_positions: That go through the model, padding included.
+        num_labels: In the micro-batch with the most of them, which may be another one.
+        width: Tokens of one of its rows in the model, the whole of a packed one.
+    """
+
+    num_positions: int = 0
+    num_labels: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutStatistics:
+    """What a layout makes of the first steps of epoch 0.
+
+    Attributes:
+        padding_waste: The share of the computed positions that are padding, as ``train/padding_waste``.
+        sharing_gain: Tokens over computed tokens, as ``train/sharing_gain``; 1 where nothing is shared.
+        positions_per_step: Mean over the steps, all replicas together.
+        num_steps: Steps that were looked at.
+        largest: Of all micro-batches that were looked at, among them those of the steps that are likely to have it.
+    """
+
+    layout: Layout
+    padding_waste: float
+    sharing_gain: float
+    positions_per_step: float
+    num_steps: int
+    largest: LargestMicroBatch
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the statistics as they are written to JSON."""
+        return {
+            "layout": self.layout,
+            "padding_waste": round(self.padding_waste, 4),
+            "sharing_gain": round(self.sharing_gain, 4),
+            "positions_per_step": round(self.positions_per_step, 1),
+            "num_steps": self.num_steps,
+            "largest_micro_batch_positions": self.largest.num_positions,
+            "largest_micro_batch_labels": self.largest.num_labels,
+        }
+
+
+def measure_layouts(
+    store: TokenStore, shape: StepShape, *, seed: int, pad_token_id: int, pad_to_multiple_of: int | None
+) -> list[LayoutStatistics]:
+    """Returns the statistics of each layout.
+
+    Args:
+        store: The rows of the training set.
+        shape: Of the run's steps.
+        seed: Of the run's data.
+        pad_token_id: Fills rows up.
+        pad_to_multiple_of: Rounds row lengths up.
+    """
+    results = []
+    for layout in get_args(Layout):
+        plan = EpochPlan(
+            store.total_lengths,
+            store.label_lengths,
+            store.weights,
+            shape=shape,
+            seed=seed,
+            epoch=0,
+            layout=layout,
+            prompt_of=store.prompt,
+        )
+        shares = [
+            MicroBatches(
+                store,
+                TrainingShare(plan, replica),
+                plan.num_micro_batches,
+                pad_token_id=pad_token_id,
+                pad_to_multiple_of=pad_to_multiple_of,
+                layout=layout,
+            )
+            for replica in range(shape.num_replicas)
+        ]
+        results.append(_measure(layout, plan, shares, store, shape))
+    return results
+
+
+def _measure(
+    layout: Layout, plan: EpochPlan, shares: list[MicroBatches], store: TokenStore, shape: StepShape
+) -> LayoutStatistics:
+    first_steps = range(min(_NUM_STEPS, plan.num_steps))
+    tokens = unique_tokens = positions = 0
+    most_positions = most_labels = width = 0
+    for step in [*first_steps, *(step for step in _large_steps(plan, store) if step not in first_steps)]:
+        for index in range(step * shape.num_micro_batches, (step + 1) * shape.num_micro_batches):
+            for share in shares:
+                batch = share[index]
+                if step in first_steps:
+                    tokens += batch.num_tokens
+                    unique_tokens += batch.num_unique_tokens
+                    positions += batch.input_ids.numel()
+                if batch.input_ids.numel() > most_positions:
+                    most_positions, width = batch.input_ids.numel(), batch.input_ids.shape[1]
+                most_labels = max(most_labels, batch.num_label_tokens)
+    return LayoutStatistics(
+        layout=layout,
+        padding_waste=1 - unique_tokens / positions,
+        sharing_gain=tokens / unique_tokens,
+        positions_per_step=positions / len(first_steps),
+        num_steps=len(first_steps),
+        largest=LargestMicroBatch(most_positions, most_labels, width),
+    )
+
+
+def _large_steps(plan: EpochPlan, store: TokenStore) -> Iterable[int]:
+    lengths = [store.total_lengths[plan.step_examples(step)] for step in range(plan.num_steps)]
+    by_tokens = np.argsort([-int(each.sum()) for each in lengths], kind="stable")[:_NUM_LARGE_STEPS]
+    by_longest = np.argsort([-int(each.max()) for each in lengths], kind="stable")[:_NUM_LARGE_STEPS]
+    return dict.fromkeys([*by_tokens.tolist(), *by_longest.tolist()])

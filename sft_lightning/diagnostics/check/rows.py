@@ -1,0 +1,267 @@
+"""The rows of a set as `fit` would read them: which it trains on, which it leaves out, and why, line by line."""
+
+import itertools
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sft_lightning.data.batch import Example
+from sft_lightning.data.filters import RowFilter
+from sft_lightning.data.records import Record, SkippedRows, read_records
+from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
+from sft_lightning.data.tokenization import Overlength, encode_prompts, encode_responses
+from sft_lightning.diagnostics.check.findings import Finding, Place, Severity, counted
+from sft_lightning.errors import NoRowsError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_AT_ONCE = 1024
+# Over-long rows are dropped by design; more than this share looks like a max_length that does not suit the data.
+_MANY_DROPPED = 0.05
+
+
+class Row(NamedTuple):
+    """A row that the run uses: its text and its tokens."""
+
+    record: Record
+    example: Example
+
+
+class Sources:
+    """``file:line`` of any number of rows, in 12 bytes each."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._file_numbers = array("i")
+        self._lines = array("q")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> str:
+        return f"{list(self._files)[self._file_numbers[index]]}:{self._lines[index]}"
+
+    def append(self, source: str) -> None:
+        file, line = file_and_line(source)
+        self._file_numbers.append(self._files.setdefault(file, len(self._files)))
+        self._lines.append(line)
+
+
+class AllSkippedRows(SkippedRows):
+    """Skipped rows of which every place is kept."""
+
+    def add(self, source: str, reason: str) -> None:
+        self.count += 1
+        self.first.append((source, reason))
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How `fit` would read and tokenise a set, by the names of its options.
+
+    Attributes:
+        name: ``train`` or ``val``.
+        reading: ``template``, ``columns`` and ``max_bad_rows`` as ``read_records`` takes them.
+        max_examples: The first so many rows are used, after filtering.
+        row_filter: That of ``data.filter_correct``, where it is on.
+    """
+
+    name: str
+    path: str
+    tokenizer: "PreTrainedTokenizerBase"
+    reading: dict[str, Any]
+    max_length: int
+    overlength: Overlength
+    append_eos: bool
+    cache_dir: str | None
+    max_examples: int | None = None
+    row_filter: RowFilter | None = None
+
+    def load_tokens(self) -> TokenStore | None:
+        """Returns the whole set's tokens, from the cache that `fit` uses; None where no row is left.
+
+        Raises:
+            UserError: For everything else that stops `fit`, but for bad rows and over-long ones.
+        """
+        try:
+            return load_or_build_tokens(
+                self.path,
+                tokenizer=self.tokenizer,
+                max_length=self.max_length,
+                overlength=self.overlength,
+                append_eos=self.append_eos,
+                cache_dir=self.cache_dir,
+                row_filter=self.row_filter,
+                **{**self.reading, "max_bad_rows": sys.maxsize},
+            )
+        except NoRowsError:
+            return None
+        except UserError as error:
+            if self.overlength != "error":
+                raise UserError(f"data.{self.name}_path: {error}") from error
+        # Over-long rows, then, or a mistake that comes again. The rows that fit are looked at all the same.
+        return replace(self, overlength="drop").load_tokens()
+
+
+@dataclass
+class RowAccount:
+    """What became of the rows of a set.
+
+    Attributes:
+        sources: Of the rows that the run uses.
+        num_unused: Rows behind ``max_examples``.
+        bad_rows: Every row that cannot be read, or of which the tokenizer makes no token.
+        overlength_rows: Every row with more than ``max_length`` tokens.
+        overlength_lengths: Their tokens.
+        truncated_rows: Every row whose prompt is cut.
+        filtered_rows: Every row that ``data.filter_correct`` drops.
+    """
+
+    sources: Sources = field(default_factory=Sources)
+    num_unused: int = 0
+    bad_rows: AllSkippedRows = field(default_factory=AllSkippedRows)
+    overlength_rows: list[Place] = field(default_factory=list)
+    overlength_lengths: list[int] = field(default_factory=list)
+    truncated_rows: list[Place] = field(default_factory=list)
+    filtered_rows: list[Place] = field(default_factory=list)
+
+    def read(self, settings: RowSettings, store: TokenStore | None) -> Iterator[list[Row]]:
+        """Yields the rows in use, ``ROWS_AT_ONCE`` at the most, in file order, and fills the account on the way.
+
+        Both the file's records and the store's rows are in file order, so one walk along both tells what was left out.
+        """
+        reading = {**settings.reading, "max_bad_rows": sys.maxsize}
+        records = _until_no_rows(read_records(settings.path, **reading, bad_rows=self.bad_rows))
+        stored = 0 if store is None else len(store)
+        index = 0
+        while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
+            rows: list[Row] = []
+            left_out: list[Record] = []
+            for record in chunk:
+                example = store[index] if store is not None and index < stored else None
+                if example is None or example.source != record.source:
+                    left_out.append(record)
+                    continue
+                index += 1
+                if settings.max_examples is not None and self.num_used >= settings.max_examples:
+                    self.num_unused += 1
+                else:
+                    rows.append(Row(record, example))
+                    self.sources.append(record.source)
+            self._note_left_out(left_out, settings)
+            self._note_truncated(rows, settings)
+            if rows:
+                yield rows
+        assert index == stored, "the token store holds rows that the files do not"
+        self.bad_rows.first.sort(key=lambda row: file_and_line(row[0]))
+
+    @property
+    def num_used(self) -> int:
+        """Rows that the run uses."""
+        return len(self.sources)
+
+    def findings(self, settings: RowSettings) -> list[Finding]:
+        """Returns what to say about rows left out or cut."""
+        name, findings = settings.name, []
+        num_rows = self.num_used + self.num_unused + self.bad_rows.count
+        num_rows += len(self.overlength_rows) + len(self.filtered_rows)
+        if self.bad_rows.count:
+            allowed = settings.reading["max_bad_rows"]
+            too_many = self.bad_rows.count > allowed
+            message = f"{name}: {counted(self.bad_rows.count, 'row')} of {num_rows:,} cannot be used"
+            findings.append(
+                Finding(
+                    "bad_rows",
+                    "error" if too_many else "warning",
+                    f"{message}; data.max_bad_rows is {allowed}" + (", so fit would stop" if too_many else ""),
+                    "correct or delete these lines",
+                    self.bad_rows.count,
+                    [Place(source, reason=reason) for source, reason in self.bad_rows.first],
+                )
+            )
+        if self.overlength_rows:
+            findings.append(self._overlength_finding(settings, num_rows))
+        if self.truncated_rows:
+            findings.append(
+                Finding(
+                    "truncated_prompts",
+                    "info",
+                    f"{name}: {counted(len(self.truncated_rows), 'prompt is', 'prompts are')} cut from the left to "
+                    f"data.max_length {settings.max_length}",
+                    "",
+                    len(self.truncated_rows),
+                    self.truncated_rows,
+                )
+            )
+        if self.filtered_rows:
+            count = len(self.filtered_rows)
+            message = f"{name}: {counted(count, 'row')} of {num_rows:,} dropped by data.filter_correct"
+            fix = "the grader does not accept their response, or they have no ground truth"
+            findings.append(Finding("filtered_rows", "info", message, fix, count, self.filtered_rows))
+        if not self.num_used:
+            findings.append(Finding("no_rows", "error", f"{name}: no row is left", "see the rows above", num_rows))
+        return findings
+
+    def _overlength_finding(self, settings: RowSettings, num_rows: int) -> Finding:
+        count = len(self.overlength_rows)
+        severity: Severity = "warning" if count > _MANY_DROPPED * num_rows else "info"
+        action = "dropped"
+        if settings.overlength == "error":
+            severity, action = "error", "what fit would stop at (data.overlength is error)"
+        return Finding(
+            "overlength_rows",
+            severity,
+            f"{settings.name}: {counted(count, 'row')} of {num_rows:,} over data.max_length {settings.max_length}, "
+            f"{action}",
+            f"the longest has {max(self.overlength_lengths):,} tokens: raise data.max_length or set data.overlength",
+            count,
+            self.overlength_rows,
+        )
+
+    def _note_left_out(self, records: list[Record], settings: RowSettings) -> None:
+        for record, prompt, response in _encoded(records, settings):
+            if prompt and response:
+                num_tokens = len(prompt) + len(response)
+                if num_tokens <= settings.max_length:  # nothing else is left out
+                    self.filtered_rows.append(Place(record.source))
+                    continue
+                self.overlength_lengths.append(num_tokens)
+                self.overlength_rows.append(Place(record.source, reason=f"{num_tokens} tokens"))
+            else:
+                empty = "response" if prompt else "prompt"
+                self.bad_rows.add(record.source, f"the tokenizer makes no token of the {empty}")
+
+    def _note_truncated(self, rows: list[Row], settings: RowSettings) -> None:
+        if settings.overlength != "truncate_prompt":
+            return
+        # A cut prompt leaves a row of just the allowed length.
+        full = [row for row in rows if len(row.example.tokens) == settings.max_length]
+        prompts = encode_prompts(settings.tokenizer, [row.record.prompt for row in full])
+        for (record, example), prompt in zip(full, prompts, strict=True):
+            if len(prompt) > example.prompt_length:
+                reason = f"{len(prompt)} tokens, {example.prompt_length} left"
+                self.truncated_rows.append(Place(record.source, reason=reason))
+
+
+def _until_no_rows(records: Iterator[Record]) -> Iterator[Record]:
+    """A set without any row ends here as an empty one does: its bad rows are in the account by then."""
+    try:
+        yield from records
+    except NoRowsError:
+        return
+
+
+def _encoded(records: list[Record], settings: RowSettings) -> Iterator[tuple[Record, list[int], list[int]]]:
+    prompts = encode_prompts(settings.tokenizer, [record.prompt for record in records])
+    texts = [record.response for record in records]
+    responses = encode_responses(settings.tokenizer, texts, append_eos=settings.append_eos)
+    return zip(records, prompts, responses, strict=True)
+
+
+def file_and_line(source: str) -> tuple[str, int]:
+    """Returns the two parts of ``file:line``."""
+    file, _, line = source.rpartition(":")
+    return file, int(line)

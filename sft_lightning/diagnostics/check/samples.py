@@ -1,0 +1,110 @@
+"""A few rows drawn from a set, token by token, to look at."""
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sft_lightning.data.batch import Example
+from sft_lightning.data.token_store import TokenStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NUM_SAMPLES = 5
+# Tokens shown of a prompt and of a response, half of them from each end.
+_MOST_TOKENS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Texts of a run of tokens, of which some in the middle may be left out.
+
+    Attributes:
+        head: Texts of the first tokens. Tokens that only together are a character stand together.
+        num_left_out: Tokens between head and tail.
+        tail: Texts of the last tokens; empty where nothing is left out.
+    """
+
+    head: list[str]
+    num_left_out: int
+    tail: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the pieces as they are written to JSON."""
+        return {"head": self.head, "num_tokens_left_out": self.num_left_out, "tail": self.tail}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row as the model is trained on it.
+
+    Attributes:
+        prompt: Tokens without loss.
+        response: Tokens with loss, but for a closing EOS.
+        eos: Text of the EOS that is supervised at the end; None where there is none.
+    """
+
+    source: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    prompt: Pieces
+    response: Pieces
+    eos: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the sample as it is written to JSON."""
+        return {
+            "source": self.source,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_response_tokens": self.num_response_tokens,
+            "prompt": self.prompt.as_dict(),
+            "response": self.response.as_dict(),
+            "eos": self.eos,
+        }
+
+
+def draw_samples(rows: TokenStore, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Sample]:
+    """Returns five rows, or all where there are fewer, in file order: the same for the same seed."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(_NUM_SAMPLES, len(rows))))
+    return [_sample(rows[index], tokenizer) for index in chosen]
+
+
+def _sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+    tokens = example.tokens.tolist()
+    prompt, response = tokens[: example.prompt_length], tokens[example.prompt_length :]
+    has_eos = response[-1] == tokenizer.eos_token_id
+    return Sample(
+        source=example.source,
+        num_prompt_tokens=len(prompt),
+        num_response_tokens=len(response),
+        prompt=_pieces(prompt, tokenizer),
+        response=_pieces(response[:-1] if has_eos else response, tokenizer),
+        eos=str(tokenizer.eos_token) if has_eos else None,
+    )
+
+
+def _pieces(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> Pieces:
+    if len(tokens) <= _MOST_TOKENS:
+        return Pieces(_texts(tokens, tokenizer), 0, [])
+    half = _MOST_TOKENS // 2
+    return Pieces(
+        _texts(tokens[:half], tokenizer), len(tokens) - 2 * half, _texts(tokens[-half:], tokenizer, tokens[-half - 1])
+    )
+
+
+def _texts(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", before: int | None = None) -> list[str]:
+    """Returns the text of each token in its place: some tokenizers drop a space in front of the first."""
+    context = [] if before is None else [before]
+
+    def decode(number: int) -> str:
+        ids = context + tokens[:number]
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
+
+    texts, done = [], decode(0)
+    for number in range(1, len(tokens) + 1):
+        text = decode(number)
+        if text.endswith("\ufffd") and number < len(tokens):
+            continue  # the bytes of a character, of which more are to come
+        texts.append(text[len(done) :])
+        done = text
+    return texts

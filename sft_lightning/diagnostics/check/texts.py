@@ -1,0 +1,75 @@
+"""Characters that data is better off without, and borders of prompt and response that differ from row to row."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from sft_lightning.diagnostics.check.findings import Finding, Place, counted
+from sft_lightning.diagnostics.check.rows import Row, Sources
+
+# C0 but for tab, line feed and carriage return; DEL and C1; the byte-order mark.
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+_FAULTS = (
+    ("carriage_returns", re.compile("\r"), "a carriage return", "the model learns to write it: use \\n alone"),
+    (
+        "replacement_characters",
+        re.compile("\ufffd"),
+        "U+FFFD, which stands for text that was lost in decoding",
+        "decode the source with its own encoding",
+    ),
+    ("control_characters", _CONTROL, "a control character", "take them out"),
+)
+# So many of the rows must agree on how prompt and response meet before the others are called odd.
+_AGREEMENT = 0.9
+_BORDERS = ("none", "before the response", "after the prompt", "both")
+
+
+class Texts:
+    """Looks through the texts of a set's rows."""
+
+    def __init__(self, set_name: str) -> None:
+        self._set_name = set_name
+        self._places: dict[str, list[Place]] = {name: [] for name, *_ in _FAULTS}
+        self._borders = bytearray()  # of each row, two bits
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Takes rows in file order."""
+        for record, _ in rows:
+            for name, pattern, *_ in _FAULTS:
+                found = [field for field in ("prompt", "response") if pattern.search(getattr(record, field))]
+                if found:
+                    self._places[name].append(Place(record.source, reason=" and ".join(found)))
+            self._borders.append(2 * record.prompt[-1].isspace() + record.response[0].isspace())
+
+    def findings(self, sources: Sources) -> list[Finding]:
+        """Returns what was found.
+
+        Args:
+            sources: Of the rows.
+        """
+        findings = []
+        for name, _, noun, fix in _FAULTS:
+            if places := self._places[name]:
+                message = f"{self._set_name}: {counted(len(places), 'row holds', 'rows hold')} {noun}"
+                findings.append(Finding(name, "warning", message, fix, len(places), places))
+        return findings + self._odd_borders(sources)
+
+    def _odd_borders(self, sources: Sources) -> list[Finding]:
+        num_rows = len(self._borders)
+        ((usual, count),) = Counter(self._borders).most_common(1) or [(0, 0)]
+        if count == num_rows or count < _AGREEMENT * num_rows:
+            return []
+        odd = [
+            Place(sources[row], reason=_BORDERS[border]) for row, border in enumerate(self._borders) if border != usual
+        ]
+        return [
+            Finding(
+                "odd_borders",
+                "info",
+                f"{self._set_name}: {counted(len(odd), 'row has', 'rows have')} other white space between prompt and "
+                f"response than the rest ({_BORDERS[usual]})",
+                "make them alike: the first token of an answer depends on it",
+                len(odd),
+                odd,
+            )
+        ]

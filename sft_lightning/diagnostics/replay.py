@@ -1,0 +1,108 @@
+"""Each row of a step alone through a model: its loss, its gradient, and where numbers stop being finite."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sft_lightning.data.batch import Example, Layout
+from sft_lightning.data.batching.collate import collate
+from sft_lightning.distributed.fsdp import gradient_norm
+from sft_lightning.losses.model_hooks import label_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedRow:
+    """What came of one row.
+
+    Attributes:
+        source: ``file:line``.
+        loss: Mean over its labels, in nats.
+        gradient_norm: Of that loss.
+        first_not_finite: The first activation, in the order of the forward pass, or else the first gradient, in that
+            of the backward pass, that holds NaN or infinity; None where there is none.
+    """
+
+    source: str
+    loss: float
+    gradient_norm: float
+    first_not_finite: str | None
+
+    @property
+    def is_finite(self) -> bool:
+        return isfinite(self.loss) and isfinite(self.gradient_norm)
+
+
+def replay_rows(
+    model: "PreTrainedModel", examples: Sequence[Example], *, layout: Layout, precision: str, pad_token_id: int
+) -> Iterator[ReplayedRow]:
+    """Yields what comes of each row alone, without dropout; leaves no gradient behind.
+
+    Args:
+        model: From ``load_model``.
+        examples: The rows.
+        layout: As in the run.
+        precision: The Trainer's.
+        pad_token_id: Fills padding.
+    """
+    device = model.device
+    model.eval()
+    for example in examples:
+        batch = collate([example], [1 / example.num_labels], layout=layout, pad_token_id=pad_token_id).to(device)
+        model.zero_grad()
+        with _first_not_finite(model) as found:
+            with _autocast(device, precision):
+                losses = label_losses(model, batch)
+            if not found and not losses.weighted_sum.isfinite():
+                found.append("the logits, or the loss of them")
+            losses.weighted_sum.backward()
+        norm = gradient_norm(p.grad for p in model.parameters() if p.grad is not None)
+        yield ReplayedRow(example.source, losses.weighted_sum.item(), norm.item(), found[0] if found else None)
+    model.zero_grad()
+
+
+def weights_not_finite(model: nn.Module) -> list[str]:
+    """Returns the names of a model's parameters that hold NaN or infinity."""
+    return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+@contextmanager
+def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of activations and gradients that are not finite, in the order in which they come about."""
+    found: list[str] = []
+    hooks = []
+
+    def look(what: str, values: Any) -> None:
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                found.append(what)
+                return
+
+    # A module's hook runs after those of the modules in it: the innermost is named.
+    for name, module in model.named_modules():
+        if name:
+            what = f"activation of {name}"
+            hooks.append(module.register_forward_hook(lambda _, __, output, what=what: look(what, output)))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            what = f"gradient of {name}"
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p, what=what: look(what, p.grad)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

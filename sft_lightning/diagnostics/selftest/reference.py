@@ -1,0 +1,101 @@
+"""The reference of the self-test: each row alone through the model's own forward, and the loss by its formula."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
+from sft_lightning.losses.model_hooks import label_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an optimizer step had: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
+
+    sources: tuple[str, ...]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """How a step's loss is made of its rows: ``data.loss_normalization`` and ``data.normalize_constant``."""
+
+    normalization: str
+    constant: float
+
+    def weight(self, rows: Sequence[Example], row: Example) -> float:
+        """Returns the weight of one of the row's labels, record weights left aside."""
+        if self.normalization == "token":
+            return 1.0 / sum(each.num_labels for each in rows)
+        if self.normalization == "sequence":
+            return 1.0 / (len(rows) * row.num_labels)
+        assert self.normalization == "constant"
+        return 1.0 / (len(rows) * self.constant)
+
+
+def reference_step(
+    model: "PreTrainedModel",
+    rows: Sequence[tuple[Example, float]],
+    weighting: Weighting,
+    precision: Callable[[], AbstractContextManager],
+) -> Step:
+    """Returns a step by the model's own logits, one row at a time, and a plain cross-entropy in float32.
+
+    Args:
+        model: On its device; its gradients are overwritten.
+        rows: The step's examples and their record weights.
+        weighting: The loss.
+        precision: Enters the precision of training.
+    """
+    model.zero_grad(set_to_none=True)
+    examples = [example for example, _ in rows]
+    loss = 0.0
+    for example, record_weight in rows:
+        with precision():
+            nll = own_losses(model, example)
+            part = weighting.weight(examples, example) * record_weight * nll.sum()
+        part.backward()
+        loss += float(part.detach())
+    sources = tuple(sorted(example.source for example in examples))
+    step = Step(sources, loss, gradients_of(model))
+    model.zero_grad(set_to_none=True)
+    return step
+
+
+def own_losses(model: "PreTrainedModel", example: Example) -> Tensor:
+    """Returns the loss of each label of a row by the model's own logits. Shape [M], at least float32."""
+    ids = torch.as_tensor(example.tokens.astype("int64"), device=model.device)
+    logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, example.prompt_length - 1 :]
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[example.prompt_length :], reduction="none"
+    )
+
+
+def chunked_loss_difference(
+    model: "PreTrainedModel", rows: Sequence[tuple[Example, float]], precision: Callable[[], AbstractContextManager]
+) -> float:
+    """Returns the largest difference of a label's loss in chunks from that by own logits, relative to the mean loss."""
+    ours, expected = [], []
+    with torch.no_grad(), precision():
+        for example, _ in rows:
+            batch = collate([example], [1.0], layout="padded", pad_token_id=0).to(model.device)
+            ours.append(label_losses(model, batch).nll.double())
+            expected.append(own_losses(model, example).double())
+    reference = torch.cat(expected)
+    ratio = (torch.cat(ours) - reference).abs().max() / reference.mean()
+    return float(ratio.nan_to_num(nan=float("inf")))
+
+
+def gradients_of(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """Returns copies of all gradients on the CPU, by parameter."""
+    return {name: p.grad.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,76 @@
+"""The self-test of checkpoints: a run that was saved and is taken up by new objects against one that goes through."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from sft_lightning.checkpointing.callback import HFCheckpoint
+from sft_lightning.diagnostics.selftest.result import Outcome
+from sft_lightning.diagnostics.selftest.setup import Trial
+from sft_lightning.errors import RunFailedError, UserError
+from sft_lightning.lightning_compat.trainer import is_optimizer_step
+from sft_lightning.system.out_of_memory import is_out_of_memory
+
+
+class _Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if is_optimizer_step(trainer):
+            self.values.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def check_resume(trial: Trial) -> Outcome:
+    """Returns whether a run that resumes in its second epoch has the losses and weights of a straight one.
+
+    With the config's own batches, layout, precision, optimizer and dropout; the learning rate does not warm up.
+    """
+    saved_at, last = trial.num_steps + 1, 2 * trial.num_steps + 1
+    check = f"resume, step {saved_at} to {last}"
+    try:
+        losses, weights = _run(trial, "straight", last, saved_at, ckpt_path=None)
+    except UserError as error:  # which the checks of gradients have told of
+        return Outcome(check, None, 0.0, str(error))
+    except (torch.OutOfMemoryError, RunFailedError) as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+        return Outcome(check, None, 0.0, "does not fit into memory")
+    checkpoint = str(trial.folder / "straight" / f"checkpoint-{saved_at}")
+    try:
+        resumed_losses, resumed_weights = _run(trial, "resumed", last, saved_at, ckpt_path=checkpoint)
+    except UserError as error:
+        return Outcome(check, float("inf"), 0.0, str(error))
+    differing = [name for name, weight in weights.items() if not torch.equal(weight, resumed_weights[name])]
+    if resumed_losses != losses[saved_at:]:
+        return Outcome(check, 1.0, 0.0, f"other losses: {_shown(resumed_losses)}, straight {_shown(losses[saved_at:])}")
+    share = len(differing) / len(weights)
+    note = f"{len(differing)} of {len(weights)} tensors differ, {differing[0]} first" if differing else "bit for bit"
+    return Outcome(check, share, 0.0, note)
+
+
+def _run(
+    trial: Trial, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Returns the losses of the steps that were taken, and the weights in the end."""
+    losses = _Losses()
+    saving = HFCheckpoint(str(trial.folder / name), every_n_train_steps=saved_at)
+    trainer = trial.trainer(
+        trial.accumulate,
+        [losses, saving],
+        max_epochs=-1,
+        max_steps=max_steps,
+        enable_checkpointing=True,
+        # Bit-equality takes kernels that add in one order. On a CPU all of them do.
+        deterministic="warn" if trial.accelerator != "cpu" and torch.cuda.is_available() else None,
+    )
+    module = trial.module(warmup_steps=0, warmup_ratio=0.0)
+    trainer.fit(module, trial.few_rows(), ckpt_path=ckpt_path, weights_only=True)
+    assert module.model is not None
+    return losses.values, {key: weight.cpu() for key, weight in module.model.state_dict().items()}
+
+
+def _shown(losses: list[float]) -> str:
+    return " ".join(f"{loss:.7g}" for loss in losses)

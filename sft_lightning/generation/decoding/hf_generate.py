@@ -1,0 +1,115 @@
+"""Answers by transformers' own ``generate``, for the models that the decoding loop cannot run."""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sft_lightning.generation.decoding.loop import Answer
+from sft_lightning.generation.decoding.sampling import TokenChoice
+from sft_lightning.generation.decoding.stopping import AnswerEnd
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TransformersGenerate:
+    """Answers batches of prompts, each as one call of ``model.generate``.
+
+    Args:
+        model: In evaluation mode.
+        choice: Of the next tokens.
+        end: Of the answers.
+        eos_token_ids: Known to ``end``; a model may want to know them too.
+        pad_token_id: Fills padding.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        choice: TokenChoice,
+        end: AnswerEnd,
+        eos_token_ids: Collection[int],
+        pad_token_id: int,
+    ) -> None:
+        self._model = model
+        self._choice = choice
+        self._end = end
+        self._config = GenerationConfig(
+            max_new_tokens=end.max_new_tokens,
+            do_sample=False,  # the processor chooses
+            use_cache=True,  # training configs have it off
+            eos_token_id=sorted(eos_token_ids) or None,
+            pad_token_id=pad_token_id,
+        )
+
+    def answer(self, prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[Answer]:
+        """Returns an answer to each prompt of token ids. ``numbers``: which answer of all each one is."""
+        model, pad_token_id = self._model, self._config.pad_token_id
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        input_ids = torch.tensor(
+            [[pad_token_id] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
+        )
+        attention_mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long()
+        watch = _Watch(self._end, len(prompts))
+        random_numbers = self._choice.random_numbers(numbers, self._end.max_new_tokens, model.device)
+        chosen = _Chosen(self._choice, random_numbers)
+        own = model.generation_config
+        model.generation_config = self._config  # from which `generate` fills in whatever a call leaves open
+        try:
+            model.generate(  # type: ignore[operator]
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=self._config,
+                logits_processor=LogitsProcessorList([chosen]),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                synced_gpus=False,  # lockstep sees to it
+            )
+        finally:
+            model.generation_config = own
+        entropies = torch.stack(chosen.entropies, dim=1).tolist()
+        for answer, row in zip(watch.answers, entropies, strict=True):
+            answer.mean_entropy = sum(row[: len(answer.tokens)]) / len(answer.tokens)
+        return watch.answers
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves one token possible in each row: the one that is chosen."""
+
+    def __init__(self, choice: TokenChoice, random_numbers: Tensor) -> None:
+        self.entropies: list[Tensor] = []
+        self._choice = choice
+        self._random_numbers = random_numbers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, entropies = self._choice(scores, self._random_numbers[:, len(self.entropies)])
+        self.entropies.append(entropies)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Watch(StoppingCriteria):
+    """Collects the tokens of each row until its answer ends."""
+
+    def __init__(self, end: AnswerEnd, num_rows: int) -> None:
+        self.answers = [Answer() for _ in range(num_rows)]
+        self._end = end
+        self._ended = [False] * num_rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self._ended[row]:
+                answer = self.answers[row]
+                answer.tokens.append(token)
+                reason = self._end.reason(answer.tokens)
+                if reason is not None:
+                    answer.stop_reason, self._ended[row] = reason, True
+        return torch.tensor(self._ended, device=input_ids.device)

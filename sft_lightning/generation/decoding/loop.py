@@ -1,0 +1,232 @@
+"""The decoding loop: a common prefix computed once, rows that leave as soon as they end, one synchronisation a step.
+
+Batches of prompts that differ in length are padded between the prefix and their own tokens. Padding is masked, and
+positions do not count it.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, DynamicLayer, GenerationMixin
+
+from sft_lightning.generation.decoding.kv_cache import ROOM_TOKENS, RowCache
+from sft_lightning.generation.decoding.sampling import TokenChoice
+from sft_lightning.generation.decoding.stopping import AnswerEnd, StopReason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+# Their angles depend on how long the longest row has become, so that a prefix has other keys than the whole.
+_LENGTH_DEPENDENT_ROTATIONS = {"dynamic", "longrope"}
+
+# Prompts of one forward pass, padded: enough to be busy with, few enough to be of a length and to need little memory.
+_PART_TOKENS = 2048
+
+
+@dataclass
+class Answer:
+    """Tokens of an answer, why it ended, and the mean entropy of what its tokens were chosen from, in nats."""
+
+    tokens: list[int] = field(default_factory=list)
+    stop_reason: StopReason = "length"
+    mean_entropy: float | None = None
+
+
+def can_decode(model: "PreTrainedModel") -> bool:
+    """Returns whether the loop here may run a model: whether it carries along keys and values of all tokens only.
+
+    Models with sliding windows, states, or inputs or attention of their own making are left to transformers'
+    ``generate``.
+    """
+    arguments = inspect.signature(model.forward).parameters.keys()
+    prepares_inputs = getattr(type(model), "prepare_inputs_for_generation", None)
+    if prepares_inputs is not GenerationMixin.prepare_inputs_for_generation or not arguments >= _FORWARD_ARGUMENTS:
+        return False
+    # Attention of a model's own may count slots where that of transformers' interface goes by the mask.
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
+    config = model.config.get_text_config(decoder=True)
+    if _rotations(config) & _LENGTH_DEPENDENT_ROTATIONS:
+        return False
+    layers = DynamicCache(config=config).layers
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    cache = RowCache(len(layers))
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        model(input_ids=token, attention_mask=token + 1, position_ids=token, past_key_values=cache, use_cache=True)
+    return all(layer.get_seq_length() == 1 for layer in cache.row_layers)
+
+
+def _rotations(config: Any) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_layer_types = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type", "default") for each in (of_layer_types or [parameters])}
+
+
+class DecodingLoop:
+    """Answers batches of prompts.
+
+    Args:
+        model: One that ``can_decode``, in evaluation mode.
+        prompts: Token ids of all the prompts that are going to be answered: what they begin with is computed here.
+        choice: Of the next tokens.
+        end: Of the answers.
+        pad_token_id: Fills padding.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        prompts: Sequence[list[int]],
+        choice: TokenChoice,
+        end: AnswerEnd,
+        pad_token_id: int,
+    ) -> None:
+        self._model = model
+        self._choice = choice
+        self._end = end
+        self._pad_token_id = pad_token_id
+        self._num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+        # A prompt of several heads would make logits at all its places otherwise.
+        takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
+        self._prefix: RowCache | None = None
+        self._num_prefix = _num_common(prompts)
+        if self._num_prefix:
+            self._prefix = RowCache(self._num_layers)
+            ids = torch.tensor([prompts[0][: self._num_prefix]], device=model.device)
+            places = torch.arange(self._num_prefix, device=model.device)[None]
+            self._forward(ids, torch.ones_like(ids), places, self._prefix)
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[Answer]:
+        """Returns an answer to each prompt.
+
+        Args:
+            prompts: Token ids of prompts that were named to the constructor.
+            numbers: Which answer of all each one is: sampling goes by it.
+        """
+        device, max_new_tokens = self._model.device, self._end.max_new_tokens
+        answers = [Answer() for _ in prompts]
+        # Which answer stands in each row of the batch.
+        rows = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
+        cache, logits, mask, positions = self._prefill([tuple(prompts[row]) for row in rows])
+        num_tokens = cache.get_seq_length()
+        random_numbers = self._choice.random_numbers([numbers[row] for row in rows], max_new_tokens, device)
+        entropies = torch.zeros(len(rows), device=device)
+        for step in range(max_new_tokens):
+            tokens, entropy = self._choice(logits, random_numbers[:, step])
+            entropies += entropy
+            ended = self._take(tokens.tolist(), [answers[row] for row in rows])
+            if ended:
+                sums = entropies.tolist()
+                for place in ended:
+                    answers[rows[place]].mean_entropy = sums[place] / (step + 1)
+                if len(ended) == len(rows):
+                    return answers
+                kept = _close_gaps(cache, len(rows), ended, device)
+                rows = [rows[place] for place in kept]
+                index = torch.tensor(kept, device=device)
+                tensors = (tokens, mask, positions, random_numbers, entropies)
+                tokens, mask, positions, random_numbers, entropies = (each.index_select(0, index) for each in tensors)
+            mask[:, num_tokens + step] = 1
+            logits = self._forward(tokens[:, None], mask[:, : cache.num_slots(1)], positions[:, None], cache)
+            positions += 1
+        raise AssertionError("an answer went on behind its last token")
+
+    def _take(self, tokens: list[int], answers: list[Answer]) -> list[int]:
+        """Adds a token to each answer. Returns which of them have ended."""
+        ended = []
+        for place, (token, answer) in enumerate(zip(tokens, answers, strict=True)):
+            answer.tokens.append(token)
+            reason = self._end.reason(answer.tokens)
+            if reason is not None:
+                answer.stop_reason = reason
+                ended.append(place)
+        return ended
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[RowCache, Tensor, Tensor, Tensor]:
+        """Computes prompts, the longest first, each of equal ones once.
+
+        Returns:
+            The cache; the logits of the first new tokens, shape [B, V]; which slots of the cache hold a token, shape
+            [B, S], int64, with all slots to come; and the positions of the first new tokens, shape [B], int64.
+        """
+        device, num_prefix = self._model.device, self._num_prefix
+        distinct = list(dict.fromkeys(prompt[num_prefix:] for prompt in prompts))
+        num_slots = num_prefix + len(distinct[0])
+        mask = torch.zeros((len(distinct), num_slots + self._end.max_new_tokens + ROOM_TOKENS), dtype=torch.int64)
+        mask[:, :num_prefix] = 1
+        parts, logits = [], []
+        for start, end in _parts(distinct):
+            input_ids, is_token = _left_padded(distinct[start:end], self._pad_token_id)
+            seen = torch.cat([mask[start:end, :num_prefix], is_token], dim=1)
+            positions = seen.cumsum(-1)[:, num_prefix:] - 1
+            parts.append(RowCache(self._num_layers, self._prefix))
+            logits.append(self._forward(input_ids.to(device), seen.to(device), positions.to(device), parts[-1]))
+            mask[start:end, num_slots - is_token.shape[1] : num_slots] = is_token
+        cache = RowCache.of_parts(parts, num_prefix)
+        next_positions = mask.sum(-1)
+        rows = torch.arange(len(prompts))
+        if len(distinct) < len(prompts):
+            place_of = {rest: place for place, rest in enumerate(distinct)}
+            rows = torch.tensor([place_of[prompt[num_prefix:]] for prompt in prompts])
+            cache.repeat_rows(rows.to(device))
+        return cache, torch.cat(logits)[rows.to(device)], mask[rows].to(device), next_positions[rows].to(device)
+
+    @torch.no_grad()
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+        """Returns the logits behind the last tokens, shape [B, V]."""
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._options,
+        )
+        return output.logits[:, -1]
+
+
+def _num_common(prompts: Sequence[list[int]]) -> int:
+    """Returns how many tokens all prompts begin with, one less than the shortest at the most."""
+    first, last = min(prompts), max(prompts)  # in order, those two differ first
+    most = min(map(len, prompts)) - 1
+    return next((index for index in range(most) if first[index] != last[index]), most)
+
+
+def _parts(rests: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Yields start and end of parts that are worth a forward pass each, of prompts from the longest to the shortest."""
+    start = 0
+    while start < len(rests):
+        end = min(len(rests), start + max(1, _PART_TOKENS // len(rests[start])))
+        yield start, end
+        start = end
+
+
+def _left_padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor, Tensor]:
+    """Returns token ids and where they are no padding, both of shape [B, T], int64. The first row is the longest."""
+    width = len(rows[0])
+    input_ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return input_ids, (torch.arange(width) >= width - lengths[:, None]).long()
+
+
+def _close_gaps(cache: RowCache, num_rows: int, ended: list[int], device: torch.device) -> list[int]:
+    """Moves the cache's last rows into the places of those that ended. Returns which row stands at each place then."""
+    num_kept = num_rows - len(ended)
+    gone = set(ended)
+    gaps = [place for place in ended if place < num_kept]
+    movers = [place for place in range(num_kept, num_rows) if place not in gone]
+    if gaps:
+        cache.move_rows(torch.tensor(movers, device=device), torch.tensor(gaps, device=device))
+    kept = list(range(num_kept))
+    for gap, mover in zip(gaps, movers, strict=True):
+        kept[gap] = mover
+    return kept

@@ -1,0 +1,263 @@
+"""Graders: a response and the ground truth in, right or wrong and why out."""
+
+import importlib
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from sft_lightning.errors import UserError
+from sft_lightning.grading.base import Grade as Grade
+from sft_lightning.grading.base import Grader as Grader
+from sft_lightning.grading.base import grade_row
+from sft_lightning.grading.base import grader_identity as grader_identity
+from sft_lightning.grading.math_equality import (
+    accepted_answers,
+    expressions,
+    extract_answer,
+    first_number,
+    is_plain_number,
+    last_number,
+    same_text,
+    unbox,
+)
+from sft_lightning.grading.math_processes import Verdict, close_idle_workers, compare
+from sft_lightning.grading.sandbox import grade_isolated
+
+_TAG = re.compile("</?(?:think|answer)>")
+
+
+class R1ZeroGrader(Grader):
+    r"""Grades responses of the r1_zero form.
+
+    The format is right when ``</think> <answer>``, with exactly one space, and ``</answer>`` stand anywhere in the
+    response; strictly, when these three tags also stand there once each, in this order, and no other ``<think>``. The
+    answer is everything after the last ``<answer>`` with the closing tag removed, so that text after it spoils it, or
+    the last ``\boxed{}`` in there. It is right when it equals the ground truth, or one of a list: as text; as one plain
+    number (sign, separators, one currency sign, one trailing %, which is ignored); or, where the whole answer is one
+    expression, by math-verify in a process of its own.
+
+    Failures: ``timed_out``, ``crashed``, ``no_answer_tag``, ``no_closing_tag``, ``thought_not_closed``,
+    ``text_after_answer``, ``wrong``.
+
+    Args:
+        time_limit_seconds: How long math-verify may take over one answer. Beyond it the answer counts as wrong.
+
+    Example:
+        >>> grade = R1ZeroGrader().grade(" 9 times 8 </think> <answer> $72.00 </answer>", "72")
+        >>> grade.format_correct, grade.answer_correct, grade.answer
+        (True, True, '$72.00')
+        >>> R1ZeroGrader().grade(" 9 times 8 </think> <answer> 72 apples </answer>", "72").failure
+        'wrong'
+    """
+
+    bounds_itself = True
+
+    def __init__(self, time_limit_seconds: float = 5.0) -> None:
+        self.time_limit_seconds = _checked(time_limit_seconds)
+
+    def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
+        """Returns the grade of a response.
+
+        Raises:
+            UserError: If the ground truth is no text, number or list of those.
+        """
+        answer = extract_answer(response)
+        verdict = _compare(answer, ground_truth, self.time_limit_seconds)
+        format_failure = _format_failure(response)
+        failure = None
+        if verdict in (Verdict.TIMED_OUT, Verdict.CRASHED):
+            failure = verdict.name.lower()
+        elif format_failure:
+            failure = format_failure
+        elif verdict is Verdict.DIFFERENT:
+            failure = "text_after_answer" if response.rpartition("</answer>")[2].strip() else "wrong"
+        in_order = _TAG.findall(response) == ["</think>", "<answer>", "</answer>"]
+        return Grade(
+            format_correct=format_failure is None,
+            answer_correct=verdict is Verdict.EQUAL,
+            failure=failure,
+            timed_out=verdict is Verdict.TIMED_OUT,
+            strict_format_correct=format_failure is None and in_order,
+            answer=answer or None,
+        )
+
+
+class AnswerGrader(Grader):
+    r"""Grades responses that are an answer and nothing else, or that end in ``\boxed{}``, as solutions of MATH do.
+
+    The last ``\boxed{}`` is the answer, or else the whole response; it is right where ``R1ZeroGrader`` finds it right.
+    No form is asked for, so the format is always right.
+
+    Args:
+        time_limit_seconds: How long math-verify may take over one answer. Beyond it the answer counts as wrong.
+
+    Example:
+        >>> AnswerGrader().grade(r"Six a side, so the answer is $\boxed{72}$.", 72).answer_correct
+        True
+        >>> AnswerGrader().grade("the answer is 72", 72).answer_correct
+        False
+    """
+
+    bounds_itself = True
+
+    def __init__(self, time_limit_seconds: float = 5.0) -> None:
+        self.time_limit_seconds = _checked(time_limit_seconds)
+
+    def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
+        """Returns the grade of a response.
+
+        Raises:
+            UserError: If the ground truth is no text, number or list of those.
+        """
+        answer = unbox(response)
+        verdict = _compare(answer, ground_truth, self.time_limit_seconds)
+        failures = {Verdict.EQUAL: None, Verdict.DIFFERENT: "wrong"}
+        return Grade(
+            format_correct=True,
+            answer_correct=verdict is Verdict.EQUAL,
+            failure=failures.get(verdict, verdict.name.lower()),
+            timed_out=verdict is Verdict.TIMED_OUT,
+            answer=answer,
+        )
+
+
+class Gsm8kGrader(Grader):
+    """Grades responses in the form of GSM8K's own solutions, which end in ``#### 72``.
+
+    The format is right with ``####`` in it. The answer is the first number after the last ``####``; without one, it is
+    the last number of the response. It is right when it is the same number: separators and one currency sign change
+    nothing, and what stands around the number does not count.
+
+    Failures: ``no_marker``, ``no_number``, ``wrong``.
+
+    Example:
+        >>> Gsm8kGrader().grade("6 times 12 is 72 eggs. #### 72", "72").reward
+        1.0
+        >>> Gsm8kGrader().grade("6 times 12 is 72 eggs.", "72").failure
+        'no_marker'
+    """
+
+    bounds_itself = True
+
+    def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
+        """Returns the grade of a response.
+
+        Raises:
+            UserError: If the ground truth is no number or list of numbers.
+        """
+        truths = accepted_answers(ground_truth)
+        if not all(map(is_plain_number, truths)):
+            raise UserError(f"ground_truth {ground_truth!r} must be a number, or a list of numbers, for Gsm8kGrader")
+        _, marker, end = response.rpartition("####")
+        answer = first_number(end) if marker else last_number(response)
+        is_right = answer is not None and any(same_text(answer, truth) for truth in truths)
+        failure = "no_number" if answer is None else None if is_right else "wrong"
+        return Grade(bool(marker), is_right, failure=failure if marker else "no_marker", answer=answer)
+
+
+class ExactMatchGrader(Grader):
+    r"""Grades responses that have to be the ground truth, or one of a list, letter by letter but for space around it.
+
+    No form is asked for, so the format is always right.
+
+    Args:
+        ignore_case: Whether "Paris" and "paris" are the same.
+
+    Example:
+        >>> ExactMatchGrader().grade(" positive\n", "positive").reward
+        1.0
+    """
+
+    bounds_itself = True
+
+    def __init__(self, ignore_case: bool = False) -> None:
+        self.ignore_case = ignore_case
+
+    def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
+        """Returns the grade of a response.
+
+        Raises:
+            UserError: If the ground truth is no text, number or list of those.
+        """
+        texts = [response, *accepted_answers(ground_truth)]
+        response, *truths = [text.strip().casefold() if self.ignore_case else text.strip() for text in texts]
+        is_right = response in truths
+        failure = None if is_right else "wrong"
+        return Grade(format_correct=True, answer_correct=is_right, failure=failure, answer=response)
+
+
+def grade_all(
+    grader: Grader, responses: Sequence[str], ground_truths: Sequence[Any], *, num_workers: int | None = None
+) -> list[Grade]:
+    """Returns the grade of each response, in order.
+
+    A grader that does not bound itself runs in processes of its own: what takes too long or crashes counts as wrong.
+
+    Args:
+        grader: What grades one response.
+        responses: What the model wrote.
+        ground_truths: One for each response.
+        num_workers: How many responses are graded at a time; None: as many as there are cores, at most 4.
+
+    Raises:
+        UserError: If there are not as many ground truths as responses, or the grader raises something.
+    """
+    if len(responses) != len(ground_truths):
+        raise UserError(f"got {len(responses)} responses and {len(ground_truths)} ground_truths; give one for each")
+    num_workers = num_workers or min(4, os.cpu_count() or 1)
+    if not getattr(grader, "bounds_itself", False):
+        return grade_isolated(grader, responses, ground_truths, num_workers) if responses else []
+    executor = ThreadPoolExecutor(num_workers)
+    try:
+        return list(executor.map(partial(grade_row, grader), range(len(responses)), responses, ground_truths))
+    finally:
+        executor.shutdown(cancel_futures=True)
+        close_idle_workers()
+
+
+def grader_named(name: str) -> Grader:
+    """Returns a grader with its default settings, by its name here or by its import path.
+
+    Raises:
+        UserError: If there is no such class, or it wants arguments.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        grader = getattr(importlib.import_module(module or __name__), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"grader '{name}' cannot be made: {error}") from error
+    if not isinstance(grader, Grader):
+        raise UserError(f"grader '{name}' has no method grade(response, ground_truth)")
+    return grader
+
+
+def _compare(answer: str, ground_truth: str | int | float | list, time_limit_seconds: float) -> Verdict:
+    truths = accepted_answers(ground_truth)
+    by_text = [same_text(answer, truth) for truth in truths]
+    if any(by_text):
+        return Verdict.EQUAL
+    verdicts = [Verdict.DIFFERENT]
+    for truth, equal in zip(truths, by_text, strict=True):
+        if equal is None:
+            verdicts.append(compare(*expressions(answer, truth), time_limit_seconds))
+            if verdicts[-1] is Verdict.EQUAL:
+                return Verdict.EQUAL
+    order = (Verdict.TIMED_OUT, Verdict.CRASHED, Verdict.DIFFERENT)
+    return min(verdicts, key=order.index)
+
+
+def _checked(time_limit_seconds: float) -> float:
+    if not 0 < time_limit_seconds < float("inf"):
+        raise UserError(f"time_limit_seconds {time_limit_seconds} must be a positive number of seconds")
+    return time_limit_seconds
+
+
+def _format_failure(response: str) -> str | None:
+    if "<answer>" not in response:
+        return "no_answer_tag"
+    if "</answer>" not in response:
+        return "no_closing_tag"
+    return None if "</think> <answer>" in response else "thought_not_closed"

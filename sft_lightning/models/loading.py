@@ -1,0 +1,234 @@
+"""Models: loading with an explicit dtype, checks against the tokenizer, and saving."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprint
+from sft_lightning.errors import UserError
+from sft_lightning.losses.model_hooks import install_label_loss
+from sft_lightning.models.attention.selection import AttentionChoice, choose_attention
+from sft_lightning.system.out_of_memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+Initialization = Literal["pretrained", "random"]
+
+_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def load_model(
+    model_path: str,
+    *,
+    init: Initialization = "pretrained",
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: AttentionChoice = "auto",
+    device_type: str = "cpu",
+    half_precision: bool = False,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Returns a causal language model, in training mode, with every floating-point parameter of the given dtype.
+
+    Args:
+        model_path: Folder or hub name.
+        init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
+        dtype: Of the parameters. Always passed on, because transformers would otherwise take the checkpoint's own.
+        attn_implementation: See ``attention.choose_attention``.
+        device_type: Where the model will run, ``cuda`` or ``cpu``: decides what ``auto`` attention may take.
+        half_precision: Whether activations will be bfloat16 or float16, which FlashAttention needs.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
+
+    Raises:
+        UserError: If the path holds no model or no weights, or the attention cannot run here.
+    """
+    config = load_config(model_path)
+    if init == "pretrained":
+        _require_weights(model_path)
+    attention = choose_attention(config, attn_implementation, device_type=device_type, half_precision=half_precision)
+    missing: Iterable[str] = ()
+    try:
+        if init == "random":
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            )
+            model, missing = loaded[0], loaded[1]["missing_keys"]
+    except UnpicklingError as error:
+        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
+        raise UserError(
+            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle that holds something else "
+            "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
+    _require_all_weights(model_path, missing)
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
+    assert not wrong, f"asked for {dtype} parameters, got {wrong}"
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install_label_loss(model)
+    return model.train()
+
+
+def dtype_options(precision: str) -> dict[str, Any]:
+    """Returns what ``load_model`` is told of a Trainer's precision: ``dtype`` and ``half_precision``."""
+    return {
+        "dtype": _PARAMETER_DTYPES.get(precision, torch.float32),
+        "half_precision": precision in ("bf16-true", "bf16-mixed", "16-true", "16-mixed"),
+    }
+
+
+def load_config(model_path: str) -> PretrainedConfig:
+    """Returns a causal language model's config, without the kernels that it may name.
+
+    Raises:
+        UserError: If the path holds none.
+    """
+    folder = Path(model_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"model.model_path '{model_path}' is a folder without config.json, so it is no model")
+    if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") > 1):
+        raise UserError(f"model.model_path '{model_path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B")
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+    except Exception as error:  # a field of the wrong type raises a bare Exception of huggingface_hub's
+        place = "has no usable config" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
+        raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
+    # A name such as owner/repository would have transformers fetch a kernel from the hub and run it, and in config.json
+    # it counts for more than the argument of from_pretrained. Sub-configs are reached by this, too.
+    config._attn_implementation = config._experts_implementation = None
+    return config
+
+
+def empty_model(model_path: str) -> PreTrainedModel:
+    """Returns the model that ``config.json`` describes, on the meta device: shapes without numbers, in no memory.
+
+    Raises:
+        UserError: If the path holds no causal language model.
+    """
+    config = load_config(model_path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.model_path '{model_path}' cannot be built: {_in_one_line(error)}") from error
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
+    """Checks that a tokenizer and a model go together, in training and in what is saved of it.
+
+    Raises:
+        UserError: See :func:`check_vocabulary`.
+    """
+    check_vocabulary(model, tokenizer)
+    if tokenizer.name_or_path != model_path and not survives_saving(model, tokenizer):
+        logger.warning(
+            "the tokenizer of '%s' loads as another one from a folder of this model type: checkpoints will not give "
+            "the ids of training; take the model's own tokenizer",
+            tokenizer.name_or_path,
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the tokenizer can produce an id that the embedding has no row for."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    num_rows = embedding.num_embeddings
+    if len(tokenizer) > num_rows:
+        raise UserError(
+            f"data.tokenizer_path '{tokenizer.name_or_path}' has {len(tokenizer)} tokens but the embedding of "
+            f"model.model_path has {num_rows} rows: take the model's own tokenizer or resize the embedding first"
+        )
+
+
+def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a folder with this model and tokenizer loads with the same tokenizer.
+
+    For some model types transformers takes a tokenizer class of its own, whatever was saved beside the model; token ids
+    after loading then differ from those in training.
+    """
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    eos_token_id: int | None = None,
+) -> None:
+    """Writes a folder that ``from_pretrained`` loads: config, generation config, safetensors, tokenizer.
+
+    Args:
+        model: Gives the config and, without ``state_dict``, the weights.
+        tokenizer: Written beside the weights.
+        folder: Exists and is empty.
+        state_dict: The weights, where they were gathered from elsewhere.
+        eos_token_id: The stop token that training supervised: the generation config will stop at it.
+    """
+    own = model.generation_config
+    # save_pretrained refuses what some published models do have, such as a temperature without do_sample.
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.generation_config = own
+    written = copy.deepcopy(own)
+    if eos_token_id is not None:
+        written.eos_token_id = eos_token_id
+    written.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def hide_progress_bars() -> None:
+    """Turns off transformers' progress bars of loading and saving, for programs that show a progress of their own."""
+    hf_logging.disable_progress_bar()
+
+
+def _require_weights(model_path: str) -> None:
+    folder = Path(model_path)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        raise UserError(
+            f"model.model_path '{model_path}' has config.json but no weights; set model.init random to start from "
+            "random weights"
+        )
+
+
+def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
+    if missing := sorted(missing):
+        raise UserError(
+            f"model.model_path '{model_path}' lacks weights that its config.json asks for, {missing[0]} first of "
+            f"{len(missing)}: they would start random; take a config.json that fits the weights"
+        )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,63 @@
+"""The section of a report on the training rows that stand out, from the row ledger."""
+
+from html import escape
+
+from sft_lightning.errors import UserError
+from sft_lightning.reporting.row_losses import (
+    EPOCHS_TO_TELL_MEMORISED,
+    EPOCHS_TO_TELL_MISLABELLED,
+    LedgerFindings,
+    LedgerRow,
+    read_ledger,
+)
+from sft_lightning.reporting.sections import Contents, Section, scrolling
+
+_MOST_ROWS = 10
+_DASH = "\N{EN DASH}"
+
+
+def ledger_section(contents: Contents) -> Section | None:
+    """Training rows: the hardest, the likely mislabelled, and the memorised ones."""
+    try:
+        findings = read_ledger(contents.files.folder, most=_MOST_ROWS)
+    except UserError as error:
+        return Section("rows", "Training rows", f'<p class="note">{escape(str(error))}</p>')
+    if findings is None or not findings.epochs:
+        return None
+    explanation = (
+        f"{findings.num_rows:,} rows in {len(findings.epochs)} whole epochs. The numbers are a row's training loss in "
+        "the first and in the last of them, in nats a label token. Likely mislabelled: a loss that stays high while "
+        "that of other rows falls. Memorised: the whole response has become likelier than not, by having learned "
+        "the row or what it is an example of."
+    )
+    html = f'<p class="note">{escape(explanation)}</p>'
+    html += _list(findings, "Hardest", findings.hardest, findings.num_rows, 1)
+    html += _list(
+        findings, "Likely mislabelled", findings.mislabelled, findings.num_mislabelled, EPOCHS_TO_TELL_MISLABELLED
+    )
+    html += _list(findings, "Memorised", findings.memorised, findings.num_memorised, EPOCHS_TO_TELL_MEMORISED)
+    return Section("rows", "Training rows", html)
+
+
+def _list(findings: LedgerFindings, title: str, rows: list[LedgerRow], number: int, num_epochs: int) -> str:
+    heading = f"<h3>{escape(title)}</h3>"
+    if len(findings.epochs) < num_epochs:
+        return f'{heading}<p class="note">Cannot be told before {num_epochs} epochs.</p>'
+    if not rows:
+        return f'{heading}<p class="note">None.</p>'
+    caption = f"{len(rows)} of {number:,} rows" if title != "Hardest" else f"The {len(rows)} rows of the highest loss"
+    body = "".join(
+        f'<tr><th scope="row">{escape(row.source)}</th><td class="number">{_nll(row.nll[0])}</td>'
+        f'<td class="number">{_nll(row.nll[-1])}</td><td>{escape(row.excerpt or "")}</td></tr>'
+        for row in rows
+    )
+    table = (
+        f'<table class="rows"><caption>{escape(caption)}</caption><thead><tr><th scope="col">Row</th>'
+        '<th scope="col" class="number">First</th><th scope="col" class="number">Last</th>'
+        f'<th scope="col">Text</th></tr></thead><tbody>{body}</tbody></table>'
+    )
+    return heading + scrolling(title, table)
+
+
+def _nll(value: float | None) -> str:
+    return _DASH if value is None else f"{value:.3f}"

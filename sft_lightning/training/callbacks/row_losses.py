@@ -1,0 +1,167 @@
+"""RowLedger: the loss of each training row in each epoch, as Parquet."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from sft_lightning.checkpointing.run_folder import claim
+from sft_lightning.data.batch import MicroBatch
+from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
+
+FOLDER = "ledger"
+# So many micro-batches are kept in memory at the most. A count that all replicas share: they write the same parts.
+_MICRO_BATCHES_AT_ONCE = 1024
+_PART = re.compile(r"step-(\d+)\.rank-\d+\.parquet")
+
+
+class _Entry(NamedTuple):
+    """The rows of a micro-batch, in an optimizer step. ``sums``: shape [2, B], the nll and the number of labels."""
+
+    step: int
+    sources: tuple[str, ...]
+    sums: Tensor
+
+
+class RowLedger(Callback):
+    """Writes the negative log-likelihood of each training row, summed over its labels, once an epoch.
+
+    It is that of the training step itself, so it costs no forward pass: with the weights of that moment, and with
+    dropout where the model has it. ``evaluation.ledger.read_ledger`` finds the rows that stand out.
+
+    The run gets ``ledger/epoch-<epoch>/step-<step>.rank-<replica>.parquet``: what that replica saw in the epoch's
+    optimizer steps up to ``step`` and after those of the part before. Columns: ``source`` (file:line), ``epoch`` (from
+    0), ``step`` (from 1: the number that ``checkpoint-<step>`` has when the row was in its last step), ``num_labels``
+    and ``nll_sum`` (float64, nats).
+
+    A part ends wherever a checkpoint is saved, and stands on disk before the checkpoint does: of a run that is killed
+    and resumed, the ledger has each row of an epoch once.
+
+    Args:
+        output_dir: Folder of the run, by default that of the checkpoints.
+    """
+
+    def __init__(self, output_dir: str | None = None) -> None:
+        self.output_dir = output_dir
+        self._entries: list[_Entry] = []
+        self._num_micro_batches = 0
+        self._last_whole_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._entries, self._num_micro_batches, self._last_whole_step = [], 0, trainer.global_step
+        if trainer.is_global_zero and not is_dry_run(trainer):
+            _drop_steps_after(self._run(trainer) / FOLDER, trainer.global_step)
+        trainer.strategy.barrier("RowLedger.on_train_start")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        if is_dry_run(trainer):
+            return
+        if not isinstance(outputs, dict) or "nll" not in outputs:
+            raise UserError(
+                'RowLedger needs a training_step that returns {"loss": ..., "nll": the loss of each label}, as '
+                "SFTModule's does: take RowLedger out of the callbacks, or return both"
+            )
+        ends_step = is_optimizer_step(trainer)
+        if batch.num_rows:
+            step = trainer.global_step if ends_step else trainer.global_step + 1
+            self._entries.append(_Entry(step, batch.sources, _sum_rows(outputs["nll"], batch)))
+        self._num_micro_batches += 1
+        if ends_step:
+            self._last_whole_step = trainer.global_step
+            if self._num_micro_batches >= _MICRO_BATCHES_AT_ONCE:
+                self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self._write(trainer)
+            # The checkpoint appears after this hook: every replica's rows up to its step are on disk by then.
+            trainer.strategy.barrier("RowLedger.on_save_checkpoint")
+
+    def _write(self, trainer: Trainer) -> None:
+        """Writes the rows of whole steps; those of a step that still runs stay, and would be computed again."""
+        whole = [entry for entry in self._entries if entry.step <= self._last_whole_step]
+        self._entries = self._entries[len(whole) :]
+        due, self._num_micro_batches = self._num_micro_batches, 0
+        if not due or is_dry_run(trainer):
+            return
+        run, epoch = self._run(trainer), trainer.current_epoch
+        num_replicas, replica = replicas(trainer)
+        part = f"{FOLDER}/epoch-{epoch}/step-{self._last_whole_step}"
+        if trainer.is_global_zero:
+            for rank in range(num_replicas):
+                claim(run, f"{part}.rank-{rank}.parquet")
+        if whole:
+            _write_table(_table(whole, epoch), run / f"{part}.rank-{replica}.parquet")
+
+    def _run(self, trainer: Trainer) -> Path:
+        folder = self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+        return Path(folder).expanduser()
+
+
+def _sum_rows(nll: Tensor, batch: MicroBatch) -> Tensor:
+    """Returns for each row the sum of ``nll`` and the number of its labels. Shape [2, B]; the host does not wait."""
+    dtype = torch.float32 if nll.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    values = torch.ones((2, len(nll)), dtype=dtype, device=nll.device)
+    values[0] = nll
+    sums = torch.zeros((2, batch.num_rows), dtype=dtype, device=nll.device)
+    return sums.index_add_(1, batch.label_rows, values)
+
+
+def _table(entries: list[_Entry], epoch: int) -> Any:
+    import pyarrow as pa
+
+    nll_sums, num_labels = torch.cat([entry.sums for entry in entries], dim=1).cpu().numpy()
+    sources = [source for entry in entries for source in entry.sources]
+    steps = [entry.step for entry in entries for _ in entry.sources]
+    columns = {
+        "source": pa.array(sources, pa.string()),
+        "epoch": pa.array([epoch] * len(sources), pa.int32()),
+        "step": pa.array(steps, pa.int64()),
+        "num_labels": pa.array(num_labels.astype("int32"), pa.int32()),
+        "nll_sum": pa.array(nll_sums.astype("float64"), pa.float64()),
+    }
+    return pa.table(columns)
+
+
+def _write_table(table: Any, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with unfinished.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _drop_steps_after(ledger: Path, step: int) -> None:
+    """Leaves what a run that goes on after ``step`` does not write again.
+
+    A part ends where its run saved a checkpoint, so that it goes or stays as a whole, unless the run goes on from a
+    checkpoint of a branch that was given up.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    for unfinished in ledger.glob("epoch-*/.step-*.tmp-*"):
+        unfinished.unlink()
+    for path in ledger.glob("epoch-*/step-*.parquet"):
+        match = _PART.fullmatch(path.name)
+        if match is None or int(match[1]) <= step:
+            continue
+        table = pq.read_table(path)
+        table = table.filter(pc.less_equal(table["step"], step))
+        if len(table):
+            _write_table(table, path.with_name(path.name.replace(f"step-{match[1]}.", f"step-{step}.", 1)))
+        path.unlink()

@@ -1,0 +1,97 @@
+"""metrics.csv: one file for the whole run, appended across resumes."""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sft_lightning.checkpointing.run_folder import claim
+
+
+class MetricsCSVLogger(Logger):
+    """Writes each logged set of metrics as a row; ``step`` counts the optimizer steps done.
+
+    Args:
+        directory: Folder of the run. The file is ``metrics.csv`` in it.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self._path = Path(directory) / "metrics.csv"
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return "metrics_csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Writes nothing: config.yaml beside the file has them."""
+
+    @rank_zero_only
+    def start_afresh(self) -> None:
+        """Leaves no row: of a run that died before its first checkpoint there may be some."""
+        self._path.unlink(missing_ok=True)
+        self._columns = []
+
+    @rank_zero_only
+    def start_after(
+        self, step: int, *, validates_again: bool = False, step_metrics: dict[str, float] | None = None
+    ) -> None:
+        """Leaves the rows that a run which resumes after ``step`` does not write again.
+
+        Args:
+            step: Optimizer steps done.
+            validates_again: Whether the validation that belongs to that step comes again too.
+            step_metrics: The step's own metrics, for the case that the interrupted run died before it wrote them.
+        """
+
+        def stays(row: dict[str, str]) -> bool:
+            is_validation = any(value for name, value in row.items() if name.startswith("val/"))
+            return int(row["step"]) < step + (not (validates_again and is_validation))
+
+        rows = [row for row in self._read() if stays(row)]
+        self._write(rows)
+        if step_metrics and not any(int(row["step"]) == step for row in rows):
+            self.log_metrics(step_metrics, step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step or 0, **{name: value for name, value in metrics.items() if name != "epoch"}}
+        new = [name for name in row if name not in self._columns]
+        if new or not self._path.exists():
+            rows = self._read()
+            self._columns = [*self._columns, *[name for name in row if name not in self._columns]]
+            self._write(rows)
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if row.get("step")]
+            self._columns = list(reader.fieldnames or [])
+        return rows
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        claim(self._path.parent, self._path.name)
+        unfinished = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
+        with unfinished.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns or ["step"], restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        unfinished.replace(self._path)

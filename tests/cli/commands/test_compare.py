@@ -1,0 +1,72 @@
+"""sft-lightning compare, as typed."""
+
+import json
+
+import pytest
+
+from sft_lightning.cli.main import main
+from sft_lightning.evaluation.result import EvaluationResult
+
+
+def write_evaluation(folder, rewards):
+    samples = [
+        {
+            "index": index,
+            "sample": 0,
+            "prompt": f"prompt {index}",
+            "response": "",
+            "ground_truth": "1",
+            "format_correct": True,
+            "strict_format_correct": True,
+            "answer_correct": reward,
+            "answer": "1",
+            "failure": None if reward else "wrong",
+            "timed_out": False,
+            "stop_reason": "eos",
+            "num_tokens": 3,
+            "mean_entropy": None,
+        }
+        for index, reward in enumerate(rewards)
+    ]
+    EvaluationResult(samples).write(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def before(tmp_path):
+    return write_evaluation(tmp_path / "before", [False] * 12 + [True] * 8)
+
+
+@pytest.fixture
+def after(tmp_path):
+    return write_evaluation(tmp_path / "after", [True] * 11 + [False] + [True] * 7 + [False])
+
+
+def test_the_comparison_is_printed_and_written(before, after, tmp_path, capsys):
+    assert main(["compare", before, after]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "answer   0.400 [0.219 0.613]  0.900 [0.699 0.972]  +0.500 [0.250 0.750]  0.006"
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert lines[5] == "20 prompts: 11 fixed, 1 broken"
+    assert lines[-1] == f"written to {tmp_path / 'after' / 'comparison.json'}"
+    written = json.loads((tmp_path / "after" / "comparison.json").read_text())
+    assert written["rates"]["answer_accuracy"]["p_value"] == 2 * (1 + 12) / 2**12
+    assert [row["change"] for row in written["changes"]] == (
+        ["fixed"] * 11 + ["still wrong"] + ["still right"] * 7 + ["broken"]
+    )
+
+
+def test_it_is_written_elsewhere_on_request(before, after, tmp_path):
+    assert main(["compare", before, after, "--output", str(tmp_path / "new")]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["comparison.json"]
+    assert not (tmp_path / "after" / "comparison.json").exists()
+
+
+def test_a_mistake_is_one_line(before, tmp_path, capsys):
+    other = write_evaluation(tmp_path / "other", [True])
+    assert main(["compare", before, other]) == 2
+    assert capsys.readouterr().err == (
+        "sft-lightning: error: the evaluations have 20 and 1 prompts: compare evaluations of the same ones\n"
+    )
+    assert main(["compare", before, str(tmp_path / "nothing")]) == 2
+    assert "nothing' holds no predictions.jsonl" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""What stays on the screen, and how jsonargparse's messages become one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sft_lightning.cli.console import shorten
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("Expected a\n  number", "Expected a number"),
+        ("Problem: expected type <class 'sft_lightning.data.formats.base.R1Zero'>", "Problem: expected type R1Zero"),
+        (
+            "data.seed: - Does not validate against any of the Union subtypes Errors: Expected an int "
+            "Given value type: <class 'str'> Given value: x",
+            "data.seed: 'x' is not accepted. Expected an int",
+        ),
+    ],
+)
+def test_messages_become_one_line(message, line):
+    assert shorten(message) == line
+
+
+def test_noise_of_lightning_is_not_shown_and_our_own_lines_are():
+    program = (
+        "import logging, warnings; from sft_lightning.cli.console import set_up_logging; set_up_logging();"
+        "logging.getLogger('lightning.pytorch').info('GPU available: no');"
+        "logging.getLogger('sft_lightning').info('rows dropped: 3');"
+        "warnings.warn('Total length of `list` across ranks is zero'); warnings.warn('something else')"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
+    assert "GPU available" not in shown
+    assert "rows dropped: 3" in shown
+    assert "across ranks is zero" not in shown
+    assert "something else" in shown

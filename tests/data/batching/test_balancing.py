@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching import prefix_trie as trie
+from sft_lightning.data.batching.balancing import deal
+from sft_lightning.data.batching.collate import collate_packed
+
+PREAMBLE = list(range(101, 117))
+
+
+def example(prompt, response):
+    return Example(np.array([*prompt, *response], dtype=np.int32), len(prompt))
+
+
+def unique_tokens(examples, share=True):
+    """What a group of rows costs when it is packed."""
+    if not examples:
+        return 0
+    return collate_packed(examples, [1.0] * len(examples), pad_token_id=0, share_prefixes=share).num_unique_tokens
+
+
+def input_tokens(examples, group):
+    return sum(len(examples[row].tokens) - 1 for row in group)
+
+
+def dealt(examples, num_groups, share=True):
+    lengths = np.array([len(one.tokens) for one in examples])
+    prompts = [one.tokens[: one.prompt_length] for one in examples]
+    return deal(lengths, num_groups, prompts if share else None)
+
+
+def test_rows_are_dealt_longest_first_to_who_has_least():
+    # Inputs 9 8 4 4 3 2: 9 and 8 and 4 begin a group each, 4 joins 4, 3 joins the first eight and 2 the other.
+    groups = deal(np.array([5, 10, 3, 5, 9, 4]), 3)
+    assert [sorted(group.tolist()) for group in groups] == [[4, 5], [0, 2, 3], [1]]
+
+
+def test_a_prompt_with_several_responses_stays_together():
+    rows = [example([*PREAMBLE, *(100 * q + np.arange(16))], [1, 2, 3]) for q in (3, 4, 5, 6) for _ in range(3)]
+    mixed = [rows[place] for place in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)]
+    groups = dealt(mixed, 2)
+    assert [len(group) for group in groups] == [6, 6]
+    assert all(len({int(row) % 4 for row in group}) == 2 for group in groups)
+    assert [unique_tokens([mixed[row] for row in group]) for group in groups] == [16 + 2 * (16 + 6)] * 2
+
+
+def of_question(question, num_labels, num_rows=1):
+    """Rows that share 32 prompt tokens, 16 of them with the rows of other questions."""
+    return [example([*PREAMBLE, *[question] * 16], [1] * num_labels) for _ in range(num_rows)]
+
+
+def rows_per_group(groups):
+    return [sorted(group.tolist()) for group in groups]
+
+
+def test_a_bundle_that_costs_as_much_as_several_groups_is_cut_evenly():
+    # Unique tokens behind the preamble: 16 + 32 * 10 of rows 0 to 31, and 16 + 26 of row 32, one ninth of the whole.
+    groups = dealt([*of_question(3, 11, num_rows=32), *of_question(4, 27)], 9)
+    assert sorted(len(group) for group in groups) == [1] + [4] * 8
+    assert rows_per_group(dealt(of_question(3, 11, num_rows=3), 5)) == [[0], [1], [2], [], []]
+
+
+def test_a_large_bundle_is_cut_where_others_would_fill_the_groups():
+    groups = dealt([*of_question(3, 41, num_rows=9), *of_question(4, 2), *of_question(5, 2)], 2)
+    assert sorted(len([row for row in group if row < 9]) for group in groups) == [4, 5]
+
+
+def test_a_bundle_that_costs_about_one_group_is_not_cut():
+    groups = dealt([*of_question(3, 11, num_rows=4), *of_question(4, 9, num_rows=4)], 2)
+    assert rows_per_group(groups) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_cuts_go_by_cost_and_not_by_rows():
+    # Behind the shared 32 tokens, row 0 has 200 tokens and rows 1 to 4 have 50 each. Row 5 costs a third of the whole.
+    rows = [*of_question(3, 201), *of_question(3, 51, num_rows=4), *of_question(4, 201)]
+    assert sorted(rows_per_group(dealt(rows, 3))) == [[0], [1, 2, 3, 4], [5]]
+
+
+def test_where_bundles_are_too_few_the_one_with_the_costliest_pieces_is_cut():
+    # The three bundles cost 56, 62 and 68 behind the preamble, and none of them one and a half average groups.
+    rows = [row for question, num_labels in ((3, 21), (4, 24), (5, 27)) for row in of_question(question, num_labels, 2)]
+    assert sorted(rows_per_group(dealt(rows, 4))) == [[0, 1], [2, 3], [4], [5]]
+
+
+def test_what_all_rows_share_does_not_count():
+    rows = [example([*[9] * 100, question], [1] * 6) for question in range(1, 8)]
+    rows[0] = example([*[9] * 100, 1], [1] * 36)
+    assert rows_per_group(dealt(rows, 2)) == [[0], [1, 2, 3, 4, 5, 6]]
+
+
+def test_rows_that_add_nothing_are_dealt_to_all_groups_too():
+    assert rows_per_group(dealt([example(PREAMBLE, [1])] * 3, 3)) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@given(data=st.data(), num_groups=st.integers(1, 16))
+@settings(deadline=None)
+def test_every_row_is_dealt_once_and_no_group_is_empty_without_need(families, share, data, num_groups):
+    examples = data.draw(families)
+    groups = dealt(examples, num_groups, share)
+    assert sorted(int(row) for group in groups for row in group) == list(range(len(examples)))
+    assert len(groups) == num_groups
+    assert sum(len(group) > 0 for group in groups) == min(num_groups, len(examples))
+    assert all(group.dtype == np.int64 for group in groups)
+    costs = [unique_tokens([examples[row] for row in group], share) for group in groups]
+    assert costs == sorted(costs, reverse=True)
+    again = dealt(examples, num_groups, share)
+    assert all(one.tolist() == other.tolist() for one, other in zip(groups, again, strict=True))
+
+
+@given(st.data(), st.integers(1, 12))
+@settings(deadline=None)
+def test_groups_differ_by_no_more_than_the_longest_row(families, data, num_groups):
+    examples = data.draw(families)
+    costs = [input_tokens(examples, group) for group in dealt(examples, num_groups, share=False)]
+    assert max(costs) - min(costs) <= max(len(one.tokens) - 1 for one in examples)
+
+
+@given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 99))
+@settings(deadline=None)
+def test_groups_of_single_questions_differ_by_no_more_than_the_longest_own_part(num_rows, num_groups, seed):
+    rng = np.random.default_rng(seed)
+    rows = [example([*PREAMBLE, 200 + row], [1] * rng.integers(1, 60)) for row in range(num_rows)]
+    groups = [group for group in dealt(rows, num_groups) if len(group)]
+    own = [sum(len(rows[row].tokens) - 1 - 16 for row in group) for group in groups]
+    assert max(own) - min(own) <= max(len(one.tokens) - 1 - 16 for one in rows)
+
+
+def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
+    monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
+    longest = np.arange(1, 1501, dtype=np.int32)
+    prompts = [longest[:length] for length in range(1, 1501)]
+    (group,) = deal(np.arange(2, 1502), 1, prompts)
+    assert sorted(group.tolist()) == list(range(1500))

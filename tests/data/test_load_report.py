@@ -1,0 +1,52 @@
+from pathlib import Path
+
+from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.records import SkippedRows
+
+FULL = LeftOut(
+    bad_rows=SkippedRows(1, [("a.jsonl:1", "not JSON")]),
+    overlength_rows=SkippedRows(2, [("a.jsonl:2", "9 tokens"), ("a.jsonl:3", "8 tokens")]),
+    truncated_prompts=5,
+    ungraded_rows=SkippedRows(6, [(f"a.jsonl:{line}", "no ground_truth") for line in range(10, 16)]),
+    rejected_rows=SkippedRows(1, [("a.jsonl:4", "wrong")]),
+)
+
+
+def test_each_reason_is_a_sentence_with_its_count_and_the_first_five_rows():
+    assert FULL.sentences == [
+        "bad rows skipped (1): a.jsonl:1: not JSON",
+        "rows over data.max_length dropped (2): a.jsonl:2: 9 tokens; a.jsonl:3: 8 tokens",
+        "prompts cut from the left to data.max_length (5)",
+        "rows whose response data.filter_correct does not accept dropped (1): a.jsonl:4: wrong",
+        "rows that data.filter_correct cannot judge dropped (6): a.jsonl:10: no ground_truth; a.jsonl:11: no "
+        "ground_truth; a.jsonl:12: no ground_truth; a.jsonl:13: no ground_truth; a.jsonl:14: no ground_truth; "
+        "and 1 more",
+    ]
+    assert str(FULL) == ". ".join(FULL.sentences)
+    assert str(LeftOut()) == ""
+
+
+def test_rows_that_are_kept_with_a_shorter_prompt_are_not_left_out():
+    assert FULL.num_rows == 10
+
+
+def test_places_get_the_names_that_the_files_have_now():
+    saved = {
+        "bad_rows": {"count": 30, "first": [["old:dir/a.jsonl:7", "not JSON"]]},
+        "overlength_rows": {"count": 0, "first": []},
+        "truncated_prompts": 2,
+        "ungraded_rows": {"count": 1, "first": [["b.jsonl:1", "no ground_truth"]]},
+        "rejected_rows": {"count": 0, "first": []},
+    }
+    names = {"old:dir/a.jsonl": Path("new/a.jsonl"), "b.jsonl": Path("b.jsonl")}
+    assert LeftOut.from_dict(saved, names) == LeftOut(
+        bad_rows=SkippedRows(30, [("new/a.jsonl:7", "not JSON")]),
+        truncated_prompts=2,
+        ungraded_rows=SkippedRows(1, [("b.jsonl:1", "no ground_truth")]),
+    )
+
+
+def test_the_way_out_follows_from_the_reasons():
+    assert LeftOut(overlength_rows=FULL.overlength_rows).way_out(8) == "Raise data.max_length (8)"
+    assert "data.filter_correct: false" in LeftOut(rejected_rows=FULL.rejected_rows).way_out(8)
+    assert "data.filter_correct: false" in LeftOut(ungraded_rows=FULL.ungraded_rows).way_out(8)

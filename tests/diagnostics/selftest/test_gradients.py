@@ -1,0 +1,167 @@
+"""The self-test of gradients sees the faults that are planted, and nothing where there is none."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM, Qwen2Model
+
+from sft_lightning.data.batching import plan
+from sft_lightning.diagnostics.selftest.gradients import check_gradients, settled
+from sft_lightning.losses.linear_cross_entropy import linear_cross_entropy
+
+
+def verdicts(trial, **options):
+    return {outcome.check: outcome for outcome in check_gradients(trial, **options)}
+
+
+def failed(outcomes):
+    return {check for check, outcome in outcomes.items() if outcome.failed}
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+def test_every_layout_and_split_passes(make_trial, normalization):
+    outcomes = verdicts(make_trial({"loss_normalization": normalization, "normalize_constant": 7.0}))
+    splits = ("4 x 2", "2 x 4", "1 x 8", "8 x 1")
+    layouts = ("padded", "packed", "shared_prefix")
+    expected = [f"gradient, {layout}, {split}" for layout in layouts for split in splits]
+    assert list(outcomes) == ["loss, in chunks", *expected]
+    assert {outcome.verdict for outcome in outcomes.values()} == {"pass"}
+    assert all(0 < outcome.difference < 1e-5 for outcome in outcomes.values())
+
+
+def test_dropout_is_off_and_weights_stay(make_trial, dropout_model_folder):
+    outcomes = verdicts(make_trial(model={"model_path": dropout_model_folder}))
+    assert failed(outcomes) == set()
+
+
+def test_record_weights_count(make_trial, tmp_path, train_file):
+    lines = Path(train_file).read_text().splitlines()
+    path = tmp_path / "weighted.jsonl"
+    path.write_text("\n".join(line[:-1] + f', "weight": {row % 3}}}' for row, line in enumerate(lines)))
+    assert failed(verdicts(make_trial({"train_path": str(path)}))) == set()
+
+
+def test_sixteen_bits_have_a_tolerance_of_their_own(make_trial):
+    trial = make_trial(precision="bf16-mixed")
+    outcomes = verdicts(trial)
+    assert failed(outcomes) == set()
+    assert outcomes["gradient, packed, 4 x 2"].allowed == 5e-2
+    assert failed(verdicts(trial, tolerance=1e-6)) >= {"gradient, packed, 4 x 2", "gradient, shared_prefix, 8 x 1"}
+
+
+def test_a_model_whose_rows_look_at_each_other_fails(make_trial, monkeypatch):
+    """In long rows only, which the guard's tiny examples are not."""
+    forward = Qwen2Model.forward
+
+    def mixing(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.last_hidden_state.shape[1] > 40:
+            output.last_hidden_state = output.last_hidden_state + 1e-3 * output.last_hidden_state.mean(0, keepdim=True)
+        return output
+
+    monkeypatch.setattr(Qwen2Model, "forward", mixing)
+    outcomes = verdicts(make_trial())
+    assert failed(outcomes) >= {"gradient, padded, 4 x 2", "gradient, padded, 8 x 1"}
+    assert not outcomes["gradient, padded, 1 x 8"].failed
+
+
+def test_a_mean_of_means_fails_where_the_split_matters(make_trial, monkeypatch):
+    def mean_of_means(normalization, label_lengths, mine, constant):
+        return right("micro_batch", label_lengths, mine, constant)
+
+    right = plan.label_weights
+    monkeypatch.setattr(plan, "label_weights", mean_of_means)
+    outcomes = verdicts(make_trial())
+    assert {f"gradient, padded, {split}" for split in ("4 x 2", "2 x 4", "1 x 8")} <= failed(outcomes)
+    assert not outcomes["gradient, padded, 8 x 1"].failed
+
+
+def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_trial, monkeypatch):
+    def wrong(hidden, weight, bias, labels, loss_weights, **options):
+        return linear_cross_entropy(hidden, weight, bias, labels.where(labels != 0, 1), loss_weights, **options)
+
+    monkeypatch.setattr("sft_lightning.losses.model_hooks.linear_cross_entropy", wrong)  # takes EOS for another token
+    outcomes = verdicts(make_trial())
+    assert failed(outcomes) == set(outcomes)
+
+
+def test_rounding_is_told_from_a_fault_in_float64(make_trial, monkeypatch):
+    trial, tolerance = make_trial(), 2e-7
+    before = verdicts(trial, tolerance=tolerance)
+    rounded = failed(before)
+    assert rounded >= {"gradient, packed, 4 x 2"}
+    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    assert after.keys() == before.keys()
+    assert failed(after) == set()
+    assert "in float32 are rounding (the gradient of model." in after["gradient, packed, 4 x 2"].note
+
+    right = plan.label_weights
+    # One part in 100,000 too much, where the step is split.
+    monkeypatch.setattr(
+        plan,
+        "label_weights",
+        lambda mode, lengths, *rest: right(mode, lengths, *rest) * (1 + 1e-5 * (len(lengths) > 1)),
+    )
+    before = verdicts(trial, tolerance=tolerance)
+    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    assert failed(after) == {check for check in before if check.startswith("gradient, ") and "8 x 1" not in check}
+
+
+def test_rows_of_another_step_fail(make_trial, monkeypatch):
+    """The order of the rows follows from how the step is split."""
+    monkeypatch.setattr(
+        plan.EpochPlan, "step_examples", lambda self, step: self._order[[step, step + self._shape.batch_size]]
+    )
+    outcomes = verdicts(make_trial())
+    wrong = outcomes["gradient, padded, 2 x 4"]
+    assert (wrong.difference, wrong.note) == (math.inf, "the steps have other rows")
+
+
+@pytest.fixture(scope="module")
+def mamba_folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("mamba")
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, state_size=4, eos_token_id=0)
+    MambaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_trial, mamba_folder):
+    trial = make_trial({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
+    outcomes = verdicts(trial)
+    assert failed(outcomes) == set()
+    assert outcomes["gradient, padded, 4 x 2"].verdict == "pass"
+    assert outcomes["gradient, packed"].verdict == outcomes["gradient, shared_prefix"].verdict == "not tried"
+    assert "carries a state along the row" in outcomes["gradient, packed"].note
+
+
+def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_trial, monkeypatch):
+    forward = Qwen2Model.forward
+
+    def mixing(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(0, keepdim=True)
+        return output
+
+    monkeypatch.setattr(Qwen2Model, "forward", mixing)
+    (outcome,) = check_gradients(make_trial())
+    assert (outcome.check, outcome.difference) == ("gradient, padded", math.inf)
+    assert "cannot be trained on batches" in outcome.note
+
+
+def test_what_does_not_fit_into_memory_is_said(make_trial, monkeypatch):
+    forward = Qwen2Model.forward
+
+    def of_few_rows(self, input_ids, *args, **kwargs):
+        if len(input_ids) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2Model, "forward", of_few_rows)
+    outcomes = verdicts(make_trial())
+    assert outcomes["gradient, padded, 8 x 1"].verdict == "not tried"
+    assert outcomes["gradient, padded, 8 x 1"].note == "does not fit into memory"
+    assert failed(outcomes) == set()

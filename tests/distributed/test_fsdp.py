@@ -1,0 +1,109 @@
+"""Sharding in a process group of one: what is true of one shard. Several processes: test_distributed.py."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from sft_lightning.distributed.fsdp import (
+    as_shard_like,
+    gradient_norm,
+    gradients_of,
+    is_sharded,
+    load_sharded,
+    unsharded,
+)
+from sft_lightning.errors import UserError
+from sft_lightning.models.loading import load_model
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def load(model_folder):
+    return partial(load_model, model_folder)
+
+
+@pytest.fixture
+def sharded(load, mesh):
+    return load_sharded(load, partial(load, init="random"), mesh, torch.device("cpu"))
+
+
+def loss_of(model):
+    logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
+    return logits.log_softmax(-1)[0, :, 0].mean()
+
+
+def test_weights_buffers_and_ties_are_those_of_the_whole_model(sharded, load):
+    whole = load()
+    assert is_sharded(sharded)
+    assert not is_sharded(whole)
+    ours, theirs = unsharded(sharded.state_dict(), keep=True), whole.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # The rotary frequencies are in no file, and random numbers on the meta device would be zeros here.
+    buffers = dict(whole.named_buffers())
+    assert buffers
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in sharded.named_buffers())
+    assert sharded.lm_head.weight is sharded.model.embed_tokens.weight
+    assert [p.requires_grad for p in sharded.parameters()] == [p.requires_grad for p in whole.parameters()]
+    torch.testing.assert_close(loss_of(sharded), loss_of(whole), rtol=1e-6, atol=0)
+
+
+def test_a_tied_weight_is_gathered_once(sharded):
+    state = unsharded(sharded.state_dict(keep_vars=True), keep=True)
+    assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_no_process_but_the_one_that_wants_it_keeps_what_is_gathered(sharded):
+    state = unsharded({"weights": sharded.state_dict(), "betas": (0.9, 0.99), "step": 3}, keep=False)
+    assert set(state["weights"].values()) == {None}
+    assert state["betas"] == (0.9, 0.99)
+    assert state["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(UserError("no such model"), UserError), (OSError("no such disk"), RuntimeError)]
+)
+def test_the_error_of_the_process_that_loads_is_everyones(load, mesh, error, raised):
+    def fail():
+        raise error
+
+    with pytest.raises(raised, match="no such"):
+        load_sharded(fail, partial(load, init="random"), mesh, torch.device("cpu"))
+
+
+def test_a_shard_of_a_whole_tensor(sharded):
+    parameter = sharded.model.embed_tokens.weight
+    whole = torch.randn(parameter.shape)
+    shard = as_shard_like(whole, parameter)
+    assert shard.placements == parameter.placements
+    assert torch.equal(shard.full_tensor(), whole)
+    counter = torch.tensor(3.0)
+    assert as_shard_like(counter, parameter) is counter
+    assert as_shard_like(whole, torch.zeros(parameter.shape)) is whole
+
+
+def test_gradients_of_a_trial_are_those_of_the_whole_model_and_leave_the_held_ones(sharded, load):
+    whole = load()
+    held = [torch.full_like(parameter, 2.0) for parameter in sharded.parameters()]
+    for parameter, gradient in zip(sharded.parameters(), held, strict=True):
+        parameter.grad = gradient
+    found = gradients_of(sharded, lambda: loss_of(sharded))
+    expected = gradients_of(whole, lambda: loss_of(whole))
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is gradient for p, gradient in zip(sharded.parameters(), held, strict=True))
+    reference = torch.cat([gradient.double().flatten() for gradient in expected]).norm()
+    for gradients in (found, expected):
+        norm = gradient_norm(gradients)
+        assert type(norm) is torch.Tensor
+        assert float(norm) == pytest.approx(float(reference), rel=1e-6)

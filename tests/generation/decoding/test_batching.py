@@ -1,0 +1,90 @@
+import logging
+
+import pytest
+import torch
+
+from sft_lightning.generation.decoding.batching import answer_in_batches
+from sft_lightning.generation.decoding.loop import Answer
+
+
+def answers_of(prompts, answer, **options):
+    return answer_in_batches(prompts, answer, **{"max_new_tokens": 5, "batch_tokens": 20, "may_retry": True, **options})
+
+
+class Recorder:
+    """Answers a prompt with its own place, at the most ``capacity`` prompts at a time."""
+
+    def __init__(self, capacity=100, error=None):
+        self.batches = []
+        self._capacity = capacity
+        self._error = error or torch.OutOfMemoryError("CUDA out of memory")
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        if len(batch) > self._capacity:
+            raise self._error
+        return [Answer(tokens=[index]) for index in batch]
+
+
+def test_batches_keep_to_the_budget_longest_first_and_answers_come_in_order():
+    recorder = Recorder()
+    prompts = [[1] * length for length in (2, 4, 30, 1, 5)]
+    answers = answers_of(prompts, recorder)
+    assert recorder.batches == [[2], [4, 1], [0, 3]]
+    assert [answer.tokens for answer in answers] == [[0], [1], [2], [3], [4]]
+
+
+def test_equal_prompts_stand_together():
+    recorder = Recorder()
+    answers_of([[1, 2], [2, 1], [1, 2], [2, 1]], recorder, batch_tokens=14)
+    assert recorder.batches == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"),
+        RuntimeError("MPS backend out of memory"),
+        MemoryError(),
+    ],
+)
+def test_batches_get_smaller_where_memory_does_not_suffice_and_stay_so(error, caplog):
+    recorder = Recorder(capacity=3, error=error)
+    with caplog.at_level(logging.WARNING):
+        answers = answers_of([[1]] * 10, recorder, batch_tokens=10**6)
+    assert [len(batch) for batch in recorder.batches] == [10, 5, 2, 2, 2, 2, 2]
+    assert [answer.tokens for answer in answers] == [[index] for index in range(10)]
+    assert [record.message for record in caplog.records] == [
+        "out of memory with 10 rows: going on with batches of 5 at the most",
+        "out of memory with 5 rows: going on with batches of 2 at the most",
+    ]
+
+
+def test_the_memory_of_the_failed_try_is_free_before_the_next():
+    alive = []
+
+    class Large:
+        def __init__(self):
+            alive.append(self.__class__)
+
+        def __del__(self):
+            alive.remove(self.__class__)
+
+    def answer(batch):
+        assert not alive
+        held = Large()
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return [Answer(tokens=[len(repr(held))]) for _ in batch]
+
+    assert len(answers_of([[1], [2]], answer)) == 2
+
+
+def test_what_cannot_be_tried_with_fewer_rows_is_raised():
+    with pytest.raises(torch.OutOfMemoryError):
+        answers_of([[1], [2]], Recorder(capacity=0))
+    with pytest.raises(torch.OutOfMemoryError):
+        answers_of([[1], [2]], Recorder(capacity=1), may_retry=False)
+    with pytest.raises(RuntimeError, match="shape"):
+        answers_of([[1], [2]], Recorder(capacity=1, error=RuntimeError("wrong shape")))

@@ -1,0 +1,256 @@
+import json
+import random
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lightning.pytorch import Trainer, seed_everything
+
+from sft_lightning import SFTDataModule, SFTModule
+from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.errors import UserError
+from sft_lightning.quickstart.arithmetic import make_problems
+from sft_lightning.quickstart.prepare import prepare_quickstart
+from sft_lightning.reporting.row_losses import describe_ledger, read_ledger
+from sft_lightning.training.callbacks.row_losses import RowLedger
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a ledger: for each epoch, source -> nll per label token, of ten labels each. A part for every two rows."""
+
+    def ledger(*epochs):
+        for epoch, rows in enumerate(epochs):
+            folder = tmp_path / "ledger" / f"epoch-{epoch}"
+            folder.mkdir(parents=True, exist_ok=True)
+            items = list(rows.items())
+            for part in range(0, len(items), 2):
+                mine = items[part : part + 2]
+                columns = {
+                    "source": pa.array([source for source, _ in mine], pa.string()),
+                    "epoch": pa.array([epoch] * len(mine), pa.int32()),
+                    "step": pa.array([part + 1] * len(mine), pa.int64()),
+                    "num_labels": pa.array([10] * len(mine), pa.int32()),
+                    "nll_sum": pa.array([10 * nll for _, nll in mine], pa.float64()),
+                }
+                pq.write_table(pa.table(columns), folder / f"step-{part + 1}.rank-0.parquet")
+        return tmp_path
+
+    return ledger
+
+
+def sources(rows):
+    return [row.source for row in rows]
+
+
+def many(value, number=9):
+    """Rows around a value, so that there is a spread to compare with."""
+    return {f"data:{i}": value * (0.8 + 0.05 * i) for i in range(number)}
+
+
+def test_a_run_without_a_ledger_has_no_findings(tmp_path):
+    assert read_ledger(tmp_path) is None
+    (tmp_path / "ledger" / "epoch-0").mkdir(parents=True)
+    assert read_ledger(tmp_path) is None
+
+
+def test_after_one_epoch_there_are_hard_rows_and_no_other_claim(write):
+    findings = read_ledger(write({"data:1": 0.001, "data:2": 3.0, "data:3": 1.0}), most=2)
+    assert (findings.epochs, findings.num_rows) == ((0,), 3)
+    assert [(row.source, row.nll, row.num_labels) for row in findings.hardest] == [
+        ("data:2", (3.0,), 10),
+        ("data:3", (1.0,), 10),
+    ]
+    assert findings.memorised == findings.mislabelled == []
+    assert describe_ledger(findings, most=1) == [
+        "row ledger: 3 rows, 1 epochs, nll in nats per label token",
+        "hardest: 1 of 3 rows",
+        "   3.000  data:2",
+        "memorised: cannot be told before 2 epochs",
+        "likely mislabelled: cannot be told before 3 epochs",
+    ]
+
+
+def test_the_hardest_are_those_of_the_last_epoch(write):
+    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 1.0, "data:2": 2.0}))
+    assert [(row.source, row.nll, row.score) for row in findings.hardest] == [
+        ("data:2", (2.0, 2.0), 2.0),
+        ("data:1", (5.0, 1.0), 1.0),
+    ]
+
+
+def test_an_epoch_that_still_runs_does_not_count(write):
+    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 9.0}))
+    assert findings.epochs == (0,)
+    assert [(row.source, row.nll) for row in findings.hardest] == [("data:1", (5.0,)), ("data:2", (2.0,))]
+
+
+def test_rows_that_an_epoch_did_not_have_are_none_in_it(write):
+    """As under limit_train_batches, where each epoch has rows of its own."""
+    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
+    assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
+    assert describe_ledger(findings)[2] == "       -  3.000  data:3"
+
+
+def test_memorised_is_a_whole_response_that_became_likely(write):
+    """Ten labels: 0.06 nats each are 0.6, below log 2 = 0.693, and 0.08 are above it."""
+    findings = read_ledger(
+        write(
+            {"data:1": 1.0, "data:2": 3.0, "data:3": 1.0, "data:4": 0.05},
+            {"data:1": 0.06, "data:2": 0.01, "data:3": 0.08, "data:4": 0.01},
+        ),
+        most=1,
+    )
+    assert findings.num_memorised == 2
+    assert [(row.source, row.score) for row in findings.memorised] == [("data:2", pytest.approx(29.9))]
+
+
+def test_mislabelled_stays_high_while_the_others_fall(write):
+    """The median of rows 0 to 8 falls from 1.0 to 0.25, so a row must keep more than half of its loss."""
+    stays, falls, low = {"bad:1": 4.0}, {"hard:1": 4.0}, {"easy:1": 0.9}
+    findings = read_ledger(
+        write(
+            many(2.0) | stays | falls | low,
+            many(1.0) | stays | falls | low,
+            many(0.25) | {"bad:1": 3.0, "hard:1": 1.9, "easy:1": 0.9},
+        )
+    )
+    assert sources(findings.mislabelled) == ["bad:1"]
+    assert findings.num_mislabelled == 1
+    (row,) = findings.mislabelled
+    assert row.nll == (4.0, 4.0, 3.0)
+    # Means of the two later epochs. The nine: 0.625 times 0.8, 0.85 ... 1.2. With 0.9, 2.95 and 3.5 the median of
+    # twelve lies between 1.05 and 1.1 times 0.625: 0.671875. Deviations in units of 0.625, of which the median lies
+    # between the sixth and the seventh: 0.025, 0.025, 0.075, 0.075, 0.125, 0.125, 0.175, ... = 0.15.
+    assert row.score == pytest.approx((3.5 - 0.671875) / (1.4826 * 0.15 * 0.625))
+
+
+def test_the_loss_of_the_first_epoch_accuses_nobody(write):
+    first = many(2.0) | {"early:1": 50.0}
+    later = many(0.5) | {"early:1": 0.5}
+    last = many(0.1) | {"early:1": 0.1}
+    assert read_ledger(write(first, later, last)).mislabelled == []
+
+
+@pytest.mark.parametrize("last", [1.0, 2.0])
+def test_where_nothing_is_learned_nobody_is_accused(write, last):
+    epochs = [many(1.0) | {"bad:1": 40.0}, many(1.0) | {"bad:1": 40.0}, many(last) | {"bad:1": 90.0}]
+    assert read_ledger(write(*epochs)).mislabelled == []
+
+
+def test_two_epochs_accuse_nobody(write):
+    assert read_ledger(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabelled == []
+
+
+def test_rows_that_are_all_alike_are_no_outliers(write):
+    alike = {f"data:{i}": 0.5 for i in range(9)}
+    fallen = {f"data:{i}": 0.1 for i in range(9)}
+    assert read_ledger(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabelled == []
+
+
+# Excerpts
+
+
+def excerpts(write, file, *lines):
+    file.write_bytes(b"".join(line + b"\n" for line in lines))
+    findings = read_ledger(write({f"{file}:{number}": 1.0 / number for number in range(1, len(lines) + 1)}))
+    return [row.excerpt for row in findings.hardest]
+
+
+def test_an_excerpt_is_the_end_of_the_prompt_and_both_ends_of_the_response(write, tmp_path):
+    prompt, response = "p" * 300 + "\n the   question", "First " + "r" * 300 + " last"
+    lines = [
+        json.dumps({"prompt": prompt, "response": response}),
+        json.dumps({"question": "2+2?", "answer": "4", "id": "x"}),
+        json.dumps({"instruction": "Say hi.", "n": 3, "output": "hi"}),
+    ]
+    found = excerpts(write, tmp_path / "rows.jsonl", *(line.encode() for line in lines))
+    assert found == [
+        "... " + "p" * 107 + " the question => First " + "r" * 54 + " ... " + "r" * 55 + " last",
+        "2+2? => 4",
+        "Say hi. => hi",
+    ]
+
+
+def test_a_line_that_holds_no_row_has_no_excerpt(write, tmp_path):
+    lines = [b"\xff", b"not json", b"[1]", b"{}", b"[" * 100_000, b'\xef\xbb\xbf{"prompt": "a", "response": "b"}']
+    assert excerpts(write, tmp_path / "rows.jsonl", *lines) == [None, None, None, None, None, "a => b"]
+
+
+def test_a_file_that_is_gone_or_shorter_has_no_excerpt(write, tmp_path):
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"prompt": "a", "response": "b"}\n')
+    rows = {f"{short}:1": 4.0, f"{short}:7": 3.0, f"{tmp_path}/gone.jsonl:1": 2.0, "rows.parquet:1": 1.0}
+    assert [row.excerpt for row in read_ledger(write(rows)).hardest] == ["a => b", None, None, None]
+
+
+def test_a_terminal_obeys_nothing_in_a_text(write, tmp_path):
+    line = json.dumps({"prompt": "\x1b[2Jgone", "response": "\u202eok"}).encode()
+    excerpts(write, tmp_path / "rows.jsonl", line)
+    assert describe_ledger(read_ledger(tmp_path))[2].endswith(r"\x1b[2Jgone => \u202eok")
+
+
+def test_a_damaged_part_is_named(write, tmp_path):
+    path = write({"data:1": 1.0}) / "ledger" / "epoch-0" / "step-1.rank-0.parquet"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=re.escape(f"ledger file '{path}' cannot be read")):
+        read_ledger(tmp_path)
+
+
+# A real training
+
+
+def with_wrong_numbers(rows, share, draw):
+    """Returns the rows, and the line numbers of those whose result is now another number, in thought and answer."""
+    planted = set(draw.sample(range(len(rows)), round(share * len(rows))))
+    changed = []
+    for place, row in enumerate(rows):
+        right = row["ground_truth"]
+        if place in planted:
+            wrong = str(int(right) + draw.randint(1, 9))
+            text, count = re.subn(
+                rf"={right}\. </think> <answer> {right} <", f"={wrong}. </think> <answer> {wrong} <", row["response"]
+            )
+            assert count == 1
+            row = {**row, "response": text}
+        changed.append(row)
+    return changed, {place + 1 for place in planted}
+
+
+@pytest.mark.slow
+def test_most_planted_wrong_answers_are_found_and_few_others_accused(tmp_path):
+    """1,200 short problems of the quickstart, 2% with a wrong result, until the model can calculate."""
+    seed_everything(11, verbose=False)
+    prepare_quickstart(tmp_path, seed=5)
+    problems, _ = make_problems(num_train=12_000, num_heldout=1, seed=17)
+    short = [problem for problem in problems if len(problem.numbers) == 2 and max(problem.numbers) <= 9][:1200]
+    rows = [R1Zero().render({"question": problem.question, "answer": problem.solution}) for problem in short]
+    rows, planted = with_wrong_numbers(rows, 0.02, random.Random(23))
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (len(rows), len(planted)) == (1200, 24)
+    model = str(tmp_path / "model")
+    data = SFTDataModule(str(train), tokenizer_path=model, batch_size=16)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=10,
+        gradient_clip_val=1.0,
+        callbacks=[RowLedger(str(tmp_path / "run"))],
+        **quiet,
+    )
+    trainer.fit(SFTModule(model, learning_rate=3e-3, betas=(0.9, 0.9), lr_schedule="cosine", warmup_steps=20), data)
+    findings = read_ledger(tmp_path / "run", most=1000)
+    accused = {int(row.source.rpartition(":")[2]) for row in findings.mislabelled}
+    precision, recall = len(accused & planted) / len(accused), len(accused & planted) / len(planted)
+    print(f"precision {precision:.2f}, recall {recall:.2f} of {len(planted)}, {len(accused)} accused")
+    print("\n".join(describe_ledger(findings)))
+    assert recall >= 0.7
+    assert precision >= 0.6
+    assert all(row.excerpt for row in findings.mislabelled)

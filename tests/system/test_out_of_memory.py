@@ -1,0 +1,90 @@
+import re
+import resource
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sft_lightning.errors import RunFailedError
+from sft_lightning.generation.transformers_generator import TransformersGenerator
+from sft_lightning.system.out_of_memory import (
+    explained,
+    generation_advice,
+    host_lacks_memory,
+    is_out_of_memory,
+    peak_memory_bytes,
+)
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", 5000 * 1024), ("darwin", 5000)])
+def test_memory_is_in_bytes_on_every_system(monkeypatch, platform, expected):
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert peak_memory_bytes(torch.device("cpu")) == expected
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu_is_that_of_its_tensors():
+    device = torch.device("cuda")
+    tensor = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    del tensor
+    assert peak_memory_bytes(device) >= 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (RunFailedError("out of memory in the forward pass"), False),
+    ],
+)
+def test_what_says_that_memory_did_not_suffice(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_hosts_own_allocator_is_understood():
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+def cpu():
+    return torch.device("cpu")
+
+
+def test_the_error_is_told_in_one_line_and_chained():
+    with pytest.raises(RunFailedError) as raised, explained(lambda: "a test", lambda: "Buy more", cpu):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert re.fullmatch(r"out of memory in a test; peak memory \d+\.\d\d GB\. Buy more", str(raised.value))
+    assert is_out_of_memory(raised.value.__cause__)
+    assert host_lacks_memory(raised.value)
+
+
+def test_an_explanation_is_not_explained_again_and_other_errors_pass():
+    outer, inner = explained(lambda: "the outer", str, cpu), explained(lambda: "the inner", str, cpu)
+    with pytest.raises(RunFailedError, match="in the inner"), outer, inner:
+        raise MemoryError
+    with pytest.raises(RuntimeError, match=r"^a shape$"), explained(lambda: "a test", str, cpu):
+        raise RuntimeError("a shape")
+
+
+def test_a_device_without_memory_leaves_the_host_with_some():
+    error = RunFailedError("out of memory")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert not host_lacks_memory(error)
+    assert not host_lacks_memory(RuntimeError("CUDA error: out of memory"))
+    assert not host_lacks_memory(RunFailedError("out of memory"))
+    assert host_lacks_memory(MemoryError())
+
+
+def test_the_generators_own_settings_are_named():
+    assert generation_advice(TransformersGenerator(max_new_tokens=7, batch_tokens=80)) == (
+        "Lower the generator's max_new_tokens (now 7) or batch_tokens (now 80), or shorten the prompts"
+    )
+    assert "max_new_tokens or batch_tokens" in generation_advice(None)

@@ -1,0 +1,191 @@
+import csv
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "metrics.csv"
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return MetricsCSVLogger(tmp_path)
+
+
+def lines(file):
+    return file.read_text("utf-8").splitlines()
+
+
+def test_a_row_for_each_set_of_metrics(logger, file):
+    logger.log_metrics({"train/loss": 2.5, "train/lr": 0.001}, step=1)
+    logger.log_metrics({"train/loss": 2.25, "train/lr": 0.002}, step=2)
+    assert lines(file) == ["step,train/loss,train/lr", "1,2.5,0.001", "2,2.25,0.002"]
+
+
+def test_a_new_metric_makes_a_new_column_and_keeps_the_rows(logger, file):
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    logger.log_metrics({"val/loss": 3.0}, step=1)
+    logger.log_metrics({"train/loss": 2.0}, step=2)
+    assert lines(file) == ["step,train/loss,val/loss", "1,2.5,", "1,,3.0", "2,2.0,"]
+
+
+def test_the_epoch_is_no_metric_and_no_step_is_step_zero(logger, file):
+    logger.log_metrics({"val/loss": 3.0, "epoch": 0}, step=None)
+    assert lines(file) == ["step,val/loss", "0,3.0"]
+
+
+def test_every_digit_and_what_is_no_number_come_back(logger, file):
+    logger.log_metrics({"a": 1 / 3, "b": math.nan, "c": math.inf}, step=1)
+    with file.open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert float(row["a"]) == 1 / 3
+    assert math.isnan(float(row["b"]))
+    assert float(row["c"]) == math.inf
+
+
+def test_another_process_goes_on_in_the_same_file(logger, file, tmp_path):
+    logger.log_metrics({"train/loss": 2.5, "val/loss": 3.0}, step=1)
+    again = MetricsCSVLogger(tmp_path)
+    again.log_metrics({"train/loss": 2.0}, step=2)
+    again.log_metrics({"train/grad_norm": 0.5}, step=3)
+    assert lines(file) == ["step,train/loss,val/loss,train/grad_norm", "1,2.5,3.0,", "2,2.0,,", "3,,,0.5"]
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(logger, file, tmp_path):
+    for step in (1, 2, 3, 10):
+        logger.log_metrics({"train/loss": float(step)}, step=step)
+    again = MetricsCSVLogger(tmp_path)
+    again.start_after(2, validates_again=False)
+    assert lines(file) == ["step,train/loss", "1,1.0", "2,2.0"]
+    again.log_metrics({"train/loss": 9.0}, step=3)
+    assert lines(file) == ["step,train/loss", "1,1.0", "2,2.0", "3,9.0"]
+
+
+@pytest.mark.parametrize(
+    ("validates_again", "kept"), [(False, ["1,,5.0", "2,2.5,", "2,,3.0"]), (True, ["1,,5.0", "2,2.5,"])]
+)
+def test_the_validation_of_the_resumed_step_goes_where_it_comes_again(logger, file, tmp_path, validates_again, kept):
+    logger.log_metrics({"val/loss": 5.0}, step=1)
+    logger.log_metrics({"train/loss": 2.5}, step=2)
+    logger.log_metrics({"val/loss": 3.0}, step=2)
+    logger.log_metrics({"train/loss": 1.5}, step=3)
+    MetricsCSVLogger(tmp_path).start_after(2, validates_again=validates_again)
+    assert lines(file)[0] in ("step,val/loss,train/loss", "step,train/loss,val/loss")
+    with file.open(newline="") as stream:
+        rows = [f"{row['step']},{row['train/loss']},{row['val/loss']}" for row in csv.DictReader(stream)]
+    assert rows == kept
+
+
+def test_a_fresh_run_keeps_the_measurement_before_training_only(logger, file, tmp_path):
+    logger.log_metrics({"train/loss": 2.5}, step=7)
+    logger.log_metrics({"val/answer_accuracy": 0.125}, step=0)
+    MetricsCSVLogger(tmp_path).start_after(0, validates_again=False)
+    assert lines(file) == ["step,train/loss,val/answer_accuracy", "0,,0.125"]
+
+
+def test_a_fresh_run_without_a_file_starts_one(logger, file):
+    logger.start_after(0, validates_again=False)
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    assert lines(file) == ["step,train/loss", "1,2.5"]
+
+
+@pytest.mark.parametrize("tail", ["2,2.", "2", ",2.0,", "\r\n"])
+def test_a_file_whose_last_row_is_cut_or_has_no_step_is_read(file, tmp_path, tail):
+    file.write_text(f"step,train/loss,val/loss\r\n1,2.5,\r\n{tail}")
+    again = MetricsCSVLogger(tmp_path)
+    again.start_after(1, validates_again=False)
+    again.log_metrics({"train/loss": 2.0}, step=2)
+    assert lines(file) == ["step,train/loss,val/loss", "1,2.5,", "2,2.0,"]
+
+
+def test_a_file_that_was_deleted_in_mid_run_is_started_again(logger, file):
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    file.unlink()
+    logger.log_metrics({"train/loss": 2.0}, step=2)
+    assert lines(file) == ["step,train/loss", "2,2.0"]
+
+
+def test_a_crash_while_the_file_is_rewritten_leaves_the_old_one(logger, file, monkeypatch):
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    monkeypatch.setattr(csv.DictWriter, "writerows", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logger.log_metrics({"val/loss": 3.0}, step=1)
+    assert lines(file) == ["step,train/loss", "1,2.5"]
+
+
+def test_the_file_belongs_to_the_run_and_goes_with_it(logger, file, tmp_path):
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    assert json.loads((tmp_path / "run_files.json").read_text()) == ["metrics.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]
+    claims.clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_made(tmp_path):
+    MetricsCSVLogger(tmp_path / "new" / "run").log_metrics({"train/loss": 2.5}, step=1)
+    assert lines(tmp_path / "new" / "run" / "metrics.csv") == ["step,train/loss", "1,2.5"]
+
+
+def test_only_the_first_process_writes(logger, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    logger.start_after(0, validates_again=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counting(LightningModule):
+    """Logs at every second micro-batch, which is every optimizer step, and after each validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            self.log("train/loss", float(batch_idx))
+            self.log("step", float(self.trainer.global_step + 1))
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", 7.0)
+        self.log("step", float(self.trainer.global_step))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_in_a_trainer_the_steps_are_optimizer_steps(logger, file, tmp_path):
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=logger,
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(range(4), batch_size=1)
+    trainer.fit(Counting(), loader, loader)
+    assert lines(file) == [
+        "step,train/loss,val/loss",
+        "1,1.0,",
+        "2,3.0,",
+        "2,,7.0",
+        "3,1.0,",
+        "4,3.0,",
+        "4,,7.0",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]

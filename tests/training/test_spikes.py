@@ -1,0 +1,49 @@
+from math import inf, isnan, nan
+
+import pytest
+
+from sft_lightning.training.spikes import FACTOR, MIN_STEPS, WINDOW_STEPS, NormSpikes
+
+
+def test_a_norm_far_above_the_median_of_recent_ones_is_a_spike():
+    spikes = NormSpikes([1.0, 3.0] * 5)
+    assert spikes.median == 2.0
+    assert spikes.add(10.0) == 0  # five times the median, and not above it
+    assert spikes.median == 3.0
+    assert spikes.add(15.1) == pytest.approx(15.1 / 3)
+
+
+def test_nothing_is_a_spike_before_there_is_something_to_compare_with():
+    spikes = NormSpikes()
+    assert isnan(spikes.median)
+    assert [spikes.add(10.0**n) for n in range(MIN_STEPS)] == [0] * MIN_STEPS
+    assert spikes.add(1e20) > FACTOR
+
+
+def test_single_spikes_do_not_move_the_median_and_a_new_level_does():
+    spikes = NormSpikes([1.0] * WINDOW_STEPS)
+    assert spikes.add(100.0) == 100.0
+    assert spikes.median == 1.0
+    found = [spikes.add(FACTOR * 2) for _ in range(WINDOW_STEPS)]
+    assert found[0] == 10.0
+    assert found[WINDOW_STEPS // 2 :] == [0] * (WINDOW_STEPS // 2)
+
+
+@pytest.mark.parametrize("norm", [nan, inf, -inf])
+def test_norms_that_are_not_finite_are_left_out(norm):
+    spikes = NormSpikes([1.0, 2.0])
+    assert spikes.add(norm) == 0
+    assert spikes.norms == [1.0, 2.0]
+
+
+def test_no_norm_is_a_spike_over_zeros():
+    assert NormSpikes([0.0] * 20).add(1.0) == 0
+
+
+def test_the_norms_tell_all_that_the_next_steps_are_judged_by():
+    first = NormSpikes()
+    for step in range(80):
+        first.add(1.0 + step % 3)
+    again = NormSpikes(first.norms)
+    assert len(first.norms) == WINDOW_STEPS
+    assert [again.add(norm) for norm in (5.0, 50.0, 11.0)] == [first.add(norm) for norm in (5.0, 50.0, 11.0)]
