@@ -1,4 +1,4 @@
-"""The rooms of the package, what each may import, and the sizes of files and functions, read off the source with ast."""
+"""The rooms of the package, what each may import, and the sizes of its files, read from the source with ast."""
 
 import ast
 import importlib

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,9 +28,19 @@ from sft_lightning.lightning_compat.trainer import (
     validation_is_due,
 )
 from sft_lightning.system.disk_space import describe_shortage, require_space, size_bytes
-from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ResumableLogger(Protocol):
+    """A logger whose file follows a run across resumes."""
+
+    def start_afresh(self) -> None:
+        """Drops all rows of an earlier run."""
+
+    def start_after(self, step: int, *, validates_again: bool, step_metrics: dict[str, float]) -> None:
+        """Drops the rows that a run which resumes after ``step`` writes again."""
 
 
 class HFCheckpoint(ModelCheckpoint):
@@ -122,7 +132,7 @@ class HFCheckpoint(ModelCheckpoint):
         elif resumed is not None:
             folders.point(self.run / "last", Path(resumed).resolve())
         for each in trainer.loggers if resumed is None else ():
-            if isinstance(each, MetricsCSVLogger):
+            if isinstance(each, ResumableLogger):
                 each.start_afresh()
         folders.remove_unfinished(self.run)
 
@@ -135,7 +145,7 @@ class HFCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for each in trainer.loggers:
-            if isinstance(each, MetricsCSVLogger):
+            if isinstance(each, ResumableLogger):
                 each.start_after(
                     trainer.global_step, validates_again=self._validation_pending, step_metrics=self._step_metrics
                 )

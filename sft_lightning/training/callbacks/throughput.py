@@ -53,8 +53,8 @@ class Throughput(Callback):
     - ``train/response_tokens_per_second``: tokens that are labels.
     - ``train/unique_tokens_per_second``: input tokens that were computed, padding left out.
     - ``train/model_flop_utilization``: the FLOPs that the unique tokens need, over what the device reaches at best.
-      Padding and recomputed activations are no use and count nothing. See :mod:`sft_lightning.models.flops`; not logged for
-      models that its formula does not cover.
+      Padding and recomputed activations are no use and count nothing. See :mod:`sft_lightning.models.flops`; not logged
+      for models that its formula does not cover.
     - ``train/padding_waste``: the share of the computed positions that were padding.
     - ``train/sharing_gain``: tokens over unique tokens, 1 where no prompt is shared.
     - ``train/peak_memory_bytes``: the most memory that tensors took on a CUDA device, or the process elsewhere, since

@@ -47,7 +47,8 @@ def test_the_gradient_is_that_of_the_loss(model):
     nll = [-double(input_ids=one[None]).logits[0, 4:-1].log_softmax(-1).gather(-1, one[5:, None]).sum() for one in ids]
     (sum(nll) / 4).backward()
     for name, parameter in double.named_parameters():
-        assert torch.allclose(step.gradients[name].double(), parameter.grad, rtol=1e-4, atol=1e-7), name
+        difference = (step.gradients[name].double() - parameter.grad).norm() / parameter.grad.norm()
+        assert difference <= 1e-5, name  # float32 against float64; single elements near 0 may differ by more
 
 
 def test_a_chunked_loss_that_is_wrong_in_one_label_shows(model, monkeypatch):
