@@ -26,13 +26,13 @@ from meter import machine
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.quickstart.prepare import prepare_quickstart
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 _WARMUP_STEPS = 10
 _ROWS_PER_STEP = 32
 
 
-class EveryOtherStep(RowLedger):
+class EveryOtherStep(RowLossRecorder):
     """A ledger of the odd optimizer steps, with the seconds of each step and of its own hooks."""
 
     def __init__(self, output_dir: str) -> None:

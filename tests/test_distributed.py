@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 job = json.loads(sys.argv[1])
@@ -101,7 +101,7 @@ trainer = Trainer(
         GenerationEvaluation(
             num_examples=job["num_examples"], num_samples=2, generator=Generator(max_new_tokens=6)
         ),
-        RowLedger(),
+        RowLossRecorder(),
         HFCheckpoint(job["output"], every_n_train_steps=5),
     ],
 )

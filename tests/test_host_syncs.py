@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sft_lightning import HFCheckpoint, SFTModule
 from sft_lightning.training.callbacks.progress import StepProgress
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 from sft_lightning.training.callbacks.throughput import Throughput
 from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
 
@@ -189,7 +189,7 @@ def waits_of_a_fit(make_trainer, make_data, model_folder, train_file, tmp_path, 
             watch,
             Throughput(),
             StepProgress(every_n_steps=1),
-            RowLedger(str(tmp_path / "run")),
+            RowLossRecorder(str(tmp_path / "run")),
             HFCheckpoint(str(tmp_path / "run"), every_n_train_steps=1000),
             logger=MetricsCSVLogger(str(tmp_path / "run")),
             enable_progress_bar=True,

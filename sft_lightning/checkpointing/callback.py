@@ -10,20 +10,20 @@ from torch import Tensor
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.checkpointing.io import HFCheckpointIO, write_model
-from sft_lightning.checkpointing.run_folder import claim_run_folder, goes_on_elsewhere
+from sft_lightning.checkpointing.run_folder import prepare_run_folder, starts_new_run
 from sft_lightning.errors import StoppedError, UserError
-from sft_lightning.lightning_compat.fsdp_strategy import write_whole_checkpoints
+from sft_lightning.lightning_compat.fsdp_strategy import use_full_state_dicts
 from sft_lightning.lightning_compat.trainer import (
     datamodule_of,
     end_other_ranks,
-    heed_signals,
+    install_signal_handlers,
     is_dry_run,
     is_optimizer_step,
     is_watched_by_rank_zero,
     logs_this_step,
     resume_path,
     run_validation,
-    set_ends_again,
+    set_reruns_end,
     total_optimizer_steps,
     validation_is_due,
 )
@@ -108,7 +108,7 @@ class HFCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        write_whole_checkpoints(trainer)
+        use_full_state_dicts(trainer)
         trainer.strategy.checkpoint_io = HFCheckpointIO(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class HFCheckpoint(ModelCheckpoint):
             self._last_step_saved, self._validation_pending, self._step_metrics = 0, False, {}
             self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
         # On every rank, since all of them run the end.
-        set_ends_again(trainer, resumed is not None and not self._is_final(Path(resumed)))
+        set_reruns_end(trainer, resumed is not None and not self._is_final(Path(resumed)))
         if is_dry_run(trainer):
             return
         self._listen(trainer, pl_module)
@@ -127,8 +127,8 @@ class HFCheckpoint(ModelCheckpoint):
             raise UserError(
                 f"checkpoint.monitor '{self.monitor}' needs validations: set data.val_path, or monitor null"
             )
-        if goes_on_elsewhere(resumed, self.run):
-            claim_run_folder(self.run, overwrite=self.overwrite)
+        if starts_new_run(resumed, self.run):
+            prepare_run_folder(self.run, overwrite=self.overwrite)
         elif resumed is not None:
             folders.point(self.run / "last", Path(resumed).resolve())
         for each in trainer.loggers if resumed is None else ():
@@ -236,7 +236,7 @@ class HFCheckpoint(ModelCheckpoint):
         def ask() -> None:
             watch.stop_is_asked = True
 
-        heed_signals(trainer, ask)
+        install_signal_handlers(trainer, ask)
 
     def _leave(self, trainer: Trainer) -> NoReturn:
         if trainer.is_global_zero:

@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
-            if not {"size", "sha256"} <= expected.keys() or leads_out(name):
+            if not {"size", "sha256"} <= expected.keys() or escapes_folder(name):
                 raise ValueError(name)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -212,7 +212,7 @@ def remove_unfinished(run: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def leads_out(name: str) -> bool:
+def escapes_folder(name: str) -> bool:
     """Returns whether a relative name, read from a file, points out of the folder that it should be in."""
     return Path(name).is_absolute() or ".." in Path(name).parts
 

@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 RUN_FILES = "run_files.json"
 
 
-def goes_on_elsewhere(resumed: str | None, run: Path) -> bool:
+def starts_new_run(resumed: str | None, run: Path) -> bool:
     """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
     return resumed is None or Path(resumed).resolve().parent != run.resolve()
 
 
-def claim_run_folder(run: Path, *, overwrite: bool) -> None:
+def prepare_run_folder(run: Path, *, overwrite: bool) -> None:
     """Makes way for a new run in a folder.
 
     Raises:
@@ -41,18 +41,18 @@ def claim_run_folder(run: Path, *, overwrite: bool) -> None:
         raise UserError(f"output_dir '{run}' cannot be written: {error.strerror}") from error
 
 
-def claim(run: Path, name: str) -> None:
+def register_file(run: Path, name: str) -> None:
     """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
     run.mkdir(parents=True, exist_ok=True)
-    names = _claimed(run)
+    names = _registered(run)
     if name not in names:
         _replace_text(run / RUN_FILES, json.dumps([*names, name], indent=2))
 
 
-def withdraw(run: Path, is_stale: Callable[[str], bool]) -> None:
+def remove_registered(run: Path, is_stale: Callable[[str], bool]) -> None:
     """Deletes those of the claimed files, by their relative names, that ``is_stale`` says."""
-    names = _claimed(run)
-    stale = [name for name in names if is_stale(name) and not folders.leads_out(name)]
+    names = _registered(run)
+    stale = [name for name in names if is_stale(name) and not folders.escapes_folder(name)]
     for name in stale:
         _unlink(run / name, below=run)
     if stale:
@@ -72,8 +72,8 @@ def clear(run: Path) -> None:
             for name in [*named, folders.MANIFEST]:
                 _unlink(folder / name, below=run)
         _remove_empty(folder, below=run)
-    for name in _claimed(run):
-        if not folders.leads_out(name):
+    for name in _registered(run):
+        if not folders.escapes_folder(name):
             _unlink(run / name, below=run)
     for name in ("last", "best"):
         if (run / name).is_symlink():
@@ -81,7 +81,7 @@ def clear(run: Path) -> None:
     (run / RUN_FILES).unlink(missing_ok=True)
 
 
-def _claimed(run: Path) -> list[str]:
+def _registered(run: Path) -> list[str]:
     try:
         return [str(name) for name in json.loads((run / RUN_FILES).read_text(encoding="utf-8"))]
     except (OSError, ValueError):

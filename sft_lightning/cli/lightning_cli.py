@@ -14,15 +14,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.checkpointing.callback import HFCheckpoint
-from sft_lightning.checkpointing.run_folder import claim, claim_run_folder, goes_on_elsewhere
+from sft_lightning.checkpointing.run_folder import prepare_run_folder, register_file, starts_new_run
 from sft_lightning.cli.console import set_up_logging, shorten
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat.trainer import ends_again
-from sft_lightning.system.out_of_memory import explained
+from sft_lightning.lightning_compat.trainer import reruns_end
+from sft_lightning.system.out_of_memory import translate_out_of_memory
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.training.callbacks.predictions import PredictionWriter
 from sft_lightning.training.callbacks.progress import StepProgress
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 from sft_lightning.training.callbacks.run_report import RunReport
 from sft_lightning.training.callbacks.throughput import Throughput
 from sft_lightning.training.datamodule import SFTDataModule
@@ -88,14 +88,14 @@ class SFTCLI(LightningCLI):
             print(f"started again by {scheduler}: goes on as with --ckpt_path auto")
             config.ckpt_path, config.checkpoint.overwrite = "auto", False
         config.ckpt_path = self._resolve_checkpoint(config.ckpt_path)
-        begins = self.subcommand == "fit" and goes_on_elsewhere(config.ckpt_path, run)
+        begins = self.subcommand == "fit" and starts_new_run(config.ckpt_path, run)
         if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
-            claim_run_folder(run, overwrite=False)
+            prepare_run_folder(run, overwrite=False)
 
     def fill_in_config(self) -> None:
         """Fills in what follows from other options, where the user left it open."""
         # Saved as it is now: with another output_dir or model_path the same file shall follow those.
-        self.config_to_save = self._without_answers_of_the_moment()
+        self.config_to_save = self._config_to_save()
         config = self.config[self.subcommand]
         config.output_dir = str(Path(config.output_dir).expanduser())
         config.checkpoint.dirpath = str(Path(config.checkpoint.dirpath or config.output_dir).expanduser())
@@ -114,7 +114,7 @@ class SFTCLI(LightningCLI):
             config.trainer.check_val_every_n_epoch = None
         _check_logger_packages(config.trainer.logger)
 
-    def _without_answers_of_the_moment(self) -> dict[str, Any]:
+    def _config_to_save(self) -> dict[str, Any]:
         """Returns the whole config but for what a user says to this one start: where from, and over what."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
         config.update(ckpt_path=None, overwrite=False, resume_override=False)
@@ -141,7 +141,7 @@ class SFTCLI(LightningCLI):
         chosen = config.trainer
         callbacks: list[Callback] = [Throughput(), SavedConfig(self), PredictionWriter(config.output_dir)]
         if self.subcommand == "fit":
-            callbacks.append(RowLedger(config.output_dir))
+            callbacks.append(RowLossRecorder(config.output_dir))
         has_bar = any(isinstance(callback, ProgressBar) for callback in chosen.callbacks or [])
         if chosen.enable_progress_bar is not False and not has_bar:
             callbacks.append(StepProgress(every_n_steps=chosen.log_every_n_steps or 10))
@@ -165,7 +165,7 @@ class SFTCLI(LightningCLI):
         if folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
             return
         steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
-        if ends_again(self.trainer):
+        if reruns_end(self.trainer):
             print(f"{steps}, but had died before its end, which is made good")
         else:
             print(f"nothing to do: {steps}; raise --trainer.max_epochs or --trainer.max_steps to go on")
@@ -187,7 +187,7 @@ class SavedConfig(Callback):
         run = Path(cli.config[cli.subcommand].output_dir)
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
-        claim(run, name)
+        register_file(run, name)
         text = yaml.safe_dump(cli.config_to_save, sort_keys=False)
         (run / name).write_text(text, encoding="utf-8")
 
@@ -240,7 +240,7 @@ def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with explained(lambda: _BESIDE_STEPS, lambda: _BESIDE_STEPS_ADVICE, lambda: device):
+        with translate_out_of_memory(lambda: _BESIDE_STEPS, lambda: _BESIDE_STEPS_ADVICE, lambda: device):
             return cli(SFTModule, SFTDataModule, args=args, **options)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error

@@ -91,12 +91,12 @@ class Segments:
         key_offsets = np.zeros(len(spans) + 1, dtype=np.int32)
         np.cumsum(num_keys, out=key_offsets[1:])
         shared = any(span.parent >= 0 for span in spans)
-        gathered = np.concatenate([part for chain in chains for part in chain]) if shared else None
+        positions_of_keys = np.concatenate([part for chain in chains for part in chain]) if shared else None
         return cls(
             spans=tuple(spans),
             query_offsets=torch.from_numpy(query_offsets),
             key_offsets=torch.from_numpy(key_offsets),
-            key_positions=None if gathered is None else torch.from_numpy(gathered),
+            key_positions=None if positions_of_keys is None else torch.from_numpy(positions_of_keys),
             max_queries=int(np.diff(query_offsets).max()),
             max_keys=max(num_keys),
         )

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record
 
 _RECORDS_AT_ONCE = 1024
@@ -21,8 +21,8 @@ class RowFilter(Protocol):
         """Returns for each record why it is not accepted, in a word or two, or None where it is."""
 
 
-def accepted(records: Iterator[Record], row_filter: RowFilter, left_out: LeftOut) -> Iterator[Record]:
-    """Yields the records that the filter accepts, in order; ``left_out`` is told of the others.
+def filter_records(records: Iterator[Record], row_filter: RowFilter, load_report: LoadReport) -> Iterator[Record]:
+    """Yields the records that the filter accepts, in order; ``load_report`` is told of the others.
 
     A record without a ground truth cannot be judged, so it is not accepted either. Records are judged in chunks:
     memory stays flat, and the filter may work on many at a time.
@@ -32,8 +32,8 @@ def accepted(records: Iterator[Record], row_filter: RowFilter, left_out: LeftOut
         faults = iter(row_filter.faults(judged))
         for record in chunk:
             if record.ground_truth is None:
-                left_out.ungraded_rows.add(record.source, "no ground_truth")
+                load_report.ungraded_rows.add(record.source, "no ground_truth")
             elif fault := next(faults):
-                left_out.rejected_rows.add(record.source, fault)
+                load_report.rejected_rows.add(record.source, fault)
             else:
                 yield record

@@ -9,7 +9,7 @@ from sft_lightning.data.records import SkippedRows
 
 
 @dataclass
-class LeftOut:
+class LoadReport:
     """What a data set holds beside the rows that are kept.
 
     Attributes:
@@ -27,7 +27,7 @@ class LeftOut:
     rejected_rows: SkippedRows = field(default_factory=SkippedRows)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], names: Mapping[str, Path]) -> "LeftOut":
+    def from_dict(cls, saved: Mapping[str, Any], names: Mapping[str, Path]) -> "LoadReport":
         """Returns what ``dataclasses.asdict`` made of one.
 
         Args:
@@ -54,7 +54,7 @@ class LeftOut:
         reasons = (self.bad_rows, self.overlength_rows, self.ungraded_rows, self.rejected_rows)
         return sum(rows.count for rows in reasons)
 
-    def way_out(self, max_length: int) -> str:
+    def advice(self, max_length: int) -> str:
         """Returns what to do where no row is kept."""
         if self.rejected_rows.count or self.ungraded_rows.count:
             return "Look at these rows, name another data.grader, or set data.filter_correct: false"

@@ -25,11 +25,11 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.filters import RowFilter, accepted
+from sft_lightning.data.filters import RowFilter, filter_records
 from sft_lightning.data.formats.base import Template
-from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
-from sft_lightning.data.tokenization import Overlength, tokenise_records, tokenizer_fingerprint
+from sft_lightning.data.tokenization import Overlength, tokenize_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
 from sft_lightning.system.files import file_digest, files_digest, value_digest
 from sft_lightning.system.folder_beside import folder_beside, publish
@@ -52,7 +52,7 @@ class TokenStore:
 
     Attributes:
         fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
-        left_out: What the data set holds beside the rows of the store; a view of the first rows has it, too.
+        load_report: What the data set holds beside the rows of the store; a view of the first rows has it, too.
         total_lengths: Shape [N], int64, prompt and response tokens of each row.
         label_lengths: Shape [N], int64, response tokens of each row.
         weights: Shape [N], float64.
@@ -62,7 +62,7 @@ class TokenStore:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: dict[str, str | int | bool] = meta["fingerprint"]
         # A store is found by the bytes of the data, wherever they lie: its places get the names of today's files.
-        self.left_out = LeftOut.from_dict(meta["left_out"], dict(zip(meta["files"], files, strict=True)))
+        self.load_report = LoadReport.from_dict(meta["load_report"], dict(zip(meta["files"], files, strict=True)))
         self._folder = folder
         self._files = files
         # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
@@ -89,8 +89,8 @@ class TokenStore:
 
     @property
     def report(self) -> dict[str, Any]:
-        """``rows`` of this store, and the fields of ``left_out``."""
-        return {"rows": len(self), **dataclasses.asdict(self.left_out)}
+        """``rows`` of this store, and the fields of ``load_report``."""
+        return {"rows": len(self), **dataclasses.asdict(self.load_report)}
 
     def first(self, num_rows: int) -> "TokenStore":
         """Returns a view of the first ``num_rows`` rows in file order, or of all where there are fewer."""
@@ -147,15 +147,20 @@ def load_or_build_tokens(
     folder = _cache_root(cache_dir) / _key(fingerprint)
     store = _open_whole(folder, files, fingerprint)
     if store is None:
-        left_out = LeftOut()
+        load_report = LoadReport()
         records = read_records(
-            path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=left_out.bad_rows
+            path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=load_report.bad_rows
         )
-        kept = accepted(records, row_filter, left_out) if row_filter else records
-        rows = tokenise_records(
-            kept, tokenizer, max_length=max_length, overlength=overlength, append_eos=append_eos, left_out=left_out
+        kept = filter_records(records, row_filter, load_report) if row_filter else records
+        rows = tokenize_records(
+            kept,
+            tokenizer,
+            max_length=max_length,
+            overlength=overlength,
+            append_eos=append_eos,
+            load_report=load_report,
         )
-        _build(folder, rows, left_out, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
+        _build(folder, rows, load_report, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
         store = TokenStore(folder, files)
     _account_for_rows(path, store, max_bad_rows, is_filtered=row_filter is not None)
     return store
@@ -170,20 +175,20 @@ def _check_options(max_length: int, overlength: str) -> None:
 
 def _account_for_rows(path: str | Path, store: TokenStore, max_bad_rows: int, *, is_filtered: bool) -> None:
     # A store that was made under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
-    check_bad_rows(store.left_out.bad_rows, max_bad_rows)
-    reasons = store.left_out.sentences
+    check_bad_rows(store.load_report.bad_rows, max_bad_rows)
+    reasons = store.load_report.sentences
     if is_filtered:
-        num_rows = len(store) + store.left_out.num_rows
+        num_rows = len(store) + store.load_report.num_rows
         reasons = [f"data.filter_correct is on, {len(store)} of {num_rows} rows are kept", *reasons]
     if reasons:
-        level = logging.WARNING if store.left_out.sentences else logging.INFO
+        level = logging.WARNING if store.load_report.sentences else logging.INFO
         logger.log(level, "data path '%s': %s", path, ". ".join(reasons))
 
 
 def _build(
     folder: Path,
     rows: Iterator[tuple[Record, list[int], list[int]]],
-    left_out: LeftOut,
+    load_report: LoadReport,
     *,
     max_bad_rows: int,
     files: Sequence[Path],
@@ -191,12 +196,12 @@ def _build(
 ) -> None:
     with _write_errors(folder.parent), folder_beside(folder) as temporary:
         num_rows = _write_rows(temporary, rows, files)
-        check_bad_rows(left_out.bad_rows, max_bad_rows)
+        check_bad_rows(load_report.bad_rows, max_bad_rows)
         if not num_rows:
-            raise NoRowsError(f"no row is left. {left_out}. {left_out.way_out(int(fingerprint['max_length']))}")
+            raise NoRowsError(f"no row is left. {load_report}. {load_report.advice(int(fingerprint['max_length']))}")
         if files_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
-        _write_meta(temporary, files, fingerprint, left_out)
+        _write_meta(temporary, files, fingerprint, load_report)
         _publish(temporary, folder, files, fingerprint)
 
 
@@ -221,15 +226,15 @@ def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]
 
 
 def _write_meta(
-    folder: Path, files: Sequence[Path], fingerprint: Mapping[str, str | int | bool], left_out: LeftOut
+    folder: Path, files: Sequence[Path], fingerprint: Mapping[str, str | int | bool], load_report: LoadReport
 ) -> None:
-    account = dataclasses.asdict(left_out)
+    account = dataclasses.asdict(load_report)
     meta = {
         "sizes": {name: (folder / name).stat().st_size for name in _ARRAYS},
         "digests": _digests(folder, account),
         "fingerprint": fingerprint,
         "files": [str(file) for file in files],
-        "left_out": account,
+        "load_report": account,
     }
     with (folder / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
@@ -249,7 +254,7 @@ def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, A
             return None
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        if "digests" in meta and meta["digests"] != _digests(folder, meta["left_out"]):
+        if "digests" in meta and meta["digests"] != _digests(folder, meta["load_report"]):
             return None  # in stores of earlier versions there are none
         return TokenStore(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -278,8 +283,8 @@ def _write_errors(cache_dir: Path) -> Iterator[None]:
         raise UserError(f"cannot write the token cache in data.cache_dir '{cache_dir}': {error}") from None
 
 
-def _digests(folder: Path, left_out: Mapping[str, Any]) -> dict[str, str]:
-    return {**{name: file_digest(folder / name) for name in _ARRAYS}, "left_out": value_digest(left_out)}
+def _digests(folder: Path, load_report: Mapping[str, Any]) -> dict[str, str]:
+    return {**{name: file_digest(folder / name) for name in _ARRAYS}, "load_report": value_digest(load_report)}
 
 
 def _key(fingerprint: Mapping[str, str | int | bool]) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record
 from sft_lightning.errors import UserError
 
@@ -93,14 +93,14 @@ def encode_responses(
     return [row if row[-1:] == [eos] else [*row, eos] for row in rows]
 
 
-def tokenise_records(
+def tokenize_records(
     records: Iterator[Record],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
     overlength: Overlength,
     append_eos: bool,
-    left_out: LeftOut,
+    load_report: LoadReport,
 ) -> Iterator[tuple[Record, list[int], list[int]]]:
     """Yields each record that fits into ``max_length`` tokens with its prompt ids and its response ids.
 
@@ -110,7 +110,7 @@ def tokenise_records(
         max_length: The most tokens of prompt, response and EOS together.
         overlength: What becomes of a longer row, as for ``load_or_build_tokens``.
         append_eos: Ends each response with EOS.
-        left_out: Is told of every row that does not come out, or not whole.
+        load_report: Is told of every row that does not come out, or not whole.
 
     Raises:
         UserError: At the end, if ``overlength`` is ``error`` and there are longer rows.
@@ -119,20 +119,20 @@ def tokenise_records(
         for record, prompt, response in zip(chunk, prompts, responses, strict=True):
             if not prompt or not response:
                 name = "response" if prompt else "prompt"
-                left_out.bad_rows.add(record.source, f"the tokenizer makes no token of the {name}")
+                load_report.bad_rows.add(record.source, f"the tokenizer makes no token of the {name}")
                 continue
             kept = prompt
             if overlength == "truncate_prompt":
                 kept = truncate_prompt(tokenizer, prompt, max_length - len(response))
             if len(kept) + len(response) > max_length:
-                left_out.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
+                load_report.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
                 continue
-            left_out.truncated_prompts += len(kept) < len(prompt)
+            load_report.truncated_prompts += len(kept) < len(prompt)
             yield record, kept, response
-    if overlength == "error" and left_out.overlength_rows.count:
+    if overlength == "error" and load_report.overlength_rows.count:
         raise UserError(
-            f"rows over data.max_length {max_length} ({left_out.overlength_rows.count}): {left_out.overlength_rows}. "
-            "Raise it, or set data.overlength to drop or truncate_prompt"
+            f"rows over data.max_length {max_length} ({load_report.overlength_rows.count}): "
+            f"{load_report.overlength_rows}. Raise it, or set data.overlength to drop or truncate_prompt"
         )
 
 

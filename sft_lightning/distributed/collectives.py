@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 
-def gathered(rows: list[Any], num_processes: int) -> list[list[Any]]:
+def all_gather_objects(rows: list[Any], num_processes: int) -> list[list[Any]]:
     """Returns the rows of each process, by its rank. All processes have to call it."""
     if num_processes == 1:
         return [rows]

@@ -12,11 +12,11 @@ from sft_lightning.data.tokenization import encode_prompts, pad_token_id
 from sft_lightning.distributed.fsdp import is_sharded
 from sft_lightning.errors import UserError
 from sft_lightning.generation.decoding.batching import answer_in_batches
-from sft_lightning.generation.decoding.fsdp_sync import lockstep
-from sft_lightning.generation.decoding.hf_generate import TransformersGenerate
+from sft_lightning.generation.decoding.fsdp_sync import synchronize_forwards
+from sft_lightning.generation.decoding.hf_generate import HFGenerate
 from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
-from sft_lightning.generation.decoding.sampling import TokenChoice
-from sft_lightning.generation.decoding.stopping import AnswerEnd, StopReason
+from sft_lightning.generation.decoding.sampling import TokenSampler
+from sft_lightning.generation.decoding.stopping import StopCondition, StopReason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ class TransformersGenerator(Generator):
         assert len(numbers) == len(prompts)
         # The layers of a model in training may be compiled: its cache would make them compile again and again.
         as_written = torch.compiler.set_stance("force_eager")
-        with as_written, _evaluation_mode(model), _random_state_kept(model.device), lockstep(model):
+        with as_written, _evaluation_mode(model), _random_state_kept(model.device), synchronize_forwards(model):
             rows = encode_prompts(tokenizer, prompts)
             for index, row in enumerate(rows):
                 if not row:
@@ -158,18 +158,18 @@ class TransformersGenerator(Generator):
     ) -> list[Generation]:
         eos_token_ids = _eos_token_ids(model, tokenizer)
         padding = pad_token_id(tokenizer)
-        end = AnswerEnd(
+        end = StopCondition(
             tokenizer,
             stop_strings=self.stop_strings,
             eos_token_ids=eos_token_ids,
             max_new_tokens=self.max_new_tokens,
         )
-        choice = TokenChoice(greedy=self.greedy, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
-        decoder: DecodingLoop | TransformersGenerate
+        choice = TokenSampler(greedy=self.greedy, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        decoder: DecodingLoop | HFGenerate
         if can_decode(model):
             decoder = DecodingLoop(model, rows, choice, end, padding)
         else:
-            decoder = TransformersGenerate(model, choice, end, eos_token_ids, padding)
+            decoder = HFGenerate(model, choice, end, eos_token_ids, padding)
         answers = answer_in_batches(
             rows,
             lambda batch: decoder.answer([rows[index] for index in batch], [numbers[index] for index in batch]),

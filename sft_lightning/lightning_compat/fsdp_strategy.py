@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _WholeCheckpoints(ModelParallelStrategy):
+class _FullStateDictStrategy(ModelParallelStrategy):
     """Gathers weights and optimizer states on rank 0 for the CheckpointIO, and hands out shards of what that reads.
 
     Lightning's own class writes folders that only the same strategy reads, or files past the CheckpointIO, in which
@@ -63,14 +63,14 @@ class _WholeCheckpoints(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def write_whole_checkpoints(trainer: Trainer) -> None:
+def use_full_state_dicts(trainer: Trainer) -> None:
     """Has a ModelParallelStrategy write and read checkpoints as all other strategies do, by the CheckpointIO."""
     strategy = trainer.strategy
     if type(strategy) is ModelParallelStrategy:
-        strategy.__class__ = _WholeCheckpoints
+        strategy.__class__ = _FullStateDictStrategy
 
 
-def load_for(
+def load_for_strategy(
     trainer: Trainer, load: Callable[[], "PreTrainedModel"], load_without_weights: Callable[[], "PreTrainedModel"]
 ) -> "PreTrainedModel":
     """Returns the model as the Trainer's strategy wants it: sharded by a ModelParallelStrategy, else whole.

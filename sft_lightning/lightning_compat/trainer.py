@@ -130,7 +130,7 @@ def resume_path(trainer: Trainer) -> str | None:
     return None if path is None else str(path)
 
 
-def heed_signals(trainer: Trainer, on_signal: Callable[[], None]) -> None:
+def install_signal_handlers(trainer: Trainer, on_signal: Callable[[], None]) -> None:
     """Has SIGTERM and SIGUSR1 call ``on_signal`` while the Trainer runs. To be called in ``on_fit_start``.
 
     In place of Lightning's own handlers: those broadcast from within a signal, for which the other ranks do not wait,
@@ -179,23 +179,23 @@ def end_other_ranks(trainer: Trainer, grace_seconds: float = 10.0) -> None:
             process.kill()
 
 
-class _LoopThatEndsAgain(_FitLoop):
+class _RerunEndLoop(_FitLoop):
     @property
     def skip(self) -> bool:
         return self.trainer.limit_train_batches == 0
 
 
-def set_ends_again(trainer: Trainer, ends_again: bool) -> None:
+def set_reruns_end(trainer: Trainer, reruns_end: bool) -> None:
     """Sets whether a run that resumes with no step left begins and ends all the same, which Lightning skips.
 
     To be called in ``on_fit_start``. The run whose last checkpoint it was may have died before what comes at the end.
     """
-    trainer.fit_loop.__class__ = _LoopThatEndsAgain if ends_again else _FitLoop
+    trainer.fit_loop.__class__ = _RerunEndLoop if reruns_end else _FitLoop
 
 
-def ends_again(trainer: Trainer) -> bool:
-    """Returns what ``set_ends_again`` set."""
-    return isinstance(trainer.fit_loop, _LoopThatEndsAgain)
+def reruns_end(trainer: Trainer) -> bool:
+    """Returns what ``set_reruns_end`` set."""
+    return isinstance(trainer.fit_loop, _RerunEndLoop)
 
 
 def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:

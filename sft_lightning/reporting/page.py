@@ -14,7 +14,7 @@ from string import Template
 from sft_lightning.evaluation.result import write_whole
 from sft_lightning.reporting.before_after import before_and_after
 from sft_lightning.reporting.figures import figures
-from sft_lightning.reporting.row_losses_section import ledger_section
+from sft_lightning.reporting.row_losses_section import row_losses_section
 from sft_lightning.reporting.run_files import RunFiles, read_json, read_run
 from sft_lightning.reporting.samples import samples_section
 from sft_lightning.reporting.sections import (
@@ -39,7 +39,7 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
     figures_section,
     evaluations_section,
     samples_section,
-    ledger_section,
+    row_losses_section,
     config_section,
 )
 

@@ -35,7 +35,7 @@ _EXCERPT_CHARACTERS = 120
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerRow:
+class RowLossEntry:
     """A training row that stands out.
 
     Attributes:
@@ -55,7 +55,7 @@ class LedgerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerFindings:
+class RowLossFindings:
     """What a ledger tells. The lists are sorted, what stands out most first.
 
     Attributes:
@@ -70,14 +70,14 @@ class LedgerFindings:
 
     epochs: tuple[int, ...]
     num_rows: int
-    hardest: list[LedgerRow]
-    memorised: list[LedgerRow]
-    mislabelled: list[LedgerRow]
+    hardest: list[RowLossEntry]
+    memorised: list[RowLossEntry]
+    mislabelled: list[RowLossEntry]
     num_memorised: int
     num_mislabelled: int
 
 
-def read_ledger(run: str | Path, *, most: int = 20) -> LedgerFindings | None:
+def read_row_losses(run: str | Path, *, most: int = 20) -> RowLossFindings | None:
     """Returns the rows of a run that stand out, ``most`` of each kind; None where the run has no ledger.
 
     Raises:
@@ -90,7 +90,7 @@ def read_ledger(run: str | Path, *, most: int = 20) -> LedgerFindings | None:
     lists = {name: table.rows(ranking, most) for name, ranking in ranked.items()}
     excerpts = _read_excerpts({row.source for rows in lists.values() for row in rows})
     lists = {name: [replace(row, excerpt=excerpts.get(row.source)) for row in rows] for name, rows in lists.items()}
-    return LedgerFindings(
+    return RowLossFindings(
         epochs=table.epochs,
         num_rows=len(table.sources),
         num_memorised=len(ranked["memorised"][0]),
@@ -99,7 +99,7 @@ def read_ledger(run: str | Path, *, most: int = 20) -> LedgerFindings | None:
     )
 
 
-def describe_ledger(findings: LedgerFindings, *, most: int = 5) -> list[str]:
+def describe_row_losses(findings: RowLossFindings, *, most: int = 5) -> list[str]:
     """Returns lines for a terminal: ``most`` rows of each kind, with their nll per label token in each epoch."""
     lines = [f"row ledger: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
     kinds = [
@@ -183,11 +183,11 @@ class _Table:
         scores[seen] = _robust_z(np.nanmean(later[seen], axis=1))
         return _rank(scores, (scores > MISLABELLED_SCORE) & (remaining > np.sqrt(typical)))
 
-    def rows(self, ranking: _Ranking, most: int) -> list[LedgerRow]:
+    def rows(self, ranking: _Ranking, most: int) -> list[RowLossEntry]:
         places, scores = ranking
         nll = self.nll
         return [
-            LedgerRow(
+            RowLossEntry(
                 source=self.sources[place],
                 num_labels=int(self.num_labels[place]),
                 nll=tuple(float(value) if np.isfinite(value) else None for value in nll[place]),

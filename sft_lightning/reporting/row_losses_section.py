@@ -6,9 +6,9 @@ from sft_lightning.errors import UserError
 from sft_lightning.reporting.row_losses import (
     EPOCHS_TO_TELL_MEMORISED,
     EPOCHS_TO_TELL_MISLABELLED,
-    LedgerFindings,
-    LedgerRow,
-    read_ledger,
+    RowLossEntry,
+    RowLossFindings,
+    read_row_losses,
 )
 from sft_lightning.reporting.sections import Contents, Section, scrolling
 
@@ -16,10 +16,10 @@ _MOST_ROWS = 10
 _DASH = "\N{EN DASH}"
 
 
-def ledger_section(contents: Contents) -> Section | None:
+def row_losses_section(contents: Contents) -> Section | None:
     """Training rows: the hardest, the likely mislabelled, and the memorised ones."""
     try:
-        findings = read_ledger(contents.files.folder, most=_MOST_ROWS)
+        findings = read_row_losses(contents.files.folder, most=_MOST_ROWS)
     except UserError as error:
         return Section("rows", "Training rows", f'<p class="note">{escape(str(error))}</p>')
     if findings is None or not findings.epochs:
@@ -39,7 +39,7 @@ def ledger_section(contents: Contents) -> Section | None:
     return Section("rows", "Training rows", html)
 
 
-def _list(findings: LedgerFindings, title: str, rows: list[LedgerRow], number: int, num_epochs: int) -> str:
+def _list(findings: RowLossFindings, title: str, rows: list[RowLossEntry], number: int, num_epochs: int) -> str:
     heading = f"<h3>{escape(title)}</h3>"
     if len(findings.epochs) < num_epochs:
         return f'{heading}<p class="note">Cannot be told before {num_epochs} epochs.</p>'

@@ -45,7 +45,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def explained(
+def translate_out_of_memory(
     where: Callable[[], str], advice: Callable[[], str], device: Callable[[], torch.device]
 ) -> Iterator[None]:
     """Raises ``RunFailedError`` in place of an error that says that memory did not suffice.

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.transformers_generator import Generator, TransformersGenerator
-from sft_lightning.lightning_compat.fsdp_strategy import load_for
+from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,
     datamodule_of,
@@ -33,7 +33,7 @@ from sft_lightning.models.layout_check import LayoutChoice, choose_layout
 from sft_lightning.models.loading import Initialization, check_tokenizer, dtype_options, load_model
 from sft_lightning.optim.adamw import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.training.metrics import TokenMetrics
-from sft_lightning.training.oom_advice import generation_explained, memory_explained
+from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
 from sft_lightning.training.step import OnNonFinite, StepWatch
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ class SFTModule(LightningModule):
             **dtype_options(precision),
             **{name: self.hparams[name] for name in ("attn_implementation", "gradient_checkpointing")},
         )
-        self.model = load_for(self.trainer, partial(load, init=self.hparams["init"]), partial(load, init="random"))
+        self.model = load_for_strategy(
+            self.trainer, partial(load, init=self.hparams["init"]), partial(load, init="random")
+        )
         if self.hparams["compile"]:
             compile_layers(self.model)
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
@@ -180,7 +182,7 @@ class SFTModule(LightningModule):
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.model is not None
-        with memory_explained(self, "the forward pass", batch):
+        with step_oom_advice(self, "the forward pass", batch):
             losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
         self.step_watch.add(losses, batch)
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
@@ -188,11 +190,11 @@ class SFTModule(LightningModule):
         return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with memory_explained(self, "the backward pass", self.step_watch.batch):
+        with step_oom_advice(self, "the backward pass", self.step_watch.batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with memory_explained(self, "the update", self.step_watch.batch):
+        with step_oom_advice(self, "the update", self.step_watch.batch):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -218,7 +220,7 @@ class SFTModule(LightningModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         assert self.model is not None
-        with memory_explained(self, "validation", batch):
+        with step_oom_advice(self, "validation", batch):
             losses = label_losses(self.model, batch)
         if batch.num_rows:
             self.token_metrics.update(losses.nll, losses.correct)
@@ -239,7 +241,7 @@ class SFTModule(LightningModule):
         generator = self.generator or TransformersGenerator()
         tokenizer = datamodule_of(self.trainer).tokenizer
         assert self.model is not None
-        with generation_explained(self.trainer, generator, len(batch)):
+        with generation_oom_advice(self.trainer, generator, len(batch)):
             answers = generator.generate(self.model, tokenizer, [record["prompt"] for record in batch])
         return [
             {

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sft_lightning.checkpointing.run_folder import claim
+from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.data.batch import Example, MicroBatch
 from sft_lightning.data.formats.base import Plain
-from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record, read_records
-from sft_lightning.data.tokenization import tokenise_records
+from sft_lightning.data.tokenization import tokenize_records
 from sft_lightning.errors import UserError
 from sft_lightning.losses.linear_cross_entropy import LabelLosses
 
@@ -129,7 +129,7 @@ def save_step(run: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
     folder = step_folder(run, about["step"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, ABOUT):
-        claim(run, f"{FOLDER}/{folder.name}/{name}")
+        register_file(run, f"{FOLDER}/{folder.name}/{name}")
     lines = [json.dumps(_as_row(record), ensure_ascii=False) for record in records]
     (folder / ROWS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plain = {name: str(v) if isinstance(v, float) and not isfinite(v) else v for name, v in about.items()}
@@ -163,7 +163,7 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
     """
     path = folder / ROWS
     options = {name: about[name] for name in ("max_length", "overlength", "append_eos")}
-    tokenised = tokenise_records(read_records(path, template=Plain()), tokenizer, **options, left_out=LeftOut())
+    tokenised = tokenize_records(read_records(path, template=Plain()), tokenizer, **options, load_report=LoadReport())
     examples = {
         record.source: Example(np.array([*prompt, *response], dtype=np.int32), len(prompt), record.source)
         for record, prompt, response in tokenised

@@ -7,10 +7,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.lightning_compat.trainer import datamodule_of, resume_path
-from sft_lightning.system.out_of_memory import explained, generation_advice
+from sft_lightning.system.out_of_memory import generation_advice, translate_out_of_memory
 
 
-def memory_explained(
+def step_oom_advice(
     module: LightningModule, doing: str, batch: MicroBatch | None = None
 ) -> AbstractContextManager[None]:
     """Returns a context in which running out of memory ends in one line: what for, how much, and what to change.
@@ -32,12 +32,12 @@ def memory_explained(
     def advice() -> str:
         return f"{_batch_advice(trainer, module)}. {_checkpoint_line(trainer)}"
 
-    return explained(where, advice, lambda: module.device)
+    return translate_out_of_memory(where, advice, lambda: module.device)
 
 
-def generation_explained(trainer: Trainer, generator: Any, num_prompts: int) -> AbstractContextManager[None]:
+def generation_oom_advice(trainer: Trainer, generator: Any, num_prompts: int) -> AbstractContextManager[None]:
     """Returns the same for answers to prompts, where other settings decide."""
-    return explained(
+    return translate_out_of_memory(
         lambda: f"the answers to {num_prompts} prompts after step {trainer.global_step}",
         lambda: f"{generation_advice(generator)}. {_checkpoint_line(trainer)}",
         lambda: trainer.strategy.root_device,

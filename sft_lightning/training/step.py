@@ -13,7 +13,7 @@ from torch import Tensor
 from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.data.records import SkippedRows, read_records
-from sft_lightning.distributed.collectives import gathered
+from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.distributed.fsdp import gradient_norm
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, logs_this_step, replicas
@@ -162,7 +162,7 @@ def _tell_spike(trainer: Trainer, norm: float, spike: float, parts: Parts) -> No
 
 def _everywhere(trainer: Trainer, rows: list[Any]) -> list[Any]:
     """Returns the step's rows of all processes, which all have to call it."""
-    everyones = [row for part in gathered(rows, trainer.world_size) for row in part]
+    everyones = [row for part in all_gather_objects(rows, trainer.world_size) for row in part]
     return list(dict.fromkeys(everyones))  # processes that are no replicas of each other compute the same rows
 
 

@@ -501,13 +501,13 @@ def claimed(run):
 def test_claims_are_kept_once_and_in_order(tmp_path):
     run = tmp_path / "new" / "run"
     for name in ("config.yaml", "metrics.csv", "config.yaml", "evaluation/step-5/metrics.json"):
-        claims.claim(run, name)
+        claims.register_file(run, name)
     assert claimed(run) == ["config.yaml", "metrics.csv", "evaluation/step-5/metrics.json"]
     assert names(run) == ["run_files.json"]
 
 
 def test_a_death_while_claiming_keeps_the_earlier_claims(tmp_path):
-    for run in deaths(tmp_path, lambda run: claims.claim(run, "b"), lambda run: claims.claim(run, "a")):
+    for run in deaths(tmp_path, lambda run: claims.register_file(run, "b"), lambda run: claims.register_file(run, "a")):
         assert claimed(run) in (["a"], ["a", "b"])
         folders.remove_unfinished(run)
         assert names(run) == ["run_files.json"]
@@ -524,7 +524,7 @@ def whole_run(run):
 
     folders.publish(run / "final", write_final, {})
     for name in ("config.yaml", "evaluation/step-5/metrics.json", "evaluation/step-5/predictions.jsonl"):
-        claims.claim(run, name)
+        claims.register_file(run, name)
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("ours")
     (run / ".checkpoint-15.tmp-123").mkdir()

@@ -13,8 +13,8 @@ def test_stale_files_are_deleted_with_their_folders_and_no_others(tmp_path):
     ours = ("config.yaml", "evaluation/step-5/metrics.json", "evaluation/step-10/metrics.json")
     write(tmp_path, *ours, "evaluation/step-10/notes.txt", "evaluation/step-15/mine.txt")
     for name in (*ours, "evaluation/step-20/gone.json"):
-        claims.claim(tmp_path, name)
-    claims.withdraw(tmp_path, lambda name: name.startswith(("evaluation/step-10", "evaluation/step-20")))
+        claims.register_file(tmp_path, name)
+    claims.remove_registered(tmp_path, lambda name: name.startswith(("evaluation/step-10", "evaluation/step-20")))
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     theirs = {"evaluation/step-10/notes.txt", "evaluation/step-15/mine.txt"}
     assert left == {*ours[:2], *theirs, claims.RUN_FILES}
@@ -27,5 +27,5 @@ def test_withdrawing_leads_nowhere_out_of_the_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / claims.RUN_FILES).write_text('["../victim.txt"]')
-    claims.withdraw(run, lambda name: True)
+    claims.remove_registered(run, lambda name: True)
     assert (tmp_path / "victim.txt").exists()

@@ -48,7 +48,7 @@ def test_gsm8k_is_kept_whole_and_planted_wrong_ground_truths_go_alone(gsm8k, tok
     options = {"tokenizer": tokenizer, "row_filter": CorrectResponses(R1ZeroGrader()), "max_length": 100_000}
     clean = load_or_build_tokens(gsm8k / "train.jsonl", cache_dir=tmp_path, **options)
     assert clean.report["rows"] == 7473
-    assert clean.left_out.num_rows == 0
+    assert clean.load_report.num_rows == 0
     planted = range(50, 7473, 500)  # lines 50, 550, ..., 7050
     path = tmp_path / "planted.jsonl"
     with (gsm8k / "train.jsonl").open() as source, path.open("w") as target:
@@ -59,6 +59,6 @@ def test_gsm8k_is_kept_whole_and_planted_wrong_ground_truths_go_alone(gsm8k, tok
             target.write(json.dumps(row) + "\n")
     store = load_or_build_tokens(path, cache_dir=tmp_path, **options)
     assert len(store) == 7473 - 15
-    assert store.left_out.rejected_rows.count == store.left_out.num_rows == 15
-    assert store.left_out.rejected_rows.first == [(f"{path}:{line}", "wrong") for line in planted]
+    assert store.load_report.rejected_rows.count == store.load_report.num_rows == 15
+    assert store.load_report.rejected_rows.first == [(f"{path}:{line}", "wrong") for line in planted]
     assert {example.source for example in store}.isdisjoint(f"{path}:{line}" for line in planted)

@@ -130,7 +130,7 @@ def test_two_thousand_mutated_lines(tmp_path, tokenizer, note_fault):
     store = load_or_build_tokens(
         path, tokenizer=tokenizer, max_bad_rows=sys.maxsize, max_length=512, cache_dir=tmp_path / "cache"
     )
-    assert len(store) + store.left_out.num_rows >= len(records)
+    assert len(store) + store.load_report.num_rows >= len(records)
     with pytest.raises(
         UserError, match=rf"^too many bad rows \({len(reasons)}, data.max_bad_rows is 0\): {path}:\d+: "
     ):

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from sft_lightning.data.load_report import LeftOut
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import SkippedRows
 
-FULL = LeftOut(
+FULL = LoadReport(
     bad_rows=SkippedRows(1, [("a.jsonl:1", "not JSON")]),
     overlength_rows=SkippedRows(2, [("a.jsonl:2", "9 tokens"), ("a.jsonl:3", "8 tokens")]),
     truncated_prompts=5,
@@ -23,7 +23,7 @@ def test_each_reason_is_a_sentence_with_its_count_and_the_first_five_rows():
         "and 1 more",
     ]
     assert str(FULL) == ". ".join(FULL.sentences)
-    assert str(LeftOut()) == ""
+    assert str(LoadReport()) == ""
 
 
 def test_rows_that_are_kept_with_a_shorter_prompt_are_not_left_out():
@@ -39,7 +39,7 @@ def test_places_get_the_names_that_the_files_have_now():
         "rejected_rows": {"count": 0, "first": []},
     }
     names = {"old:dir/a.jsonl": Path("new/a.jsonl"), "b.jsonl": Path("b.jsonl")}
-    assert LeftOut.from_dict(saved, names) == LeftOut(
+    assert LoadReport.from_dict(saved, names) == LoadReport(
         bad_rows=SkippedRows(30, [("new/a.jsonl:7", "not JSON")]),
         truncated_prompts=2,
         ungraded_rows=SkippedRows(1, [("b.jsonl:1", "no ground_truth")]),
@@ -47,6 +47,6 @@ def test_places_get_the_names_that_the_files_have_now():
 
 
 def test_the_way_out_follows_from_the_reasons():
-    assert LeftOut(overlength_rows=FULL.overlength_rows).way_out(8) == "Raise data.max_length (8)"
-    assert "data.filter_correct: false" in LeftOut(rejected_rows=FULL.rejected_rows).way_out(8)
-    assert "data.filter_correct: false" in LeftOut(ungraded_rows=FULL.ungraded_rows).way_out(8)
+    assert LoadReport(overlength_rows=FULL.overlength_rows).advice(8) == "Raise data.max_length (8)"
+    assert "data.filter_correct: false" in LoadReport(rejected_rows=FULL.rejected_rows).advice(8)
+    assert "data.filter_correct: false" in LoadReport(ungraded_rows=FULL.ungraded_rows).advice(8)

@@ -65,7 +65,7 @@ def forbid_tokenising(monkeypatch):
     def fail(*arguments, **options):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(cache, "tokenise_records", fail)
+    monkeypatch.setattr(cache, "tokenize_records", fail)
 
 
 # What is in a store
@@ -285,7 +285,7 @@ def test_a_store_made_before_there_were_filters_is_read(data, monkeypatch):
     store = load(data, max_length=6)
     (folder,) = (data.parent / "cache").iterdir()
     meta = json.loads((folder / "meta.json").read_text())
-    del meta["left_out"]["ungraded_rows"], meta["left_out"]["rejected_rows"], meta["digests"]
+    del meta["load_report"]["ungraded_rows"], meta["load_report"]["rejected_rows"], meta["digests"]
     (folder / "meta.json").write_text(json.dumps(meta))
     forbid_tokenising(monkeypatch)
     assert load(data, max_length=6).report == store.report

@@ -11,13 +11,13 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen2Config
 from sft_lightning.data import tokenization
 from sft_lightning.data.records import Record
 from sft_lightning.data.tokenization import (
-    LeftOut,
+    LoadReport,
     encode_prompts,
     encode_responses,
     load_tokenizer,
     pad_token_id,
-    tokenise_records,
     tokenize_prompt_and_output,
+    tokenize_records,
     tokenizer_fingerprint,
     truncate_prompt,
     wants_bos,
@@ -199,8 +199,8 @@ def test_lists_must_pair_up(prompts, outputs):
 
 
 def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
-    return tokenise_records(
-        iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, left_out=LeftOut()
+    return tokenize_records(
+        iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, load_report=LoadReport()
     )
 
 
@@ -261,23 +261,23 @@ SHORT = Record("one", "is", source="a:2")
 
 
 def tokenised(records, tokenizer, max_length, overlength):
-    left_out = LeftOut()
-    rows = tokenise_records(
-        iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, left_out=left_out
+    load_report = LoadReport()
+    rows = tokenize_records(
+        iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, load_report=load_report
     )
-    return [(record.source, prompt, response) for record, prompt, response in rows], left_out
+    return [(record.source, prompt, response) for record, prompt, response in rows], load_report
 
 
 def test_a_row_of_exactly_max_length_fits():
-    rows, left_out = tokenised([LONG], WITH_BOS, 9, "error")
+    rows, load_report = tokenised([LONG], WITH_BOS, 9, "error")
     assert rows == [("a:1", [BOS, 3, 5, 4, 5, 3], [6, 7, EOS])]
-    assert left_out == LeftOut()
+    assert load_report == LoadReport()
 
 
 def test_a_longer_row_is_dropped_and_told():
-    rows, left_out = tokenised([LONG, SHORT], WITH_BOS, 8, "drop")
+    rows, load_report = tokenised([LONG, SHORT], WITH_BOS, 8, "drop")
     assert rows == [("a:2", [BOS, 3], [6, EOS])]
-    assert (left_out.overlength_rows.count, left_out.overlength_rows.first) == (1, [("a:1", "9 tokens")])
+    assert (load_report.overlength_rows.count, load_report.overlength_rows.first) == (1, [("a:1", "9 tokens")])
 
 
 def test_a_longer_row_is_an_error_where_so_chosen():
@@ -299,13 +299,13 @@ def test_a_longer_row_is_an_error_where_so_chosen():
     ],
 )
 def test_a_prompt_is_cut_from_the_left_and_a_response_never(tokenizer, max_length, prompt):
-    rows, left_out = tokenised([LONG], tokenizer, max_length, "truncate_prompt")
+    rows, load_report = tokenised([LONG], tokenizer, max_length, "truncate_prompt")
     if prompt is None:
         assert rows == []
-        assert (left_out.overlength_rows.count, left_out.truncated_prompts) == (1, 0)
+        assert (load_report.overlength_rows.count, load_report.truncated_prompts) == (1, 0)
     else:
         assert rows == [("a:1", prompt, [6, 7, EOS])]
-        assert (left_out.overlength_rows.count, left_out.truncated_prompts) == (0, 1)
+        assert (load_report.overlength_rows.count, load_report.truncated_prompts) == (0, 1)
 
 
 def test_truncation_leaves_what_fits_alone():
@@ -318,17 +318,17 @@ def test_text_that_makes_no_token_is_a_bad_row():
     backend.normalizer = normalizers.Replace("two", "")
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    left_out = LeftOut()
+    load_report = LoadReport()
     records = [
         Record("one", "two", source="a:1"),
         Record("two", "one", source="a:2"),
         Record("one", "one", source="a:3"),
     ]
-    rows = tokenise_records(
-        iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, left_out=left_out
+    rows = tokenize_records(
+        iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, load_report=load_report
     )
     assert [record.source for record, _, _ in rows] == ["a:3"]
-    assert left_out.bad_rows.first == [
+    assert load_report.bad_rows.first == [
         ("a:1", "the tokenizer makes no token of the response"),
         ("a:2", "the tokenizer makes no token of the prompt"),
     ]

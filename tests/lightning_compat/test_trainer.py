@@ -417,13 +417,13 @@ def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_pa
 
 
 class Ends(Callback):
-    def __init__(self, ends_again):
-        self.ends_again = ends_again
+    def __init__(self, reruns_end):
+        self.reruns_end = reruns_end
         self.hooks = []
 
     def on_fit_start(self, trainer, module):
-        compat.set_ends_again(trainer, self.ends_again)
-        assert compat.ends_again(trainer) is self.ends_again
+        compat.set_reruns_end(trainer, self.reruns_end)
+        assert compat.reruns_end(trainer) is self.reruns_end
 
     def on_train_start(self, trainer, module):
         self.hooks.append("start")
@@ -433,12 +433,12 @@ class Ends(Callback):
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": 5}])
-@pytest.mark.parametrize(("ends_again", "hooks"), [(True, ["start", "end"]), (False, [])])
-def test_a_run_without_a_step_left_begins_and_ends_once_more_only_if_told(tmp_path, limits, ends_again, hooks):
+@pytest.mark.parametrize(("reruns_end", "hooks"), [(True, ["start", "end"]), (False, [])])
+def test_a_run_without_a_step_left_begins_and_ends_once_more_only_if_told(tmp_path, limits, reruns_end, hooks):
     trainer = make_trainer(SetsPosition(), **limits)
     trainer.fit(Line(), Data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    ends, module = Ends(ends_again), Line()
+    ends, module = Ends(reruns_end), Line()
     resumed = make_trainer(SetsPosition(), ends, **limits)
     resumed.fit(module, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert ends.hooks == hooks

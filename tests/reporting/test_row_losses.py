@@ -12,8 +12,8 @@ from sft_lightning.data.formats.base import R1Zero
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import make_problems
 from sft_lightning.quickstart.prepare import prepare_quickstart
-from sft_lightning.reporting.row_losses import describe_ledger, read_ledger
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.reporting.row_losses import describe_row_losses, read_row_losses
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 
 @pytest.fixture
@@ -50,20 +50,20 @@ def many(value, number=9):
 
 
 def test_a_run_without_a_ledger_has_no_findings(tmp_path):
-    assert read_ledger(tmp_path) is None
+    assert read_row_losses(tmp_path) is None
     (tmp_path / "ledger" / "epoch-0").mkdir(parents=True)
-    assert read_ledger(tmp_path) is None
+    assert read_row_losses(tmp_path) is None
 
 
 def test_after_one_epoch_there_are_hard_rows_and_no_other_claim(write):
-    findings = read_ledger(write({"data:1": 0.001, "data:2": 3.0, "data:3": 1.0}), most=2)
+    findings = read_row_losses(write({"data:1": 0.001, "data:2": 3.0, "data:3": 1.0}), most=2)
     assert (findings.epochs, findings.num_rows) == ((0,), 3)
     assert [(row.source, row.nll, row.num_labels) for row in findings.hardest] == [
         ("data:2", (3.0,), 10),
         ("data:3", (1.0,), 10),
     ]
     assert findings.memorised == findings.mislabelled == []
-    assert describe_ledger(findings, most=1) == [
+    assert describe_row_losses(findings, most=1) == [
         "row ledger: 3 rows, 1 epochs, nll in nats per label token",
         "hardest: 1 of 3 rows",
         "   3.000  data:2",
@@ -73,7 +73,7 @@ def test_after_one_epoch_there_are_hard_rows_and_no_other_claim(write):
 
 
 def test_the_hardest_are_those_of_the_last_epoch(write):
-    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 1.0, "data:2": 2.0}))
+    findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 1.0, "data:2": 2.0}))
     assert [(row.source, row.nll, row.score) for row in findings.hardest] == [
         ("data:2", (2.0, 2.0), 2.0),
         ("data:1", (5.0, 1.0), 1.0),
@@ -81,21 +81,21 @@ def test_the_hardest_are_those_of_the_last_epoch(write):
 
 
 def test_an_epoch_that_still_runs_does_not_count(write):
-    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 9.0}))
+    findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:1": 9.0}))
     assert findings.epochs == (0,)
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:1", (5.0,)), ("data:2", (2.0,))]
 
 
 def test_rows_that_an_epoch_did_not_have_are_none_in_it(write):
     """As under limit_train_batches, where each epoch has rows of its own."""
-    findings = read_ledger(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
+    findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
-    assert describe_ledger(findings)[2] == "       -  3.000  data:3"
+    assert describe_row_losses(findings)[2] == "       -  3.000  data:3"
 
 
 def test_memorised_is_a_whole_response_that_became_likely(write):
     """Ten labels: 0.06 nats each are 0.6, below log 2 = 0.693, and 0.08 are above it."""
-    findings = read_ledger(
+    findings = read_row_losses(
         write(
             {"data:1": 1.0, "data:2": 3.0, "data:3": 1.0, "data:4": 0.05},
             {"data:1": 0.06, "data:2": 0.01, "data:3": 0.08, "data:4": 0.01},
@@ -109,7 +109,7 @@ def test_memorised_is_a_whole_response_that_became_likely(write):
 def test_mislabelled_stays_high_while_the_others_fall(write):
     """The median of rows 0 to 8 falls from 1.0 to 0.25, so a row must keep more than half of its loss."""
     stays, falls, low = {"bad:1": 4.0}, {"hard:1": 4.0}, {"easy:1": 0.9}
-    findings = read_ledger(
+    findings = read_row_losses(
         write(
             many(2.0) | stays | falls | low,
             many(1.0) | stays | falls | low,
@@ -130,23 +130,23 @@ def test_the_loss_of_the_first_epoch_accuses_nobody(write):
     first = many(2.0) | {"early:1": 50.0}
     later = many(0.5) | {"early:1": 0.5}
     last = many(0.1) | {"early:1": 0.1}
-    assert read_ledger(write(first, later, last)).mislabelled == []
+    assert read_row_losses(write(first, later, last)).mislabelled == []
 
 
 @pytest.mark.parametrize("last", [1.0, 2.0])
 def test_where_nothing_is_learned_nobody_is_accused(write, last):
     epochs = [many(1.0) | {"bad:1": 40.0}, many(1.0) | {"bad:1": 40.0}, many(last) | {"bad:1": 90.0}]
-    assert read_ledger(write(*epochs)).mislabelled == []
+    assert read_row_losses(write(*epochs)).mislabelled == []
 
 
 def test_two_epochs_accuse_nobody(write):
-    assert read_ledger(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabelled == []
+    assert read_row_losses(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabelled == []
 
 
 def test_rows_that_are_all_alike_are_no_outliers(write):
     alike = {f"data:{i}": 0.5 for i in range(9)}
     fallen = {f"data:{i}": 0.1 for i in range(9)}
-    assert read_ledger(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabelled == []
+    assert read_row_losses(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabelled == []
 
 
 # Excerpts
@@ -154,7 +154,7 @@ def test_rows_that_are_all_alike_are_no_outliers(write):
 
 def excerpts(write, file, *lines):
     file.write_bytes(b"".join(line + b"\n" for line in lines))
-    findings = read_ledger(write({f"{file}:{number}": 1.0 / number for number in range(1, len(lines) + 1)}))
+    findings = read_row_losses(write({f"{file}:{number}": 1.0 / number for number in range(1, len(lines) + 1)}))
     return [row.excerpt for row in findings.hardest]
 
 
@@ -182,20 +182,20 @@ def test_a_file_that_is_gone_or_shorter_has_no_excerpt(write, tmp_path):
     short = tmp_path / "short.jsonl"
     short.write_text('{"prompt": "a", "response": "b"}\n')
     rows = {f"{short}:1": 4.0, f"{short}:7": 3.0, f"{tmp_path}/gone.jsonl:1": 2.0, "rows.parquet:1": 1.0}
-    assert [row.excerpt for row in read_ledger(write(rows)).hardest] == ["a => b", None, None, None]
+    assert [row.excerpt for row in read_row_losses(write(rows)).hardest] == ["a => b", None, None, None]
 
 
 def test_a_terminal_obeys_nothing_in_a_text(write, tmp_path):
     line = json.dumps({"prompt": "\x1b[2Jgone", "response": "\u202eok"}).encode()
     excerpts(write, tmp_path / "rows.jsonl", line)
-    assert describe_ledger(read_ledger(tmp_path))[2].endswith(r"\x1b[2Jgone => \u202eok")
+    assert describe_row_losses(read_row_losses(tmp_path))[2].endswith(r"\x1b[2Jgone => \u202eok")
 
 
 def test_a_damaged_part_is_named(write, tmp_path):
     path = write({"data:1": 1.0}) / "ledger" / "epoch-0" / "step-1.rank-0.parquet"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=re.escape(f"ledger file '{path}' cannot be read")):
-        read_ledger(tmp_path)
+        read_row_losses(tmp_path)
 
 
 # A real training
@@ -242,15 +242,15 @@ def test_most_planted_wrong_answers_are_found_and_few_others_accused(tmp_path):
         accelerator="cpu",
         max_epochs=10,
         gradient_clip_val=1.0,
-        callbacks=[RowLedger(str(tmp_path / "run"))],
+        callbacks=[RowLossRecorder(str(tmp_path / "run"))],
         **quiet,
     )
     trainer.fit(SFTModule(model, learning_rate=3e-3, betas=(0.9, 0.9), lr_schedule="cosine", warmup_steps=20), data)
-    findings = read_ledger(tmp_path / "run", most=1000)
+    findings = read_row_losses(tmp_path / "run", most=1000)
     accused = {int(row.source.rpartition(":")[2]) for row in findings.mislabelled}
     precision, recall = len(accused & planted) / len(accused), len(accused & planted) / len(planted)
     print(f"precision {precision:.2f}, recall {recall:.2f} of {len(planted)}, {len(accused)} accused")
-    print("\n".join(describe_ledger(findings)))
+    print("\n".join(describe_row_losses(findings)))
     assert recall >= 0.7
     assert precision >= 0.6
     assert all(row.excerpt for row in findings.mislabelled)

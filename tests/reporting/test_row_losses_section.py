@@ -5,7 +5,7 @@ from pyarrow import parquet
 
 from sft_lightning.reporting.before_after import before_and_after
 from sft_lightning.reporting.figures import figures
-from sft_lightning.reporting.row_losses_section import ledger_section
+from sft_lightning.reporting.row_losses_section import row_losses_section
 from sft_lightning.reporting.run_files import read_run
 from sft_lightning.reporting.sections import Contents
 
@@ -38,7 +38,7 @@ def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, writ
     for epoch, scale in enumerate((1.0, 0.5, 0.25)):
         rows = [(f"{data}:1", 2, 8.0), (f"{data}:2", 2, 2.0 * scale), (f"{data}:3", 2, 4.0 * scale)]
         write_ledger(run, rows, epoch)
-    section = ledger_section(contents_of(run))
+    section = row_losses_section(contents_of(run))
     assert section.title == "Training rows"
     assert "3 rows in 3 whole epochs" in section.html
     hardest = section.html.split("<tbody>")[1].split("</tbody>")[0]
@@ -54,7 +54,7 @@ def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, writ
 
 
 def test_a_run_without_a_ledger_has_no_such_section(tmp_path, write_run, samples_of):
-    assert ledger_section(contents_of(write_run(tmp_path, {0: samples_of(4, 0)}))) is None
+    assert row_losses_section(contents_of(write_run(tmp_path, {0: samples_of(4, 0)}))) is None
 
 
 def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
@@ -62,12 +62,12 @@ def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
     folder = run / "ledger" / "epoch-0"
     folder.mkdir(parents=True)
     (folder / "step-1.rank-0.parquet").write_bytes(b"PAR1 not")
-    assert "step-1.rank-0.parquet" in ledger_section(contents_of(run)).html
+    assert "step-1.rank-0.parquet" in row_losses_section(contents_of(run)).html
 
 
 def test_what_takes_more_epochs_says_so(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
     write_ledger(run, [("gone.jsonl:1", 2, 8.0)], 0)
-    html = ledger_section(contents_of(run)).html
+    html = row_losses_section(contents_of(run)).html
     assert "Cannot be told before 3 epochs" in html
     assert "gone.jsonl:1" in html

@@ -9,11 +9,11 @@ import torch
 from sft_lightning.errors import RunFailedError
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.system.out_of_memory import (
-    explained,
     generation_advice,
     host_lacks_memory,
     is_out_of_memory,
     peak_memory_bytes,
+    translate_out_of_memory,
 )
 
 
@@ -59,7 +59,7 @@ def cpu():
 
 
 def test_the_error_is_told_in_one_line_and_chained():
-    with pytest.raises(RunFailedError) as raised, explained(lambda: "a test", lambda: "Buy more", cpu):
+    with pytest.raises(RunFailedError) as raised, translate_out_of_memory(lambda: "a test", lambda: "Buy more", cpu):
         torch.empty(1 << 60, dtype=torch.uint8)
     assert re.fullmatch(r"out of memory in a test; peak memory \d+\.\d\d GB\. Buy more", str(raised.value))
     assert is_out_of_memory(raised.value.__cause__)
@@ -67,10 +67,13 @@ def test_the_error_is_told_in_one_line_and_chained():
 
 
 def test_an_explanation_is_not_explained_again_and_other_errors_pass():
-    outer, inner = explained(lambda: "the outer", str, cpu), explained(lambda: "the inner", str, cpu)
+    outer, inner = (
+        translate_out_of_memory(lambda: "the outer", str, cpu),
+        translate_out_of_memory(lambda: "the inner", str, cpu),
+    )
     with pytest.raises(RunFailedError, match="in the inner"), outer, inner:
         raise MemoryError
-    with pytest.raises(RuntimeError, match=r"^a shape$"), explained(lambda: "a test", str, cpu):
+    with pytest.raises(RuntimeError, match=r"^a shape$"), translate_out_of_memory(lambda: "a test", str, cpu):
         raise RuntimeError("a shape")
 
 

@@ -216,11 +216,11 @@ def doubtful_file(train_file, tmp_path):
 def test_filter_correct_keeps_the_rows_that_the_grader_rewards(fit, doubtful_file):
     module, data, _ = fit({"train_path": doubtful_file, "val_path": doubtful_file, "filter_correct": True})
     assert all_lines(module.epochs[0]) == [line for line in range(1, 43) if line not in (3, 5, 8)]
-    assert data.training_tokens.left_out.rejected_rows.first == [
+    assert data.training_tokens.load_report.rejected_rows.first == [
         (f"{doubtful_file}:3", "wrong"),
         (f"{doubtful_file}:8", "no_closing_tag"),
     ]
-    assert data.training_tokens.left_out.ungraded_rows.first == [(f"{doubtful_file}:5", "no ground_truth")]
+    assert data.training_tokens.load_report.ungraded_rows.first == [(f"{doubtful_file}:5", "no ground_truth")]
     assert all_lines(module.validated) == list(range(1, 43)), "the validation set is left as it is"
 
 

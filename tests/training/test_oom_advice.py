@@ -16,7 +16,7 @@ from sft_lightning.data.batch import Example
 from sft_lightning.data.batching.collate import collate
 from sft_lightning.errors import RunFailedError
 from sft_lightning.training.module import SFTModule
-from sft_lightning.training.oom_advice import generation_explained, memory_explained
+from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
 
 # A callback in a file of its own: the limit is set where the test wants it, in the process that runs the fit.
 LIMIT = """
@@ -188,7 +188,7 @@ def stand_in(function, **data):
 @pytest.mark.parametrize(("size", "smaller", "accumulate"), [(4, 2, 8), (6, 3, 8), (9, 3, 12), (7, 1, 28)])
 def test_a_smaller_batch_makes_the_same_step(size, smaller, accumulate):
     module = stand_in("fit", batch_size=size, max_length=64)
-    with pytest.raises(RunFailedError) as raised, memory_explained(module, "validation"):
+    with pytest.raises(RunFailedError) as raised, step_oom_advice(module, "validation"):
         raise MemoryError
     assert (
         f"What helps: --data.batch_size {smaller} with --trainer.accumulate_grad_batches {accumulate} (the same step); "
@@ -199,12 +199,15 @@ def test_a_smaller_batch_makes_the_same_step(size, smaller, accumulate):
 
 def test_outside_of_fit_there_is_nothing_to_lose():
     module = stand_in("validate", batch_size=4, max_length=64)
-    with pytest.raises(RunFailedError) as raised, memory_explained(module, "validation"):
+    with pytest.raises(RunFailedError) as raised, step_oom_advice(module, "validation"):
         raise MemoryError
     assert str(raised.value).endswith(
         "What helps: --data.batch_size 2; --data.max_length below 64. Nothing was changed"
     )
-    with pytest.raises(RunFailedError, match="the answers to 3 prompts"), generation_explained(module.trainer, None, 3):
+    with (
+        pytest.raises(RunFailedError, match="the answers to 3 prompts"),
+        generation_oom_advice(module.trainer, None, 3),
+    ):
         raise MemoryError
 
 
@@ -212,7 +215,7 @@ def test_outside_of_fit_there_is_nothing_to_lose():
 def test_the_micro_batch_is_described(layout):
     examples = [Example(np.arange(n, dtype=np.int32), 2, f"a:{n}") for n in (5, 9)]
     batch = collate(examples, [1.0, 1.0], layout=layout, pad_token_id=0)
-    with pytest.raises(RunFailedError) as raised, memory_explained(stand_in("fit"), "the forward pass", batch):
+    with pytest.raises(RunFailedError) as raised, step_oom_advice(stand_in("fit"), "the forward pass", batch):
         raise MemoryError
     shape = {"padded": "16 tokens (2 x 8)", "packed": "12 tokens (1 x 12)"}[layout]
     assert f"a micro-batch of 2 rows, {shape}, 10 label positions, layout {layout}; " in str(raised.value)

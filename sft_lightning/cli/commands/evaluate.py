@@ -56,7 +56,7 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     from sft_lightning.data.records import read_records
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.grading.graders import grader_named
-    from sft_lightning.system.out_of_memory import explained, generation_advice
+    from sft_lightning.system.out_of_memory import generation_advice, translate_out_of_memory
 
     if options.num_examples is not None and options.num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
@@ -69,7 +69,7 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     model, tokenizer = (None, None) if options.server else _load(options.model)
     device = torch.device("cpu") if model is None else model.device
     advice = generation_advice(generator)
-    with explained(lambda: f"the answers to {len(records)} prompts", lambda: advice, lambda: device):
+    with translate_out_of_memory(lambda: f"the answers to {len(records)} prompts", lambda: advice, lambda: device):
         return evaluate(
             model,
             [record.prompt for record in records],

@@ -13,7 +13,7 @@ def run(args: list[str]) -> int:
     from sft_lightning.evaluation.comparison import LABELS, comparison_table
     from sft_lightning.reporting.before_after import before_and_after, rates_of
     from sft_lightning.reporting.page import write_report
-    from sft_lightning.reporting.row_losses import describe_ledger, read_ledger
+    from sft_lightning.reporting.row_losses import describe_row_losses, read_row_losses
     from sft_lightning.reporting.run_files import read_run
 
     files = read_run(folder)
@@ -27,8 +27,8 @@ def run(args: list[str]) -> int:
         print("[95% intervals]")
     if changed.note:
         print(changed.note)
-    findings = read_ledger(folder)
+    findings = read_row_losses(folder)
     if findings is not None:
-        print("\n".join(describe_ledger(findings)))
+        print("\n".join(describe_row_losses(findings)))
     print(f"report: {page}")
     return 0

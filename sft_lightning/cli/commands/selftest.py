@@ -16,7 +16,7 @@ from sft_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from sft_lightning.diagnostics.selftest.result import Outcome
-    from sft_lightning.diagnostics.selftest.setup import Trial
+    from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
 _DESCRIPTION = """\
 Runs a few optimizer steps of a config, its own model on the first of its rows, on one device: in every layout and
@@ -72,15 +72,15 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
     return outcomes
 
 
-def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "Trial":
+def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
     """Returns what is to be tried of a config of fit and of the classes that were built from it."""
-    from sft_lightning.diagnostics.selftest.setup import Trial
+    from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
     if built.data.paths["train"] is None:
         raise UserError("data.train_path is not set: name a JSONL or Parquet file, a folder or a glob")
     trainer = config.trainer
     clipping = {name: trainer[name] for name in ("gradient_clip_val", "gradient_clip_algorithm")}
-    return Trial(
+    return SelftestSetup(
         data=built.data,
         model=built.model,
         accumulate=trainer.accumulate_grad_batches,
@@ -93,7 +93,7 @@ def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "Trial":
     )
 
 
-def _precisions(trial: "Trial") -> "Iterator[Trial]":
+def _precisions(trial: "SelftestSetup") -> "Iterator[SelftestSetup]":
     """Yields the trial in an exact precision, where differences show, and in its own where that is another."""
     attention = trial.model.hparams["attn_implementation"]
     exact = trial.precision if trial.precision in ("32-true", "64-true") else "32-true"

@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS, grow, sort_prompts, split_runs
+from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS, build_trie, sort_prompts, split_runs
 
 
-def deal(total_lengths: np.ndarray, num_groups: int, prompts: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+def balance_groups(
+    total_lengths: np.ndarray, num_groups: int, prompts: Sequence[np.ndarray] | None = None
+) -> list[np.ndarray]:
     """Returns the rows of a step as groups that cost about the same.
 
     Longest processing time first (Graham, 1969): the costliest piece goes to the group that has the least so far. So no
@@ -36,13 +38,13 @@ def deal(total_lengths: np.ndarray, num_groups: int, prompts: Sequence[np.ndarra
         groups = _spread(input_lengths, num_filled)
         costs = [sum(input_lengths[row] for row in group) for group in groups]
     else:
-        groups, costs = _deal_bundles(input_lengths, num_filled, prompts)
+        groups, costs = _balance_bundles(input_lengths, num_filled, prompts)
     costliest_first = sorted(range(num_filled), key=lambda group: -costs[group])
     filled = [np.array(groups[group], dtype=np.int64) for group in costliest_first]
     return filled + [np.empty(0, dtype=np.int64)] * (num_groups - num_filled)
 
 
-def _deal_bundles(
+def _balance_bundles(
     input_lengths: Sequence[int], num_groups: int, prompts: Sequence[np.ndarray]
 ) -> tuple[list[list[int]], list[int]]:
     """Returns groups that keep rows with a common prompt together, and the unique tokens of each."""
@@ -54,9 +56,9 @@ def _deal_bundles(
         rows = [order[place] for place in places]
         # Rows that are no neighbours have in common what all rows between them have.
         between = np.minimum.reduceat(common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
-        branches, _ = grow(rows, between, input_lengths)
+        nodes, _ = build_trie(rows, between, input_lengths)
         groups.append(rows)
-        unique_tokens.append(sum(branch.end - branch.first for branch in branches))
+        unique_tokens.append(sum(node.end - node.first for node in nodes))
     return groups, unique_tokens
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from sft_lightning.data.batch import Example, Layout, MicroBatch, Segments, Span, collate_padded, empty_micro_batch
-from sft_lightning.data.batching.prefix_trie import Branch, grow, sort_prompts
+from sft_lightning.data.batching.prefix_trie import TrieNode, build_trie, sort_prompts
 
 
 def collate(
@@ -74,14 +74,14 @@ def collate_packed(
     order, common = list(range(len(examples))), [0] * (len(examples) - 1)
     if share_prefixes:
         order, common = sort_prompts([example.tokens[: example.prompt_length] for example in examples])
-    branches, last_branches = grow(order, common, input_lengths)
-    spans = _place(branches)
+    nodes, last_nodes = build_trie(order, common, input_lengths)
+    spans = _place(nodes)
     num_tokens = spans[-1].end
     width = num_tokens if not pad_to_multiple_of else -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
     input_ids = np.full((1, width), pad_token_id, dtype=np.int64)
-    for span, branch in zip(spans, branches, strict=True):
-        input_ids[0, span.start : span.end] = examples[branch.row].tokens[branch.first : branch.end]
-    first_ids = [branch.first for branch in branches]
+    for span, node in zip(spans, nodes, strict=True):
+        input_ids[0, span.start : span.end] = examples[node.row].tokens[node.first : node.end]
+    first_ids = [node.first for node in nodes]
     if width > num_tokens:
         spans.append(Span(num_tokens, width, -1))
         first_ids.append(0)
@@ -94,7 +94,7 @@ def collate_packed(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids[None]),
         segments=Segments.from_spans(spans),
-        label_positions=torch.from_numpy(_label_positions(examples, branches, spans, last_branches)),
+        label_positions=torch.from_numpy(_label_positions(examples, nodes, spans, last_nodes)),
         labels=torch.from_numpy(
             np.concatenate([example.tokens[example.prompt_length :] for example in examples]).astype(np.int64)
         ),
@@ -107,23 +107,21 @@ def collate_packed(
     )
 
 
-def _place(branches: Sequence[Branch]) -> list[Span]:
-    ends = list(accumulate(branch.end - branch.first for branch in branches))
-    return [
-        Span(start, end, branch.parent) for (start, end), branch in zip(pairwise([0, *ends]), branches, strict=True)
-    ]
+def _place(nodes: Sequence[TrieNode]) -> list[Span]:
+    ends = list(accumulate(node.end - node.first for node in nodes))
+    return [Span(start, end, node.parent) for (start, end), node in zip(pairwise([0, *ends]), nodes, strict=True)]
 
 
 def _label_positions(
-    examples: Sequence[Example], branches: Sequence[Branch], spans: Sequence[Span], last_branches: Sequence[int]
+    examples: Sequence[Example], nodes: Sequence[TrieNode], spans: Sequence[Span], last_nodes: Sequence[int]
 ) -> np.ndarray:
     """Returns where the token before each label stands. Shape [M], int64."""
     parts = []
-    for example, index in zip(examples, last_branches, strict=True):
-        branch, span = branches[index], spans[index]
-        shift = span.start - branch.first
+    for example, index in zip(examples, last_nodes, strict=True):
+        node, span = nodes[index], spans[index]
+        shift = span.start - node.first
         positions = np.arange(shift + example.prompt_length - 1, span.end)
-        if example.prompt_length == branch.first:
-            positions[0] = spans[branch.parent].end - 1  # the whole prompt is shared, its last token stands above
+        if example.prompt_length == node.first:
+            positions[0] = spans[node.parent].end - 1  # the whole prompt is shared, its last token stands above
         parts.append(positions)
     return np.concatenate(parts)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.batching.plan import EpochPlan, PlannedMicroBatch
-from sft_lightning.data.batching.workers import WatchedWorkers, leave_signals_to_the_run
+from sft_lightning.data.batching.workers import WatchedWorkers, ignore_signals
 from sft_lightning.data.token_store import TokenStore
 
 
@@ -114,7 +114,7 @@ class PlannedLoader:
             sampler=range(start, len(micro_batches)),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=ignore_signals,
         )
         if not self._num_workers:
             return iter(batches)

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from sft_lightning.data.batch import Layout
-from sft_lightning.data.batching.balancing import deal
+from sft_lightning.data.batching.balancing import balance_groups
 
 LossNormalization = Literal["token", "sequence", "constant", "micro_batch"]
 
@@ -95,7 +95,7 @@ class EpochPlan:
         self._normalize_constant = normalize_constant
         self._layout = layout
         self._prompt_of = prompt_of
-        self._dealt: tuple[int, list[np.ndarray]] | None = None
+        self._cached_groups: tuple[int, list[np.ndarray]] | None = None
         self.num_examples, self.num_steps, self.num_micro_batches = epoch_size(
             len(total_lengths), shape, max_micro_batches
         )
@@ -112,7 +112,7 @@ class EpochPlan:
     def micro_batch(self, replica: int, index: int) -> PlannedMicroBatch:
         """Returns the ``index``-th micro-batch of the epoch for a replica."""
         step, position = divmod(index, self._shape.num_micro_batches)
-        groups = self._deal(step)
+        groups = self._groups_of_step(step)
         mine = position * self._shape.num_replicas + replica
         labels = [self._label_lengths[group] for group in groups]
         weights = label_weights(self._normalization, labels, mine, self._normalize_constant)
@@ -123,18 +123,18 @@ class EpochPlan:
             rng_seed=int(rng_seed.generate_state(1)[0]),
         )
 
-    def _deal(self, step: int) -> list[np.ndarray]:
+    def _groups_of_step(self, step: int) -> list[np.ndarray]:
         """Returns the step's rows in micro-batch-major order: micro-batch 0 of every replica, then micro-batch 1, ...
 
         The costliest micro-batches come first. So those of the replicas at one position cost about the same, and what
         does not fit into memory fails in the first seconds. The last step is remembered, since it is asked for once
         for every micro-batch.
         """
-        if self._dealt is None or self._dealt[0] != step:
+        if self._cached_groups is None or self._cached_groups[0] != step:
             shape = self._shape
             num_positions = min(shape.num_micro_batches, self.num_micro_batches - step * shape.num_micro_batches)
-            self._dealt = step, self._groups(self.step_examples(step), num_positions * shape.num_replicas)
-        return self._dealt[1]
+            self._cached_groups = step, self._groups(self.step_examples(step), num_positions * shape.num_replicas)
+        return self._cached_groups[1]
 
     def _groups(self, rows: np.ndarray, num_groups: int) -> list[np.ndarray]:
         lengths = self._total_lengths[rows]
@@ -147,7 +147,7 @@ class EpochPlan:
         if self._layout == "shared_prefix":
             assert self._prompt_of is not None
             prompts = [self._prompt_of(int(row)) for row in rows]
-        return [rows[group] for group in deal(lengths, num_groups, prompts)]
+        return [rows[group] for group in balance_groups(lengths, num_groups, prompts)]
 
 
 def epoch_size(num_examples: int, shape: StepShape, max_micro_batches: int | None = None) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 MIN_SHARED_TOKENS = 16
 
 
-class Branch(NamedTuple):
+class TrieNode(NamedTuple):
     """A span before it has its place: tokens ``row[first:end]`` below another branch."""
 
     row: int
@@ -38,7 +38,9 @@ def _num_common(one: np.ndarray, other: np.ndarray) -> int:
     return first if differs[first] else length
 
 
-def grow(order: Sequence[int], common: Sequence[int], input_lengths: Sequence[int]) -> tuple[list[Branch], list[int]]:
+def build_trie(
+    order: Sequence[int], common: Sequence[int], input_lengths: Sequence[int]
+) -> tuple[list[TrieNode], list[int]]:
     """Returns the branches of the trie depth-first, and for each row the branch of its last input token.
 
     Args:
@@ -46,8 +48,8 @@ def grow(order: Sequence[int], common: Sequence[int], input_lengths: Sequence[in
         common: Shape [len(order) - 1], tokens that neighbours have in common.
         input_lengths: Of all rows, by their number.
     """
-    branches: list[Branch] = []
-    last_branches = [-1] * len(input_lengths)
+    nodes: list[TrieNode] = []
+    last_nodes = [-1] * len(input_lengths)
     # No recursion: nested prompts may make a trie deeper than Python's stack.
     waiting = [(start, stop, 0, -1) for start, stop in reversed(split_runs(common, 0, len(order), MIN_SHARED_TOKENS))]
     while waiting:
@@ -57,14 +59,14 @@ def grow(order: Sequence[int], common: Sequence[int], input_lengths: Sequence[in
         end = input_lengths[row] if is_leaf else min(common[start : stop - 1])
         # A leaf is empty where one label follows a prompt that is shared as a whole: the branch above predicts it.
         if end > depth:
-            branches.append(Branch(row, depth, end, parent))
-            parent = len(branches) - 1
+            nodes.append(TrieNode(row, depth, end, parent))
+            parent = len(nodes) - 1
         if is_leaf:
-            last_branches[row] = parent
+            last_nodes[row] = parent
         else:
             runs = split_runs(common, start, stop, end + MIN_SHARED_TOKENS)
             waiting += [(first, behind, end, parent) for first, behind in reversed(runs)]
-    return branches, last_branches
+    return nodes, last_nodes
 
 
 def split_runs(common: Sequence[int], start: int, stop: int, least: int) -> list[tuple[int, int]]:

@@ -81,7 +81,7 @@ class WatchedWorkers:
         )
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """To be called in each worker: schedulers signal all processes of a job, and the main one decides what follows."""
     for each in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)

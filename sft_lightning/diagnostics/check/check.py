@@ -29,7 +29,7 @@ from sft_lightning.diagnostics.check.memory_estimate import (
 from sft_lightning.diagnostics.check.rows import RowAccount, RowSettings
 from sft_lightning.diagnostics.check.samples import Sample, draw_samples
 from sft_lightning.diagnostics.check.texts import Texts
-from sft_lightning.diagnostics.check.token_boundaries import Borders
+from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
 from sft_lightning.grading.graders import Grader
 from sft_lightning.models.loading import check_vocabulary, empty_model
 
@@ -190,7 +190,7 @@ def _check_set(
     report = SetReport(each.name, each.path, each.max_length)
     account = report.account
     digests = RowDigests(each.name, account.sources)
-    texts, borders = Texts(each.name), Borders(each.name, each.tokenizer)
+    texts, borders = Texts(each.name), TokenBoundaries(each.name, each.tokenizer)
     ground_truths = GroundTruths(each.name, settings.grader)
     for rows in account.read(each, store):
         for one in (digests, texts, borders, ground_truths):

@@ -63,14 +63,14 @@ def render(report: CheckReport, console: Console) -> None:
 def _print_set(report: SetReport, console: Console, marks: _Marks) -> None:
     account = report.account
     console.print(Text.assemble((report.name, "bold"), f"  {report.path}"))
-    left_out = [
+    load_report = [
         (account.num_unused, "not used (max_train_examples)"),
         (account.bad_rows.count, "bad"),
         (len(account.overlength_rows), f"over {report.max_length} tokens"),
         (len(account.filtered_rows), "dropped by data.filter_correct"),
         (len(account.truncated_rows), "with a cut prompt"),
     ]
-    parts = [f"{account.num_used:,} rows used", *(f"{count:,} {what}" for count, what in left_out if count)]
+    parts = [f"{account.num_used:,} rows used", *(f"{count:,} {what}" for count, what in load_report if count)]
     if account.num_used:
         parts.append(f"EOS supervised in {report.num_eos_supervised:,} of {account.num_used:,}")
     if report.num_graded:

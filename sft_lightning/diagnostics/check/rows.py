@@ -139,11 +139,11 @@ class RowAccount:
         index = 0
         while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
             rows: list[Row] = []
-            left_out: list[Record] = []
+            load_report: list[Record] = []
             for record in chunk:
                 example = store[index] if store is not None and index < stored else None
                 if example is None or example.source != record.source:
-                    left_out.append(record)
+                    load_report.append(record)
                     continue
                 index += 1
                 if settings.max_examples is not None and self.num_used >= settings.max_examples:
@@ -151,7 +151,7 @@ class RowAccount:
                 else:
                     rows.append(Row(record, example))
                     self.sources.append(record.source)
-            self._note_left_out(left_out, settings)
+            self._note_load_report(load_report, settings)
             self._note_truncated(rows, settings)
             if rows:
                 yield rows
@@ -221,7 +221,7 @@ class RowAccount:
             self.overlength_rows,
         )
 
-    def _note_left_out(self, records: list[Record], settings: RowSettings) -> None:
+    def _note_load_report(self, records: list[Record], settings: RowSettings) -> None:
         for record, prompt, response in _encoded(records, settings):
             if prompt and response:
                 num_tokens = len(prompt) + len(response)

@@ -19,7 +19,7 @@ _SYSTEMATIC = 0.5
 _MOST_REMEMBERED = 100_000
 
 
-class Borders:
+class TokenBoundaries:
     """Looks at the tokens at the ends of prompts and responses.
 
     Args:

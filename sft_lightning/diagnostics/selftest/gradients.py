@@ -18,7 +18,7 @@ from sft_lightning.diagnostics.selftest.reference import (
     reference_step,
 )
 from sft_lightning.diagnostics.selftest.result import Outcome, gradient_difference, relative_difference
-from sft_lightning.diagnostics.selftest.setup import LAYOUTS, Trial
+from sft_lightning.diagnostics.selftest.setup import LAYOUTS, SelftestSetup
 from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.system.out_of_memory import is_out_of_memory
 from sft_lightning.training.datamodule import SFTDataModule
@@ -86,7 +86,7 @@ class _Watcher(Callback):
             self.label_difference = max(self.label_difference, difference)
 
 
-def check_gradients(trial: Trial, tolerance: float | None = None) -> Iterator[Outcome]:
+def check_gradients(trial: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
     """Yields an outcome for the chunked loss and for each layout and split.
 
     Weights stay as they are: every step is taken at a learning rate of 0.
@@ -125,7 +125,7 @@ def check_gradients(trial: Trial, tolerance: float | None = None) -> Iterator[Ou
             return
 
 
-def settled(outcomes: Iterable[Outcome], trial: Trial, tolerance: float | None = None) -> Iterator[Outcome]:
+def settled(outcomes: Iterable[Outcome], trial: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
     """Yields outcomes in float32, those that failed once more in float64: rounding shrinks there, and a fault does not.
 
     Gradients of a deep model may differ by more than 1e-5 in a tensor whose gradient is small.

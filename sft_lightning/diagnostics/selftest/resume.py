@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.diagnostics.selftest.result import Outcome
-from sft_lightning.diagnostics.selftest.setup import Trial
+from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.lightning_compat.trainer import is_optimizer_step
 from sft_lightning.system.out_of_memory import is_out_of_memory
@@ -23,7 +23,7 @@ class _Losses(Callback):
             self.values.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def check_resume(trial: Trial) -> Outcome:
+def check_resume(trial: SelftestSetup) -> Outcome:
     """Returns whether a run that resumes in its second epoch has the losses and weights of a straight one.
 
     With the config's own batches, layout, precision, optimizer and dropout; the learning rate does not warm up.
@@ -52,7 +52,7 @@ def check_resume(trial: Trial) -> Outcome:
 
 
 def _run(
-    trial: Trial, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
+    trial: SelftestSetup, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Returns the losses of the steps that were taken, and the weights in the end."""
     losses = _Losses()

@@ -14,7 +14,7 @@ from sft_lightning.training.module import SFTModule
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class SelftestSetup:
     """A config of ``fit``, cut down to a few optimizer steps on one device.
 
     Attributes:

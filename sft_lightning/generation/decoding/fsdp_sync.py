@@ -16,7 +16,7 @@ _IDLE, _FORWARD, _FAILED = 0, 1, 2
 
 
 @contextmanager
-def lockstep(model: "PreTrainedModel") -> Iterator[None]:
+def synchronize_forwards(model: "PreTrainedModel") -> Iterator[None]:
     """Inside, processes may call a sharded model as often as each needs to; the end waits for all to come there.
 
     A forward pass gathers weights from all processes, so one that has no more work goes on with forward passes of one
@@ -38,7 +38,7 @@ def lockstep(model: "PreTrainedModel") -> Iterator[None]:
     ]
     try:
         yield
-        processes.keep_company()
+        processes.run_dummy_forwards()
     except BaseException:
         processes.tell_failure()
         raise
@@ -60,7 +60,7 @@ class _Processes:
     def after_forward(self, module: Any, args: Any, output: Any) -> None:
         self._in_forward = False
 
-    def keep_company(self) -> None:
+    def run_dummy_forwards(self) -> None:
         """Runs forward passes of one token as long as others have work."""
         token = torch.zeros((1, 1), dtype=torch.int64, device=self._model.device)
         while self._exchange(_IDLE) == _FORWARD:

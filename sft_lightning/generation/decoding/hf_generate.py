@@ -14,14 +14,14 @@ from transformers import (
 )
 
 from sft_lightning.generation.decoding.loop import Answer
-from sft_lightning.generation.decoding.sampling import TokenChoice
-from sft_lightning.generation.decoding.stopping import AnswerEnd
+from sft_lightning.generation.decoding.sampling import TokenSampler
+from sft_lightning.generation.decoding.stopping import StopCondition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TransformersGenerate:
+class HFGenerate:
     """Answers batches of prompts, each as one call of ``model.generate``.
 
     Args:
@@ -35,8 +35,8 @@ class TransformersGenerate:
     def __init__(
         self,
         model: "PreTrainedModel",
-        choice: TokenChoice,
-        end: AnswerEnd,
+        choice: TokenSampler,
+        end: StopCondition,
         eos_token_ids: Collection[int],
         pad_token_id: int,
     ) -> None:
@@ -85,7 +85,7 @@ class TransformersGenerate:
 class _Chosen(LogitsProcessor):
     """Leaves one token possible in each row: the one that is chosen."""
 
-    def __init__(self, choice: TokenChoice, random_numbers: Tensor) -> None:
+    def __init__(self, choice: TokenSampler, random_numbers: Tensor) -> None:
         self.entropies: list[Tensor] = []
         self._choice = choice
         self._random_numbers = random_numbers
@@ -99,7 +99,7 @@ class _Chosen(LogitsProcessor):
 class _Watch(StoppingCriteria):
     """Collects the tokens of each row until its answer ends."""
 
-    def __init__(self, end: AnswerEnd, num_rows: int) -> None:
+    def __init__(self, end: StopCondition, num_rows: int) -> None:
         self.answers = [Answer() for _ in range(num_rows)]
         self._end = end
         self._ended = [False] * num_rows

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicLayer
 ROOM_TOKENS = 16
 
 
-class RowCache(Cache):
+class KVCache(Cache):
     """Keys and values of the rows of one batch.
 
     Args:
@@ -25,13 +25,13 @@ class RowCache(Cache):
         prefix: The cache of one row that all rows of this one begin with; it may serve any number of caches.
     """
 
-    def __init__(self, num_layers: int, prefix: "RowCache | None" = None) -> None:
+    def __init__(self, num_layers: int, prefix: "KVCache | None" = None) -> None:
         prefixes = prefix.row_layers if prefix else [None] * num_layers
-        self.row_layers: list[_RowLayer] = [_RowLayer(each) for each in prefixes]
+        self.row_layers: list[_KVLayer] = [_KVLayer(each) for each in prefixes]
         super().__init__(layers=list(self.row_layers))
 
     @classmethod
-    def of_parts(cls, parts: "list[RowCache]", num_prefix: int) -> "RowCache":
+    def of_parts(cls, parts: "list[KVCache]", num_prefix: int) -> "KVCache":
         """Returns the rows of several caches in one, with room for more tokens, and takes them out of those.
 
         What follows the prefix goes to the right end of the slots of the widest, and zeros stand between.
@@ -70,8 +70,8 @@ class RowCache(Cache):
                 buffer.states[targets] = buffer.states[sources]
 
 
-class _RowLayer(DynamicLayer):
-    def __init__(self, prefix: "_RowLayer | None") -> None:
+class _KVLayer(DynamicLayer):
+    def __init__(self, prefix: "_KVLayer | None") -> None:
         super().__init__()
         self.buffers: list[_Buffer] = []
         if prefix:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationMixin
 
-from sft_lightning.generation.decoding.kv_cache import ROOM_TOKENS, RowCache
-from sft_lightning.generation.decoding.sampling import TokenChoice
-from sft_lightning.generation.decoding.stopping import AnswerEnd, StopReason
+from sft_lightning.generation.decoding.kv_cache import ROOM_TOKENS, KVCache
+from sft_lightning.generation.decoding.sampling import TokenSampler
+from sft_lightning.generation.decoding.stopping import StopCondition, StopReason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def can_decode(model: "PreTrainedModel") -> bool:
     layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    cache = RowCache(len(layers))
+    cache = KVCache(len(layers))
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
     with torch.no_grad():
         model(input_ids=token, attention_mask=token + 1, position_ids=token, past_key_values=cache, use_cache=True)
@@ -84,8 +84,8 @@ class DecodingLoop:
         self,
         model: "PreTrainedModel",
         prompts: Sequence[list[int]],
-        choice: TokenChoice,
-        end: AnswerEnd,
+        choice: TokenSampler,
+        end: StopCondition,
         pad_token_id: int,
     ) -> None:
         self._model = model
@@ -96,10 +96,10 @@ class DecodingLoop:
         # A prompt of several heads would make logits at all its places otherwise.
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
-        self._prefix: RowCache | None = None
+        self._prefix: KVCache | None = None
         self._num_prefix = _num_common(prompts)
         if self._num_prefix:
-            self._prefix = RowCache(self._num_layers)
+            self._prefix = KVCache(self._num_layers)
             ids = torch.tensor([prompts[0][: self._num_prefix]], device=model.device)
             places = torch.arange(self._num_prefix, device=model.device)[None]
             self._forward(ids, torch.ones_like(ids), places, self._prefix)
@@ -151,7 +151,7 @@ class DecodingLoop:
                 ended.append(place)
         return ended
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[RowCache, Tensor, Tensor, Tensor]:
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor, Tensor, Tensor]:
         """Computes prompts, the longest first, each of equal ones once.
 
         Returns:
@@ -168,10 +168,10 @@ class DecodingLoop:
             input_ids, is_token = _left_padded(distinct[start:end], self._pad_token_id)
             seen = torch.cat([mask[start:end, :num_prefix], is_token], dim=1)
             positions = seen.cumsum(-1)[:, num_prefix:] - 1
-            parts.append(RowCache(self._num_layers, self._prefix))
+            parts.append(KVCache(self._num_layers, self._prefix))
             logits.append(self._forward(input_ids.to(device), seen.to(device), positions.to(device), parts[-1]))
             mask[start:end, num_slots - is_token.shape[1] : num_slots] = is_token
-        cache = RowCache.of_parts(parts, num_prefix)
+        cache = KVCache.of_parts(parts, num_prefix)
         next_positions = mask.sum(-1)
         rows = torch.arange(len(prompts))
         if len(distinct) < len(prompts):
@@ -181,7 +181,7 @@ class DecodingLoop:
         return cache, torch.cat(logits)[rows.to(device)], mask[rows].to(device), next_positions[rows].to(device)
 
     @torch.no_grad()
-    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Returns the logits behind the last tokens, shape [B, V]."""
         output = self._model(
             input_ids=input_ids,
@@ -218,7 +218,7 @@ def _left_padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor,
     return input_ids, (torch.arange(width) >= width - lengths[:, None]).long()
 
 
-def _close_gaps(cache: RowCache, num_rows: int, ended: list[int], device: torch.device) -> list[int]:
+def _close_gaps(cache: KVCache, num_rows: int, ended: list[int], device: torch.device) -> list[int]:
     """Moves the cache's last rows into the places of those that ended. Returns which row stands at each place then."""
     num_kept = num_rows - len(ended)
     gone = set(ended)

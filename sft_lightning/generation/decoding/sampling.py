@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class TokenChoice:
+class TokenSampler:
     """Chooses tokens by the model's logits.
 
     An answer is sampled with random numbers of its own, one for each token, that follow from ``seed`` and the number of

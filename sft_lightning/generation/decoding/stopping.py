@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 StopReason = Literal["stop_string", "eos", "length"]
 
 
-class AnswerEnd:
+class StopCondition:
     """Tells from the tokens of an answer whether the last one ended it, and what its text is.
 
     Only answers are looked at: a prompt may spell the stop string.

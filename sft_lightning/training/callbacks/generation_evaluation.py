@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import claim, withdraw
+from sft_lightning.checkpointing.run_folder import register_file, remove_registered
 from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
-from sft_lightning.distributed.collectives import gathered
+from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare_samples, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
@@ -20,7 +20,7 @@ from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
 from sft_lightning.training.metrics import answer_metrics
-from sft_lightning.training.oom_advice import generation_explained
+from sft_lightning.training.oom_advice import generation_oom_advice
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class GenerationEvaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not is_dry_run(trainer):
             # Of a run that went on from an earlier step: a report would take the last of them for this run's.
-            withdraw(self._run(trainer), partial(_is_beyond, trainer.global_step))
+            remove_registered(self._run(trainer), partial(_is_beyond, trainer.global_step))
         if self.evaluate_before_training and trainer.global_step == 0 and self._is_on():
             self._before = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._before)
@@ -155,7 +155,7 @@ class GenerationEvaluation(Callback):
             folder = self._folder(trainer, name, trainer.global_step)
             EvaluationResult(samples, step).write(folder)
             for file in ("predictions.jsonl", "metrics.json"):
-                claim(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
+                register_file(self._run(trainer), (folder / file).relative_to(self._run(trainer)).as_posix())
             log_samples(trainer.loggers, f"{name}/samples", samples, trainer.global_step)
         return {"step": trainer.global_step, "rates": rates}
 
@@ -166,7 +166,7 @@ class GenerationEvaluation(Callback):
         indices = range(replica, len(self._records[name]), num_replicas)
         records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
-        memory = generation_explained(trainer, self.generator, len(records))
+        memory = generation_oom_advice(trainer, self.generator, len(records))
         with memory, trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
@@ -205,7 +205,7 @@ def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:
 
 def _gathered(samples: list[dict[str, Any]], num_processes: int) -> list[dict[str, Any]]:
     """Returns the samples of all processes, in the order of the prompts."""
-    parts = gathered(samples, num_processes)
+    parts = all_gather_objects(samples, num_processes)
     # Ranks that are not replicas of each other answer the same prompts.
     distinct = {(one["index"], one["sample"]): one for part in parts for one in part}
     return [distinct[place] for place in sorted(distinct)]

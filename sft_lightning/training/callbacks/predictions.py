@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from sft_lightning.checkpointing.run_folder import claim
-from sft_lightning.distributed.collectives import gathered
+from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.distributed.collectives import all_gather_objects
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -33,10 +33,10 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         rows: list[Any] = [row for batch in predictions for row in batch]
         # Rank r answered the prompts r, r + world_size, ...
-        parts = gathered(rows, trainer.world_size)
+        parts = all_gather_objects(rows, trainer.world_size)
         rows = [row for group in zip_longest(*parts) for row in group if row is not None]
         if trainer.is_global_zero:
-            claim(self._path.parent, self._path.name)
+            register_file(self._path.parent, self._path.name)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self._path.write_text(text, encoding="utf-8", errors="backslashreplace")
             print(f"wrote {len(rows)} rows to {self._path}")

@@ -1,4 +1,4 @@
-"""RowLedger: the loss of each training row in each epoch, as Parquet."""
+"""RowLossRecorder: the loss of each training row in each epoch, as Parquet."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sft_lightning.checkpointing.run_folder import claim
+from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
@@ -28,11 +28,11 @@ class _Entry(NamedTuple):
     sums: Tensor
 
 
-class RowLedger(Callback):
+class RowLossRecorder(Callback):
     """Writes the negative log-likelihood of each training row, summed over its labels, once an epoch.
 
     It is that of the training step itself, so it costs no forward pass: with the weights of that moment, and with
-    dropout where the model has it. ``evaluation.ledger.read_ledger`` finds the rows that stand out.
+    dropout where the model has it. ``evaluation.ledger.read_row_losses`` finds the rows that stand out.
 
     The run gets ``ledger/epoch-<epoch>/step-<step>.rank-<replica>.parquet``: what that replica saw in the epoch's
     optimizer steps up to ``step`` and after those of the part before. Columns: ``source`` (file:line), ``epoch`` (from
@@ -56,7 +56,7 @@ class RowLedger(Callback):
         self._entries, self._num_micro_batches, self._last_whole_step = [], 0, trainer.global_step
         if trainer.is_global_zero and not is_dry_run(trainer):
             _drop_steps_after(self._run(trainer) / FOLDER, trainer.global_step)
-        trainer.strategy.barrier("RowLedger.on_train_start")
+        trainer.strategy.barrier("RowLossRecorder.on_train_start")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MicroBatch, batch_idx: int
@@ -65,8 +65,8 @@ class RowLedger(Callback):
             return
         if not isinstance(outputs, dict) or "nll" not in outputs:
             raise UserError(
-                'RowLedger needs a training_step that returns {"loss": ..., "nll": the loss of each label}, as '
-                "SFTModule's does: take RowLedger out of the callbacks, or return both"
+                'RowLossRecorder needs a training_step that returns {"loss": ..., "nll": the loss of each label}, as '
+                "SFTModule's does: take RowLossRecorder out of the callbacks, or return both"
             )
         ends_step = is_optimizer_step(trainer)
         if batch.num_rows:
@@ -85,7 +85,7 @@ class RowLedger(Callback):
         if trainer.state.fn == "fit":
             self._write(trainer)
             # The checkpoint appears after this hook: every replica's rows up to its step are on disk by then.
-            trainer.strategy.barrier("RowLedger.on_save_checkpoint")
+            trainer.strategy.barrier("RowLossRecorder.on_save_checkpoint")
 
     def _write(self, trainer: Trainer) -> None:
         """Writes the rows of whole steps; those of a step that still runs stay, and would be computed again."""
@@ -99,7 +99,7 @@ class RowLedger(Callback):
         part = f"{FOLDER}/epoch-{epoch}/step-{self._last_whole_step}"
         if trainer.is_global_zero:
             for rank in range(num_replicas):
-                claim(run, f"{part}.rank-{rank}.parquet")
+                register_file(run, f"{part}.rank-{rank}.parquet")
         if whole:
             _write_table(_table(whole, epoch), run / f"{part}.rank-{replica}.parquet")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import claim
+from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
 from sft_lightning.lightning_compat.trainer import is_dry_run
 from sft_lightning.reporting.page import ENVIRONMENT, record_environment, write_report
@@ -68,7 +68,7 @@ class RunReport(Callback):
                 record_environment(run, _device(trainer))
             page = write_report(run, state=state, with_plots=state != "in training")
             for path in (run / ENVIRONMENT, page, *page.parent.glob("*.png")):
-                claim(run, path.relative_to(run).as_posix())
+                register_file(run, path.relative_to(run).as_posix())
         except Exception as error:
             logger.warning("the report was not written: %s: %s", type(error).__name__, error)
             page = None

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sft_lightning.checkpointing.run_folder import claim
+from sft_lightning.checkpointing.run_folder import register_file
 
 
 class MetricsCSVLogger(Logger):
@@ -88,7 +88,7 @@ class MetricsCSVLogger(Logger):
         return rows
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        claim(self._path.parent, self._path.name)
+        register_file(self._path.parent, self._path.name)
         unfinished = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns or ["step"], restval="", extrasaction="ignore")

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sft_lightning.data.batch import Example
 from sft_lightning.data.batching import prefix_trie as trie
-from sft_lightning.data.batching.balancing import deal
+from sft_lightning.data.batching.balancing import balance_groups
 from sft_lightning.data.batching.collate import collate_packed
 
 PREAMBLE = list(range(101, 117))
@@ -29,12 +29,12 @@ def input_tokens(examples, group):
 def dealt(examples, num_groups, share=True):
     lengths = np.array([len(one.tokens) for one in examples])
     prompts = [one.tokens[: one.prompt_length] for one in examples]
-    return deal(lengths, num_groups, prompts if share else None)
+    return balance_groups(lengths, num_groups, prompts if share else None)
 
 
 def test_rows_are_dealt_longest_first_to_who_has_least():
     # Inputs 9 8 4 4 3 2: 9 and 8 and 4 begin a group each, 4 joins 4, 3 joins the first eight and 2 the other.
-    groups = deal(np.array([5, 10, 3, 5, 9, 4]), 3)
+    groups = balance_groups(np.array([5, 10, 3, 5, 9, 4]), 3)
     assert [sorted(group.tolist()) for group in groups] == [[4, 5], [0, 2, 3], [1]]
 
 
@@ -133,5 +133,5 @@ def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
     longest = np.arange(1, 1501, dtype=np.int32)
     prompts = [longest[:length] for length in range(1, 1501)]
-    (group,) = deal(np.arange(2, 1502), 1, prompts)
+    (group,) = balance_groups(np.arange(2, 1502), 1, prompts)
     assert sorted(group.tolist()) == list(range(1500))

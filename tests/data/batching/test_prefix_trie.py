@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sft_lightning.data.batching import prefix_trie as trie
-from sft_lightning.data.batching.prefix_trie import grow, sort_prompts
+from sft_lightning.data.batching.prefix_trie import build_trie, sort_prompts
 
 
 def tokens(*parts):
@@ -23,26 +23,26 @@ def test_rows_that_begin_alike_stand_side_by_side():
 
 def test_a_branch_holds_what_the_rows_above_it_share():
     # Rows 4 and 2 have 30 tokens in common, and row 0 has 20 with both.
-    branches, last_branches = grow([4, 2, 0], [30, 20], [50, 0, 60, 0, 45])
-    assert branches == [(4, 0, 20, -1), (4, 20, 45, 0), (2, 20, 60, 0), (0, 20, 50, 0)]
-    assert last_branches == [3, -1, 2, -1, 1]
+    nodes, last_nodes = build_trie([4, 2, 0], [30, 20], [50, 0, 60, 0, 45])
+    assert nodes == [(4, 0, 20, -1), (4, 20, 45, 0), (2, 20, 60, 0), (0, 20, 50, 0)]
+    assert last_nodes == [3, -1, 2, -1, 1]
 
 
 @pytest.mark.parametrize(("common", "num_branches"), [(15, 2), (16, 3)])
 def test_few_tokens_are_not_worth_a_branch(common, num_branches):
-    assert len(grow([0, 1], [common], [50, 50])[0]) == num_branches
+    assert len(build_trie([0, 1], [common], [50, 50])[0]) == num_branches
 
 
 def test_a_row_that_ends_where_its_prompt_is_shared_has_no_branch_of_its_own():
-    branches, last_branches = grow([0, 1], [20], [20, 25])
-    assert branches == [(0, 0, 20, -1), (1, 20, 25, 0)]
-    assert last_branches == [0, 1]
+    nodes, last_nodes = build_trie([0, 1], [20], [20, 25])
+    assert nodes == [(0, 0, 20, -1), (1, 20, 25, 0)]
+    assert last_nodes == [0, 1]
 
 
 def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
     longest = np.arange(1, 1501, dtype=np.int32)
     order, common = sort_prompts([longest[:length] for length in range(1, 1501)])
-    branches, last_branches = grow(order, common, list(range(1, 1501)))
-    assert len(branches) == 1500
-    assert sorted(last_branches) == list(range(1500))
+    nodes, last_nodes = build_trie(order, common, list(range(1, 1501)))
+    assert len(nodes) == 1500
+    assert sorted(last_nodes) == list(range(1500))

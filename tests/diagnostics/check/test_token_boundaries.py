@@ -9,11 +9,11 @@ from tokenizers import processors
 from sft_lightning.data.batch import Example
 from sft_lightning.data.records import Record
 from sft_lightning.diagnostics.check.rows import Row
-from sft_lightning.diagnostics.check.token_boundaries import Borders
+from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
 
 
 def look(tokenizer, rows, *, append_eos=True):
-    borders = Borders("train", tokenizer)
+    borders = TokenBoundaries("train", tokenizer)
     borders.add(rows)
     return borders, {finding.name: finding for finding in borders.findings(append_eos=append_eos)}
 

@@ -3,11 +3,11 @@
 import pytest
 
 from sft_lightning import SFTDataModule, SFTModule
-from sft_lightning.diagnostics.selftest.setup import Trial
+from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
 
 @pytest.fixture
-def make_trial(model_folder, train_file, tmp_path):
+def make_setup(model_folder, train_file, tmp_path):
     def make(data=None, model=None, **options):
         datamodule = SFTDataModule(
             **{"train_path": train_file, "tokenizer_path": model_folder, "batch_size": 4, "max_length": 512, "seed": 1}
@@ -16,6 +16,6 @@ def make_trial(model_folder, train_file, tmp_path):
         module = SFTModule(**{"model_path": model_folder, "learning_rate": 1e-2} | (model or {}))
         defaults = {"accumulate": 2, "clipping": {"gradient_clip_val": 1.0}, "accelerator": "cpu"}
         rest = {"precision": "32-true", "seed": 3, "num_steps": 2, "folder": tmp_path}
-        return Trial(data=datamodule, model=module, **(defaults | rest | options))
+        return SelftestSetup(data=datamodule, model=module, **(defaults | rest | options))
 
     return make

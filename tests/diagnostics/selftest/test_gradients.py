@@ -21,8 +21,8 @@ def failed(outcomes):
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
-def test_every_layout_and_split_passes(make_trial, normalization):
-    outcomes = verdicts(make_trial({"loss_normalization": normalization, "normalize_constant": 7.0}))
+def test_every_layout_and_split_passes(make_setup, normalization):
+    outcomes = verdicts(make_setup({"loss_normalization": normalization, "normalize_constant": 7.0}))
     splits = ("4 x 2", "2 x 4", "1 x 8", "8 x 1")
     layouts = ("padded", "packed", "shared_prefix")
     expected = [f"gradient, {layout}, {split}" for layout in layouts for split in splits]
@@ -31,27 +31,27 @@ def test_every_layout_and_split_passes(make_trial, normalization):
     assert all(0 < outcome.difference < 1e-5 for outcome in outcomes.values())
 
 
-def test_dropout_is_off_and_weights_stay(make_trial, dropout_model_folder):
-    outcomes = verdicts(make_trial(model={"model_path": dropout_model_folder}))
+def test_dropout_is_off_and_weights_stay(make_setup, dropout_model_folder):
+    outcomes = verdicts(make_setup(model={"model_path": dropout_model_folder}))
     assert failed(outcomes) == set()
 
 
-def test_record_weights_count(make_trial, tmp_path, train_file):
+def test_record_weights_count(make_setup, tmp_path, train_file):
     lines = Path(train_file).read_text().splitlines()
     path = tmp_path / "weighted.jsonl"
     path.write_text("\n".join(line[:-1] + f', "weight": {row % 3}}}' for row, line in enumerate(lines)))
-    assert failed(verdicts(make_trial({"train_path": str(path)}))) == set()
+    assert failed(verdicts(make_setup({"train_path": str(path)}))) == set()
 
 
-def test_sixteen_bits_have_a_tolerance_of_their_own(make_trial):
-    trial = make_trial(precision="bf16-mixed")
+def test_sixteen_bits_have_a_tolerance_of_their_own(make_setup):
+    trial = make_setup(precision="bf16-mixed")
     outcomes = verdicts(trial)
     assert failed(outcomes) == set()
     assert outcomes["gradient, packed, 4 x 2"].allowed == 5e-2
     assert failed(verdicts(trial, tolerance=1e-6)) >= {"gradient, packed, 4 x 2", "gradient, shared_prefix, 8 x 1"}
 
 
-def test_a_model_whose_rows_look_at_each_other_fails(make_trial, monkeypatch):
+def test_a_model_whose_rows_look_at_each_other_fails(make_setup, monkeypatch):
     """In long rows only, which the guard's tiny examples are not."""
     forward = Qwen2Model.forward
 
@@ -62,33 +62,33 @@ def test_a_model_whose_rows_look_at_each_other_fails(make_trial, monkeypatch):
         return output
 
     monkeypatch.setattr(Qwen2Model, "forward", mixing)
-    outcomes = verdicts(make_trial())
+    outcomes = verdicts(make_setup())
     assert failed(outcomes) >= {"gradient, padded, 4 x 2", "gradient, padded, 8 x 1"}
     assert not outcomes["gradient, padded, 1 x 8"].failed
 
 
-def test_a_mean_of_means_fails_where_the_split_matters(make_trial, monkeypatch):
+def test_a_mean_of_means_fails_where_the_split_matters(make_setup, monkeypatch):
     def mean_of_means(normalization, label_lengths, mine, constant):
         return right("micro_batch", label_lengths, mine, constant)
 
     right = plan.label_weights
     monkeypatch.setattr(plan, "label_weights", mean_of_means)
-    outcomes = verdicts(make_trial())
+    outcomes = verdicts(make_setup())
     assert {f"gradient, padded, {split}" for split in ("4 x 2", "2 x 4", "1 x 8")} <= failed(outcomes)
     assert not outcomes["gradient, padded, 8 x 1"].failed
 
 
-def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_trial, monkeypatch):
+def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_setup, monkeypatch):
     def wrong(hidden, weight, bias, labels, loss_weights, **options):
         return linear_cross_entropy(hidden, weight, bias, labels.where(labels != 0, 1), loss_weights, **options)
 
     monkeypatch.setattr("sft_lightning.losses.model_hooks.linear_cross_entropy", wrong)  # takes EOS for another token
-    outcomes = verdicts(make_trial())
+    outcomes = verdicts(make_setup())
     assert failed(outcomes) == set(outcomes)
 
 
-def test_rounding_is_told_from_a_fault_in_float64(make_trial, monkeypatch):
-    trial, tolerance = make_trial(), 2e-7
+def test_rounding_is_told_from_a_fault_in_float64(make_setup, monkeypatch):
+    trial, tolerance = make_setup(), 2e-7
     before = verdicts(trial, tolerance=tolerance)
     rounded = failed(before)
     assert rounded >= {"gradient, packed, 4 x 2"}
@@ -109,12 +109,12 @@ def test_rounding_is_told_from_a_fault_in_float64(make_trial, monkeypatch):
     assert failed(after) == {check for check in before if check.startswith("gradient, ") and "8 x 1" not in check}
 
 
-def test_rows_of_another_step_fail(make_trial, monkeypatch):
+def test_rows_of_another_step_fail(make_setup, monkeypatch):
     """The order of the rows follows from how the step is split."""
     monkeypatch.setattr(
         plan.EpochPlan, "step_examples", lambda self, step: self._order[[step, step + self._shape.batch_size]]
     )
-    outcomes = verdicts(make_trial())
+    outcomes = verdicts(make_setup())
     wrong = outcomes["gradient, padded, 2 x 4"]
     assert (wrong.difference, wrong.note) == (math.inf, "the steps have other rows")
 
@@ -129,8 +129,8 @@ def mamba_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
-def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_trial, mamba_folder):
-    trial = make_trial({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
+def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_setup, mamba_folder):
+    trial = make_setup({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
     outcomes = verdicts(trial)
     assert failed(outcomes) == set()
     assert outcomes["gradient, padded, 4 x 2"].verdict == "pass"
@@ -138,7 +138,7 @@ def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_trial, 
     assert "carries a state along the row" in outcomes["gradient, packed"].note
 
 
-def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_trial, monkeypatch):
+def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_setup, monkeypatch):
     forward = Qwen2Model.forward
 
     def mixing(self, *args, **kwargs):
@@ -147,12 +147,12 @@ def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_trial, mon
         return output
 
     monkeypatch.setattr(Qwen2Model, "forward", mixing)
-    (outcome,) = check_gradients(make_trial())
+    (outcome,) = check_gradients(make_setup())
     assert (outcome.check, outcome.difference) == ("gradient, padded", math.inf)
     assert "cannot be trained on batches" in outcome.note
 
 
-def test_what_does_not_fit_into_memory_is_said(make_trial, monkeypatch):
+def test_what_does_not_fit_into_memory_is_said(make_setup, monkeypatch):
     forward = Qwen2Model.forward
 
     def of_few_rows(self, input_ids, *args, **kwargs):
@@ -161,7 +161,7 @@ def test_what_does_not_fit_into_memory_is_said(make_trial, monkeypatch):
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(Qwen2Model, "forward", of_few_rows)
-    outcomes = verdicts(make_trial())
+    outcomes = verdicts(make_setup())
     assert outcomes["gradient, padded, 8 x 1"].verdict == "not tried"
     assert outcomes["gradient, padded, 8 x 1"].note == "does not fit into memory"
     assert failed(outcomes) == set()

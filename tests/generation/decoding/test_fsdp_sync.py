@@ -10,7 +10,7 @@ import torch
 
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.distributed.fsdp import is_sharded
-from sft_lightning.generation.decoding.fsdp_sync import lockstep
+from sft_lightning.generation.decoding.fsdp_sync import synchronize_forwards
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.models.loading import load_model
 
@@ -40,7 +40,7 @@ if job["by_transformers"]:
 if job["fails"] is not None and rank == job["fails"]:
     def fail(self, tokens):
         raise ValueError("no text today")
-    generation.AnswerEnd.reason = fail
+    generation.StopCondition.reason = fail
 generator = generation.TransformersGenerator(**job["settings"])
 prompts, numbers = job["prompts"][rank], job["numbers"][rank]
 try:
@@ -125,6 +125,6 @@ def test_a_model_that_is_not_sharded_is_called_as_ever(model_folder):
     model = load_model(model_folder)
     assert not is_sharded(model)
     hooks = len(model._forward_pre_hooks)
-    with lockstep(model):
+    with synchronize_forwards(model):
         assert len(model._forward_pre_hooks) == hooks
         model(torch.tensor([[3]]))

@@ -1,6 +1,6 @@
 import torch
 
-from sft_lightning.generation.decoding.kv_cache import RowCache
+from sft_lightning.generation.decoding.kv_cache import KVCache
 
 
 def states(*rows):
@@ -20,13 +20,13 @@ def update(cache, *rows):
 
 def batch_of(*rows):
     """Returns a cache of rows of equal length, with room."""
-    part = RowCache(2)
+    part = KVCache(2)
     update(part, *rows)
-    return RowCache.of_parts([part], 0)
+    return KVCache.of_parts([part], 0)
 
 
 def test_without_room_a_cache_is_as_long_as_its_tokens():
-    cache = RowCache(2)
+    cache = KVCache(2)
     assert cache.get_seq_length() == 0
     assert cache.get_mask_sizes(2, 0) == (2, 0)
     assert update(cache, [1, 2], [3, 4]) == [[1, 2], [3, 4]]
@@ -52,9 +52,9 @@ def test_rows_grow_in_place_and_past_their_room():
 
 
 def test_all_rows_begin_with_the_prefix_which_stays_as_it_is():
-    prefix = RowCache(2)
+    prefix = KVCache(2)
     update(prefix, [7, 8])
-    first, second = RowCache(2, prefix), RowCache(2, prefix)
+    first, second = KVCache(2, prefix), KVCache(2, prefix)
     assert update(first, [1], [2], [3]) == [[7, 8, 1], [7, 8, 2], [7, 8, 3]]
     assert update(second, [4]) == [[7, 8, 4]]
     assert prefix.get_seq_length() == 2
@@ -70,13 +70,13 @@ def test_rows_take_the_places_of_those_that_left():
 
 
 def test_parts_of_their_own_width_are_aligned_on_the_right():
-    prefix = RowCache(2)
+    prefix = KVCache(2)
     update(prefix, [9])
     parts = []
     for rows in ([[1, 2, 3]], [[4], [5]]):
-        parts.append(RowCache(2, prefix))
+        parts.append(KVCache(2, prefix))
         update(parts[-1], *rows)
-    cache = RowCache.of_parts(parts, 1)
+    cache = KVCache.of_parts(parts, 1)
     assert cache.get_seq_length() == 4
     rows = update(cache, [6], [7], [8])
     assert [row[:5] for row in rows] == [[9, 1, 2, 3, 6], [9, 0, 0, 4, 7], [9, 0, 0, 5, 8]]
@@ -92,6 +92,6 @@ def test_rows_repeat():
 def test_under_autocast_keys_and_values_are_kept_in_its_precision():
     keys, values = states([1, 2])
     with torch.autocast("cpu", torch.bfloat16):
-        kept = RowCache(1).update(keys, values, 0)
+        kept = KVCache(1).update(keys, values, 0)
     assert [each.dtype for each in kept] == [torch.bfloat16] * 2
-    assert [each.dtype for each in RowCache(1).update(keys.half(), values.half(), 0)] == [torch.float16] * 2
+    assert [each.dtype for each in KVCache(1).update(keys.half(), values.half(), 0)] == [torch.float16] * 2

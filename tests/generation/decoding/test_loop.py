@@ -5,10 +5,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sft_lightning.generation.decoding.hf_generate import TransformersGenerate
+from sft_lightning.generation.decoding.hf_generate import HFGenerate
 from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
-from sft_lightning.generation.decoding.sampling import TokenChoice
-from sft_lightning.generation.decoding.stopping import AnswerEnd
+from sft_lightning.generation.decoding.sampling import TokenSampler
+from sft_lightning.generation.decoding.stopping import StopCondition
 from sft_lightning.models.loading import load_model
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -78,7 +78,7 @@ def make(config, options):
 
 def loop_of(model, tokenizer, prompts=PROMPTS, choice=GREEDY, **end):
     settings = {"stop_strings": ("7",), "eos_token_ids": {5}, "max_new_tokens": 12, **end}
-    return DecodingLoop(model, prompts, TokenChoice(**choice), AnswerEnd(tokenizer, **settings), 1)
+    return DecodingLoop(model, prompts, TokenSampler(**choice), StopCondition(tokenizer, **settings), 1)
 
 
 def by_transformers(model, prompt, max_new_tokens=12):
@@ -127,9 +127,9 @@ def test_a_model_that_does_not_fill_the_cache_is_left_to_transformers_generate(m
 @pytest.mark.parametrize("choice", [GREEDY, {"greedy": False, "temperature": 0.8, "top_p": 0.9, "seed": 3}])
 def test_both_ways_give_the_same_answers(choice, tokenizer):
     model = make(*LOOP["Qwen2"])
-    end = AnswerEnd(tokenizer, stop_strings=("e",), eos_token_ids={5}, max_new_tokens=40)
-    answers = DecodingLoop(model, PROMPTS, TokenChoice(**choice), end, 1).answer(PROMPTS, [4, 3, 9, 0, 1])
-    others = TransformersGenerate(model, TokenChoice(**choice), end, {5}, 1).answer(PROMPTS, [4, 3, 9, 0, 1])
+    end = StopCondition(tokenizer, stop_strings=("e",), eos_token_ids={5}, max_new_tokens=40)
+    answers = DecodingLoop(model, PROMPTS, TokenSampler(**choice), end, 1).answer(PROMPTS, [4, 3, 9, 0, 1])
+    others = HFGenerate(model, TokenSampler(**choice), end, {5}, 1).answer(PROMPTS, [4, 3, 9, 0, 1])
     assert [(answer.tokens, answer.stop_reason) for answer in answers] == [
         (other.tokens, other.stop_reason) for other in others
     ]

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from sft_lightning.generation.decoding.sampling import TokenChoice
+from sft_lightning.generation.decoding.sampling import TokenSampler
 
 
 def choice_of(*, greedy=False, temperature=1.0, top_p=1.0, seed=0):
-    return TokenChoice(greedy=greedy, temperature=temperature, top_p=top_p, seed=seed)
+    return TokenSampler(greedy=greedy, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def frequencies(choice, logits, num_points=20_000):

@@ -4,11 +4,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.generation.decoding.stopping import AnswerEnd
+from sft_lightning.generation.decoding.stopping import StopCondition
 
 
 def end_of(tokenizer, stop_strings, eos_token_ids=(), max_new_tokens=1000):
-    return AnswerEnd(tokenizer, stop_strings=stop_strings, eos_token_ids=eos_token_ids, max_new_tokens=max_new_tokens)
+    return StopCondition(
+        tokenizer, stop_strings=stop_strings, eos_token_ids=eos_token_ids, max_new_tokens=max_new_tokens
+    )
 
 
 @pytest.fixture(scope="module")

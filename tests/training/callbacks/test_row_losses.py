@@ -13,7 +13,7 @@ from sft_lightning.checkpointing import folder as checkpoint_folder
 from sft_lightning.checkpointing import run_folder as claims
 from sft_lightning.errors import UserError
 from sft_lightning.training.callbacks import row_losses as row_ledger
-from sft_lightning.training.callbacks.row_losses import RowLedger
+from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
 SCHEMA = pa.schema(
@@ -86,7 +86,7 @@ def test_each_row_has_the_loss_of_the_weights_it_met(fit, tmp_path, reference, l
         data={"batch_size": batch_size, "layout": layout},
         model={"learning_rate": 0.0},
         accumulate_grad_batches=accumulate,
-        callbacks=(RowLedger(str(tmp_path)), sees),
+        callbacks=(RowLossRecorder(str(tmp_path)), sees),
     )
     found = entries(tmp_path)
     assert found.keys() == {(epoch, source) for epoch in (0, 1) for source in reference}
@@ -98,7 +98,7 @@ def test_each_row_has_the_loss_of_the_weights_it_met(fit, tmp_path, reference, l
 
 
 def test_a_part_is_compressed_and_has_the_columns_that_readers_rely_on(fit, tmp_path):
-    fit(callbacks=(RowLedger(str(tmp_path)),), max_epochs=1)
+    fit(callbacks=(RowLossRecorder(str(tmp_path)),), max_epochs=1)
     (path,) = parts(tmp_path)
     assert pq.read_schema(path).equals(SCHEMA)
     column = pq.read_metadata(path).row_group(0).column(4)
@@ -107,22 +107,22 @@ def test_a_part_is_compressed_and_has_the_columns_that_readers_rely_on(fit, tmp_
 
 def test_limited_epochs_have_the_rows_that_were_trained_on(fit, tmp_path):
     sees = Sees()
-    fit(callbacks=(RowLedger(str(tmp_path)), sees), limit_train_batches=3)
+    fit(callbacks=(RowLossRecorder(str(tmp_path)), sees), limit_train_batches=3)
     assert len(sees.steps) == 24, "two epochs of three micro-batches of four rows"
     assert {key: step for key, (step, *_) in entries(tmp_path).items()} == sees.steps
 
 
 def test_a_repeated_epoch_has_the_same_rows_again(fit, tmp_path):
-    fit(callbacks=(RowLedger(str(tmp_path)),), overfit_batches=2)
+    fit(callbacks=(RowLossRecorder(str(tmp_path)),), overfit_batches=2)
     first, second = ({source for epoch, source in entries(tmp_path) if epoch == e} for e in (0, 1))
     assert first == second
     assert len(first) == 8
 
 
 def test_memory_is_bounded_by_writing_more_parts(fit, tmp_path, monkeypatch):
-    fit(callbacks=(RowLedger(str(tmp_path / "one")),))
+    fit(callbacks=(RowLossRecorder(str(tmp_path / "one")),))
     monkeypatch.setattr(row_ledger, "_MICRO_BATCHES_AT_ONCE", 3)
-    fit(callbacks=(RowLedger(str(tmp_path / "many")),))
+    fit(callbacks=(RowLossRecorder(str(tmp_path / "many")),))
     # Two micro-batches a step: a third one is there in the middle of a step, and the part ends with it.
     assert [path.name for path in parts(tmp_path / "many")] == [
         *("step-2.rank-0.parquet", "step-4.rank-0.parquet", "step-6.rank-0.parquet"),
@@ -143,7 +143,7 @@ def straight(tmp_path_factory):
 def whole(fit, straight):
     """The ledger of a run that nothing interrupted."""
     if not (straight / "final").exists():
-        fit(straight, checkpoint={"every_n_train_steps": 1}, callbacks=(RowLedger(),))
+        fit(straight, checkpoint={"every_n_train_steps": 1}, callbacks=(RowLossRecorder(),))
     return entries(straight)
 
 
@@ -152,7 +152,7 @@ def test_a_run_resumed_from_any_step_has_each_row_once(fit, tmp_path, straight, 
     """Rows of later steps are there when it starts, and would be there twice when it ends."""
     run = tmp_path / "run"
     shutil.copytree(straight, run, symlinks=True)
-    fit(run, ckpt_path=str(run / f"checkpoint-{step}"), callbacks=(RowLedger(),))
+    fit(run, ckpt_path=str(run / f"checkpoint-{step}"), callbacks=(RowLossRecorder(),))
     assert entries(run) == whole
 
 
@@ -161,9 +161,9 @@ def test_a_run_resumed_from_any_step_has_each_row_once(fit, tmp_path, straight, 
 def test_a_run_that_dies_loses_no_row_before_its_checkpoint(fit, tmp_path, whole, epoch, index):
     saves = {"every_n_train_steps": 4}
     with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path, checkpoint=saves, callbacks=(RowLedger(), Dies(epoch, index)))
+        fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(), Dies(epoch, index)))
     last = checkpoint_folder.find(tmp_path, "auto")
-    fit(tmp_path, checkpoint={**saves, "overwrite": True}, callbacks=(RowLedger(),), ckpt_path=last and str(last))
+    fit(tmp_path, checkpoint={**saves, "overwrite": True}, callbacks=(RowLossRecorder(),), ckpt_path=last and str(last))
     assert entries(tmp_path) == whole
 
 
@@ -179,15 +179,15 @@ def test_a_run_that_dies_between_the_ledger_and_the_checkpoint_has_each_row_once
     with monkeypatch.context() as patches:
         patches.setattr(checkpoint_folder, "publish", dies)
         with pytest.raises(RuntimeError, match="killed"):
-            fit(tmp_path, checkpoint=saves, callbacks=(RowLedger(),))
+            fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),))
     assert (tmp_path / "ledger" / "epoch-1" / "step-8.rank-0.parquet").exists()
-    fit(tmp_path, checkpoint=saves, callbacks=(RowLedger(),), ckpt_path=str(tmp_path / "checkpoint-4"))
+    fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),), ckpt_path=str(tmp_path / "checkpoint-4"))
     assert entries(tmp_path) == whole
 
 
 def test_a_part_that_reaches_beyond_the_resumed_step_is_cut_there(fit, tmp_path, whole):
     """When a run goes on from a checkpoint that an earlier attempt has left behind."""
-    run = {"callbacks": (RowLedger(),)}
+    run = {"callbacks": (RowLossRecorder(),)}
     fit(tmp_path, checkpoint={"every_n_train_steps": 2}, max_steps=6, **run)
     again = {"checkpoint": {"every_n_train_steps": 100}, **run}
     fit(tmp_path, ckpt_path=str(tmp_path / "checkpoint-2"), max_steps=5, **again)
@@ -202,7 +202,7 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else_does(fit, t
     folder.mkdir(parents=True)
     (folder / ".step-4.rank-0.parquet.tmp-1").write_text("half")
     (folder / "mine.parquet").write_text("mine")
-    fit(callbacks=(RowLedger(str(tmp_path)),), max_epochs=1)
+    fit(callbacks=(RowLossRecorder(str(tmp_path)),), max_epochs=1)
     assert {path.name for path in folder.iterdir()} == {"mine.parquet", "step-6.rank-0.parquet"}
 
 
@@ -210,7 +210,7 @@ def test_what_a_killed_process_left_unfinished_goes_and_nothing_else_does(fit, t
 
 
 def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
-    fit(tmp_path, callbacks=(RowLedger(),))
+    fit(tmp_path, callbacks=(RowLossRecorder(),))
     assert len(parts(tmp_path)) == 2
     claims.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -218,12 +218,12 @@ def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
 
 def test_a_new_run_without_checkpoints_replaces_the_rows_of_the_one_before(fit, tmp_path):
     for _ in range(2):
-        fit(callbacks=(RowLedger(),), default_root_dir=tmp_path, max_epochs=1)
+        fit(callbacks=(RowLossRecorder(),), default_root_dir=tmp_path, max_epochs=1)
     assert len(entries(tmp_path)) == 42
 
 
 def test_a_dry_run_leaves_nothing(fit, tmp_path):
-    fit(callbacks=(RowLedger(str(tmp_path / "run")),), fast_dev_run=True)
+    fit(callbacks=(RowLossRecorder(str(tmp_path / "run")),), fast_dev_run=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -240,6 +240,6 @@ def test_another_module_is_told_what_it_must_return(tmp_path):
             return torch.optim.SGD(self.parameters(), 0.1)
 
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=[RowLedger(str(tmp_path))], enable_model_summary=False, max_steps=1, **quiet)
-    with pytest.raises(UserError, match="RowLedger needs a training_step that returns"):
+    trainer = Trainer(callbacks=[RowLossRecorder(str(tmp_path))], enable_model_summary=False, max_steps=1, **quiet)
+    with pytest.raises(UserError, match="RowLossRecorder needs a training_step that returns"):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(2, 1)))
