@@ -69,7 +69,7 @@ class R1ZeroGrader(Grader):
         format_failure = _format_failure(response)
         failure = None
         if verdict in (Verdict.TIMED_OUT, Verdict.CRASHED):
-            failure = verdict.name.lower()
+            failure = verdict.value
         elif format_failure:
             failure = format_failure
         elif verdict is Verdict.DIFFERENT:
@@ -118,7 +118,7 @@ class AnswerGrader(Grader):
         return Grade(
             format_correct=True,
             answer_correct=verdict is Verdict.EQUAL,
-            failure=failures.get(verdict, verdict.name.lower()),
+            failure=failures.get(verdict, verdict.value),
             timed_out=verdict is Verdict.TIMED_OUT,
             answer=answer,
         )
