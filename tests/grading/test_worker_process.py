@@ -97,7 +97,8 @@ def test_another_thread_may_kill_a_process_that_is_asked(worker):
         assert failure.result(timeout=15) == "crashed"
 
 
-def test_prints_go_to_stderr_and_the_program_reads_nothing(worker, capfd):
+def test_prints_go_to_stderr_and_the_program_reads_nothing(capfd, started, program):
+    worker = WorkerProcess(program)
     assert worker.ask(b"print\n", 10.0) == b"printprint\n"
     assert worker.ask(b"read\n", 10.0) == b"readread\n"
     worker.close()
