@@ -12,7 +12,6 @@ from sft_lightning.errors import UserError
 from sft_lightning.grading.base import Grade as Grade
 from sft_lightning.grading.base import Grader as Grader
 from sft_lightning.grading.base import grade_row
-from sft_lightning.grading.base import grader_identity as grader_identity
 from sft_lightning.grading.math_equality import (
     accepted_answers,
     expressions,
