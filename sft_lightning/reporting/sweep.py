@@ -1,4 +1,4 @@
-"""What a run of a sweep came to, read from its folder: steps, validation loss and every evaluation's accuracies."""
+"""Read the results of the runs of a sweep: steps, validation loss, and the accuracies of every evaluation."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

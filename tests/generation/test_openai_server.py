@@ -205,9 +205,9 @@ def test_no_prompts_need_no_server():
         ({"choices": ["x"], "usage": {}}, "no completion: TypeError"),
         ({**completion("x"), "usage": None}, "no completion: TypeError"),
         ({**completion("x"), "usage": {}}, "no completion: KeyError 'completion_tokens'"),
-        (completion("x", num_tokens=True), "no completion: usage.completion_tokens is no count"),
-        (completion("x", num_tokens=-1), "no completion: usage.completion_tokens is no count"),
-        (completion("x", num_tokens=None), "no completion: usage.completion_tokens is no count"),
+        (completion("x", num_tokens=True), "no completion: usage.completion_tokens is not a count"),
+        (completion("x", num_tokens=-1), "no completion: usage.completion_tokens is not a count"),
+        (completion("x", num_tokens=None), "no completion: usage.completion_tokens is not a count"),
         (completion(None), "no completion: its text is NoneType"),
         (completion("x", finish_reason=None), "no completion: its finish_reason is 'None'"),
         (completion("x", finish_reason="abort"), "no completion: its finish_reason is 'abort'"),
@@ -271,8 +271,8 @@ def test_interrupt_ends_at_once_and_cuts_the_requests(server, caplog):
 @pytest.mark.parametrize(
     ("models", "problem"),
     [
-        ([], r"lists 0 models \(none\); say which with model"),
-        ([{"id": "a"}, {"id": "b"}], r"lists 2 models \(a, b\); say which with model"),
+        ([], r"lists 0 models \(none\); choose one with model"),
+        ([{"id": "a"}, {"id": "b"}], r"lists 2 models \(a, b\); choose one with model"),
         ([{"name": "a"}], "^model is not given, and http.*/models: no list of models: KeyError 'id'"),
         (None, "/models: no list of models: TypeError"),
     ],
@@ -301,7 +301,7 @@ def test_key_comes_from_the_environment_and_stays_out_of_the_generator(server, m
 
 
 @pytest.mark.parametrize(
-    ("key", "problem"), [(None, "is not set"), ("", "is not set"), ("a\nb", "letters"), ("\u00e9", "letters")]
+    ("key", "problem"), [(None, "is not set"), ("", "is not set"), ("a\nb", "characters"), ("\u00e9", "letters")]
 )
 def test_missing_or_broken_key_is_told_before_any_request(monkeypatch, key, problem):
     monkeypatch.delenv("TEST_SERVER_KEY", raising=False)

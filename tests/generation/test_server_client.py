@@ -102,7 +102,7 @@ def test_retry_after_longer_than_the_time_out_is_cut_to_it(server):
         (422, {"detail": "Unexpected fields"}, "HTTP 422: Unexpected fields"),
         (400, {"object": "error", "message": "Prompt cannot be empty"}, "HTTP 400: Prompt cannot be empty"),
         (400, {"detail": [{"loc": ["body"]}]}, 'HTTP 400: [{"loc": ["body"]}]'),
-        (404, b"<h1>\x1b[31mNot\r\n found</h1>", "HTTP 404: <h1> [31mNot found</h1>; base_url mostly ends in /v1"),
+        (404, b"<h1>\x1b[31mNot\r\n found</h1>", "HTTP 404: <h1> [31mNot found</h1>; base_url usually ends in /v1"),
         (413, b"x" * 5000, "HTTP 413: " + "x" * 300 + "..."),
         (418, b"\xff", "HTTP 418: \ufffd"),
     ],

@@ -56,8 +56,8 @@ def test_batches_get_smaller_where_memory_does_not_suffice_and_stay_so(error, ca
     assert [len(batch) for batch in recorder.batches] == [10, 5, 2, 2, 2, 2, 2]
     assert [answer.tokens for answer in answers] == [[index] for index in range(10)]
     assert [record.message for record in caplog.records] == [
-        "out of memory with 10 rows: going on with batches of 5 at the most",
-        "out of memory with 5 rows: going on with batches of 2 at the most",
+        "out of memory with 10 rows: continuing with batches of at most 5",
+        "out of memory with 5 rows: continuing with batches of at most 2",
     ]
 
 
