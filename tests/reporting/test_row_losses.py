@@ -55,7 +55,7 @@ def test_a_run_without_a_ledger_has_no_findings(tmp_path):
     assert read_row_losses(tmp_path) is None
 
 
-def test_after_one_epoch_there_are_hard_rows_and_no_other_claim(write):
+def test_one_epoch_gives_only_hard_rows(write):
     findings = read_row_losses(write({"data:1": 0.001, "data:2": 3.0, "data:3": 1.0}), most=2)
     assert (findings.epochs, findings.num_rows) == ((0,), 3)
     assert [(row.source, row.nll, row.num_labels) for row in findings.hardest] == [
@@ -86,7 +86,7 @@ def test_an_epoch_that_still_runs_does_not_count(write):
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:1", (5.0,)), ("data:2", (2.0,))]
 
 
-def test_rows_that_an_epoch_did_not_have_are_none_in_it(write):
+def test_rows_missing_in_an_epoch_are_none(write):
     """As under limit_train_batches, where each epoch has rows of its own."""
     findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
@@ -158,7 +158,7 @@ def excerpts(write, file, *lines):
     return [row.excerpt for row in findings.hardest]
 
 
-def test_an_excerpt_is_the_end_of_the_prompt_and_both_ends_of_the_response(write, tmp_path):
+def test_an_excerpt_has_ends_of_prompt_and_response(write, tmp_path):
     prompt, response = "p" * 300 + "\n the   question", "First " + "r" * 300 + " last"
     lines = [
         json.dumps({"prompt": prompt, "response": response}),

@@ -30,7 +30,7 @@ def write_ledger(run, rows, epoch):
     parquet.write_table(pyarrow.table(columns), folder / f"step-{epoch + 1}.rank-0.parquet")
 
 
-def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, write_run, samples_of):
+def test_listed_rows_are_escaped(tmp_path, write_run, samples_of):
     data = tmp_path / "train.jsonl"
     texts = ["<script>alert(1)</script>", "easy", "middling"]
     data.write_text("".join(json.dumps({"prompt": text, "response": " r"}) + "\n" for text in texts))
@@ -65,7 +65,7 @@ def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
     assert "step-1.rank-0.parquet" in row_losses_section(contents_of(run)).html
 
 
-def test_what_takes_more_epochs_says_so(tmp_path, write_run, samples_of):
+def test_rules_that_need_more_epochs_are_named(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
     write_ledger(run, [("gone.jsonl:1", 2, 8.0)], 0)
     html = row_losses_section(contents_of(run)).html

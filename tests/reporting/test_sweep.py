@@ -32,7 +32,7 @@ def test_intervals_are_those_of_the_evaluation(sweep):
     assert (last.format_accuracy.low, last.format_accuracy.high) == (0.25, 1.0)
 
 
-def test_the_p_value_is_of_the_same_prompts_after_the_next_smaller_size(sweep):
+def test_the_p_value_compares_with_the_next_smaller_size(sweep):
     small, large = read_results(sweep, SIZES)
     assert small.p_value is None
     assert large.p_value == mcnemar_p_value(6, 0) == 0.03125  # six heads in six throws

@@ -30,7 +30,7 @@ def test_accuracy_during_training_is_a_line_for_each_size(sweep):
     assert lines(by_step) == {"100 examples": [(1, 0.3), (12, 0.4)], "4000 examples": [(50, 1.0)]}
 
 
-def test_the_model_before_training_is_a_dotted_line_where_it_was_evaluated(sweep):
+def test_accuracy_before_training_is_a_dotted_line(sweep):
     results = read_results(sweep, SIZES)
     assert "before training" in lines(plot(results).axes[0])
     first = results[0]

@@ -25,7 +25,7 @@ def test_the_table_over_training(sweep):
     assert lines[3].endswith("| 1.000 [0.722, 1.000] | 0.300 [0.108, 0.603] |")
 
 
-def test_a_small_p_value_is_no_zero_and_without_a_baseline_there_is_no_row_for_it():
+def test_a_small_p_value_is_not_zero():
     rate = Rate(0.5, 0.4, 0.6)
     result = SizeResult("8", 8, "size-8", 1, None, (Evaluation(1, 100, rate, rate),), p_value=1e-9)
     lines = size_table([result]).splitlines()

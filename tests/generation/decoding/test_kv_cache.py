@@ -25,7 +25,7 @@ def batch_of(*rows):
     return KVCache.of_parts([part], 0)
 
 
-def test_without_room_a_cache_is_as_long_as_its_tokens():
+def test_without_spare_slots_a_cache_fits_its_tokens():
     cache = KVCache(2)
     assert cache.get_seq_length() == 0
     assert cache.get_mask_sizes(2, 0) == (2, 0)
@@ -51,7 +51,7 @@ def test_rows_grow_in_place_and_past_their_room():
     assert len(places) == 3  # after 16 tokens, and after 17 more
 
 
-def test_all_rows_begin_with_the_prefix_which_stays_as_it_is():
+def test_all_rows_share_the_unchanged_prefix():
     prefix = KVCache(2)
     update(prefix, [7, 8])
     first, second = KVCache(2, prefix), KVCache(2, prefix)
