@@ -1,5 +1,6 @@
 """What a run of a sweep came to, read from its folder: steps, validation loss and every evaluation's accuracies."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,62 @@ def run_folder(sweep: Path, label: str) -> Path:
     return sweep / f"size-{label}"
 
 
+def size_table(results: Sequence[SizeResult]) -> str:
+    """Returns a row for each size, and one for the model before training where that was evaluated."""
+    rows = [["size", "examples", "steps", "val loss", "format accuracy", "answer accuracy", "p vs smaller"]]
+    if results and (before := results[0].before):
+        rows.append(
+            ["before", "0", "0", "", _rate_cell(before.format_accuracy), _rate_cell(before.answer_accuracy), ""]
+        )
+    for result in results:
+        rows.append(
+            [
+                result.label,
+                str(result.num_examples),
+                str(result.num_steps),
+                "" if result.val_loss is None else f"{result.val_loss:.3f}",
+                _rate_cell(result.last.format_accuracy),
+                _rate_cell(result.last.answer_accuracy),
+                "" if result.p_value is None else _p_value_cell(result.p_value),
+            ]
+        )
+    return _markdown(rows)
+
+
+def step_table(results: Sequence[SizeResult]) -> str:
+    """Returns a row for each evaluation during training."""
+    rows = [["size", "step", "format accuracy", "answer accuracy"]]
+    for result in results:
+        for each in result.evaluations:
+            rows.append(
+                [result.label, str(each.step), _rate_cell(each.format_accuracy), _rate_cell(each.answer_accuracy)]
+            )
+    return _markdown(rows)
+
+
+def report(results: Sequence[SizeResult]) -> str:
+    """Returns the text of ``sweep.md``."""
+    num_prompts = results[0].last.num_prompts if results else 0
+    return "\n".join(
+        [
+            "# Accuracy against the number of training examples",
+            "",
+            f"{num_prompts} prompts; in brackets 95% intervals. Each size is trained on the first rows of the same "
+            "file, so that a larger one holds the smaller. p: McNemar's exact test against the next smaller size, on "
+            "the answers to the same prompts.",
+            "",
+            size_table(results),
+            "",
+            "![accuracy against size, and during training](sweep.png)",
+            "",
+            "## During training",
+            "",
+            step_table(results),
+            "",
+        ]
+    )
+
+
 def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
     known = [(one.step, one.metrics) for one in files.evaluations if one.step is not None and one.metrics]
     if not known:
@@ -135,3 +192,20 @@ def _p_value(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float
         return compare_samples(before, after).rates["answer_accuracy"].p_value
     except UserError:  # other prompts
         return None
+
+
+def _rate_cell(rate: Rate) -> str:
+    return f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
+
+
+def _p_value_cell(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    ruler = ["-" * (width - 1) + ":" for width in widths]
+    lines = [rows[0], ruler, *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

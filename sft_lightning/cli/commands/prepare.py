@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from sft_lightning.cli.parser import CommandParser
+from sft_lightning.errors import UserError
 
 
 def run(args: list[str]) -> int:
@@ -35,6 +36,32 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
     return num_rows
 
 
+def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
+    """Writes ``train.jsonl``, ``heldout.jsonl`` and the folder ``model/``, replacing files of these names.
+
+    Args:
+        output_dir: Folder to write into; made where missing.
+        seed: Seed of the problems and of the model's random weights.
+
+    Raises:
+        UserError: If ``output_dir`` is a file.
+    """
+    from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+    from sft_lightning.quickstart.arithmetic import write_arithmetic
+    from sft_lightning.quickstart.tiny_model import write_tiny_model
+
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output '{folder}' is a file; name a folder to write the quickstart into")
+    write_arithmetic(folder, seed=seed)
+    with (folder / "train.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    # Prompt and response stay apart, as they are tokenised apart in training.
+    texts = [text for row in rows for text in (row["prompt"], row["response"])]
+    before_question, after_question = R1_ZERO_PROMPT.split("{question}")
+    write_tiny_model(folder / "model", texts, fixed_texts=(before_question.rstrip(" "), after_question), seed=seed)
+
+
 def _run_gsm8k(args: list[str]) -> int:
     parser = CommandParser("prepare gsm8k", "Raw GSM8K rows -> prompt/response/ground_truth in r1_zero form.")
     parser.add_argument("--input", required=True, help="rows with question and answer: file, folder or glob")
@@ -51,7 +78,6 @@ def _run_quickstart(args: list[str]) -> int:
     parser.add_argument("--output", required=True, help="the folder to write into")
     output = parser.parse_args(args).output
     from sft_lightning.models.loading import hide_progress_bars
-    from sft_lightning.quickstart.prepare import prepare_quickstart
 
     hide_progress_bars()
     prepare_quickstart(output)

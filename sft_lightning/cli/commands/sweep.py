@@ -13,7 +13,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,20 @@ from sft_lightning.cli.parser import CommandParser
 from sft_lightning.errors import UserError
 
 _SECONDS_TO_END = 10
+FULL = "full"
+# Each run has its own.
+_OF_ONE_RUN = ("output_dir", "data.max_train_examples")
+# They decide neither tokens nor weights.
+_FREE = ("data.cache_dir", "data.num_workers")
+# What the sweep gives to each run, and a user must not.
+OPTIONS_OF_SWEEP = (
+    "--output_dir",
+    "--checkpoint.dirpath",
+    "--evaluation.output_dir",
+    "--data.max_train_examples",
+    "--ckpt_path",
+    "--overwrite",
+)
 _EPILOG = (
     "All other options are those of fit, such as --trainer.max_epochs 1, and hold for every size. A larger size "
     "contains the smaller: each is the first rows in file order. The same command goes on after a crash or a Ctrl-C."
@@ -30,8 +44,6 @@ _EPILOG = (
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    from sft_lightning.reporting.sweep_settings import check_options, check_words
-
     parser = CommandParser("sweep", "Train on more and more examples, and compare the answers.")
     parser.allow_abbrev = False
     parser.epilog = _EPILOG
@@ -49,7 +61,6 @@ def _sweep(sweep: Path, words: Sequence[str], options: Sequence[str]) -> int:
     from sft_lightning.checkpointing.folder import is_run
     from sft_lightning.cli.lightning_cli import parse_fit
     from sft_lightning.reporting.sweep import is_finished, run_folder
-    from sft_lightning.reporting.sweep_settings import check_config, check_same_config, shared_config, sizes_of
 
     parsed = parse_fit([*options, "--data.max_train_examples", "null"])
     config = parsed.saved
@@ -88,7 +99,6 @@ def _sweep(sweep: Path, words: Sequence[str], options: Sequence[str]) -> int:
 
 def _arguments(sweep: Path, label: str, options: Sequence[str]) -> list[str]:
     from sft_lightning.reporting.sweep import run_folder
-    from sft_lightning.reporting.sweep_settings import FULL
 
     size = "null" if label == FULL else label
     own = ["--output_dir", str(run_folder(sweep, label)), "--data.max_train_examples", size, "--ckpt_path", "auto"]
@@ -137,9 +147,8 @@ def _read(sweep: Path) -> dict[str, Any] | None:
 def _write(sweep: Path, state: dict[str, Any]) -> str:
     """Writes what is known by now; returns the table."""
     from sft_lightning.evaluation.result import write_whole
-    from sft_lightning.reporting.sweep import read_results
+    from sft_lightning.reporting.sweep import read_results, report, size_table
     from sft_lightning.reporting.sweep_plot import draw
-    from sft_lightning.reporting.sweep_table import report, size_table
 
     try:
         sweep.mkdir(parents=True, exist_ok=True)
@@ -152,3 +161,87 @@ def _write(sweep: Path, state: dict[str, Any]) -> str:
     except OSError as error:
         raise UserError(f"--output '{sweep}' cannot be written: {error}") from None
     return size_table(results)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raises UserError that names the first size which is neither a number above 0 nor ``full``."""
+    for word in words:
+        if word != FULL and not (word.isascii() and word.isdigit() and int(word) > 0):
+            raise UserError(f"--sizes '{word}' is no size: give numbers of training examples, at least 1, or {FULL}")
+
+
+def sizes_of(words: Sequence[str], num_rows: int) -> dict[str, int]:
+    """Returns label -> number of examples, smallest first, each number once; ``full`` stands for all rows.
+
+    Raises:
+        UserError: For a word that is no size, or a number above ``num_rows``.
+    """
+    check_words(words)
+    sizes: dict[int, str] = {}
+    for word in words:
+        size = num_rows if word == FULL else int(word)
+        if size > num_rows:
+            raise UserError(
+                f"--sizes {word} is more than the {num_rows} rows that data.train_path has to train on; "
+                f"give at most that, or {FULL}"
+            )
+        if sizes.get(size) != FULL:
+            sizes[size] = FULL if word == FULL else str(size)
+    return {sizes[size]: size for size in sorted(sizes)}
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Raises UserError for an option of ``fit`` that the sweep itself sets for each run."""
+    for option in options:
+        name = option.partition("=")[0]
+        if name in OPTIONS_OF_SWEEP:
+            raise UserError(f"sweep gives each size its own {name}: leave it out; --output names the sweep's folder")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises UserError where runs of this config would share a folder, or leave nothing to compare."""
+    for section, name in (("checkpoint", "dirpath"), ("evaluation", "output_dir")):
+        if config[section][name] is not None:
+            raise UserError(
+                f"{section}.{name} is set in the config, but sweep gives each size a folder: set it to null"
+            )
+    if config["data"]["val_path"] is None or config["evaluation"]["num_examples"] == 0:
+        raise UserError(
+            "sweep compares graded answers: set data.val_path, and evaluation.num_examples above 0, "
+            f"got {config['data']['val_path']} and {config['evaluation']['num_examples']}"
+        )
+
+
+def shared_config(config: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns, by dotted name, everything that must be the same in all runs of a sweep.
+
+    Args:
+        config: Of a run, as it is saved.
+        fingerprint: Of the training set's tokens: paths and tokenizers may stay while what they name changes.
+    """
+    shared = dict(_leaves(config))
+    for name in (*_OF_ONE_RUN, *_FREE):
+        shared.pop(name, None)
+    contents = {
+        "the content of data.train_path": fingerprint["data"],
+        "the tokenizer's content": fingerprint["tokenizer"],
+    }
+    return shared | contents
+
+
+def check_same_config(saved: Mapping[str, Any], own: Mapping[str, Any], sweep: str) -> None:
+    """Raises UserError that names the first difference from the config of the runs that a sweep holds."""
+    for name in {**saved, **own}:
+        if saved.get(name) != own.get(name):
+            raise UserError(
+                f"sweep '{sweep}' was begun with another config: {name} was {saved.get(name)!r} and is now "
+                f"{own.get(name)!r}; set it back, or name another folder as --output"
+            )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        leaves += _leaves(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, value)]
+    return leaves
