@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sft_lightning.losses.functional import get_response_log_probs as get_response_log_probs
     from sft_lightning.losses.functional import masked_normalize as masked_normalize
     from sft_lightning.losses.functional import sft_microbatch_train_step as sft_microbatch_train_step
+    from sft_lightning.training.callbacks.defaults import run_defaults as run_defaults
     from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
     from sft_lightning.training.callbacks.run_report import RunReport as RunReport
     from sft_lightning.training.datamodule import SFTDataModule as SFTDataModule
@@ -28,6 +29,7 @@ _HOME = {
     "SFTModule": "training.module",
     "SFTDataset": "data.records",
     "HFCheckpoint": "checkpointing.callback",
+    "run_defaults": "training.callbacks.defaults",
     "GenerationEvaluation": "training.callbacks.generation_evaluation",
     "RunReport": "training.callbacks.run_report",
     "R1ZeroGrader": "grading.graders",

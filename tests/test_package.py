@@ -21,6 +21,7 @@ PUBLIC_NAMES = {
     "get_response_log_probs",
     "sft_microbatch_train_step",
     "evaluate",
+    "run_defaults",
     "__version__",
 }
 

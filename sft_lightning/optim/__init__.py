@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules. It may import only errors; start with adamw.py."""

@@ -138,7 +138,9 @@ def test_a_run_that_died_at_its_end_is_brought_to_its_end(command, tmp_path, val
     capsys.readouterr()
     assert main([*options, "--ckpt_path", "auto"]) == 0
     printed = capsys.readouterr().out
-    assert "the run has finished its 6 optimizer steps, but had died before its end, which is made good" in printed
+    assert (
+        "the run has finished its 6 optimizer steps, but had stopped before its end, which is now complete" in printed
+    )
     assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
     assert without_speed(run) == without_speed(straight)
     for name in ("evaluation/step-6/predictions.jsonl", "evaluation/step-6/metrics.json", "final/model.safetensors"):

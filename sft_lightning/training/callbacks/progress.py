@@ -30,10 +30,11 @@ class StepProgress(ProgressBar):
     """Shows step, loss, response tokens a second and time left: a bar on a terminal, a line every n steps elsewhere.
 
     Args:
-        every_n_steps: Optimizer steps between two lines where there is no terminal.
+        every_n_steps: Optimizer steps between two lines where stderr is not a terminal; by default the Trainer's
+            ``log_every_n_steps``.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
         self._every = every_n_steps
         self._enabled = True
@@ -68,10 +69,10 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not (self._enabled and trainer.is_global_zero and is_optimizer_step(trainer)):
             return
-        step = trainer.global_step
+        step, every = trainer.global_step, self._every or getattr(trainer, "log_every_n_steps", 0) or 10
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=_describe(trainer))
-        elif step % self._every == 0 or step == self._total:
+        elif step % every == 0 or step == self._total:
             per_step = (time.monotonic() - self._started) / (step - self._first_step)
             left = timedelta(seconds=round(per_step * (self._total - step)))
             print(f"step {step}/{self._total}  {_describe(trainer)}  {left} left", file=sys.stderr, flush=True)

@@ -137,7 +137,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_code_and_the_same_command_goes
     fits.codes = {"16": 1}
     assert main(words) == 1
     assert fits == ["8", "16"]
-    assert "sweep: stopped in size 16 (exit code 1); the same command goes on" in capsys.readouterr().err
+    assert "sweep: stopped in size 16 (exit code 1); the same command resumes it" in capsys.readouterr().err
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8"]
     assert (tmp_path / "sweep" / "sweep.png").is_file()
     fits.codes = {"16": "Ctrl-C"}
@@ -151,7 +151,7 @@ def test_another_config_is_refused_by_name(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     for option, value in (("--model.learning_rate", "0.5"), ("--trainer.max_epochs", "3"), ("--data.seed", "3")):
         assert main([*command, "--sizes", "8", option, value]) == 2
-        assert f"was begun with another config: {option[2:]} was" in capsys.readouterr().err
+        assert f"was started with another config: {option[2:]} was" in capsys.readouterr().err
     assert main([*command, "--sizes", "8", "--data.num_workers", "1"]) == 0
     assert fits == ["8"]
 
@@ -160,7 +160,7 @@ def test_a_run_of_unknown_origin_is_no_result(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     (tmp_path / "sweep" / "sweep.json").unlink()
     assert main([*command, "--sizes", "8"]) == 2
-    assert "size-8' holds a run that this sweep does not know; move it away" in capsys.readouterr().err
+    assert "size-8' holds a run that is not part of this sweep; move it away" in capsys.readouterr().err
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     assert main([*command, "--sizes", "8"]) == 2
     assert "cannot be read as the state of a sweep" in capsys.readouterr().err
@@ -183,14 +183,14 @@ def test_sizes_are_counted_after_filter_correct(command, fits, train_file, tmp_p
     ("options", "message"),
     [
         (["--sizes", "8", "43"], "--sizes 43 is more than the 42 rows that data.train_path has to train on"),
-        (["--sizes", "8", "many"], "--sizes 'many' is no size"),
+        (["--sizes", "8", "many"], "--sizes 'many' is not a size"),
         (["--sizes"], "--sizes: expected at least one argument"),
-        (["--sizes", "8", "--output_dir", "x"], "its own --output_dir"),
+        (["--sizes", "8", "--output_dir", "x"], "sweep sets --output_dir"),
         (["--sizes", "8", "--model.learning_ratee", "1"], "--model.learning_ratee"),
         (["--sizes", "8", "--data.val_path", "null"], "set data.val_path"),
         (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"),
         (["--sizes", "8", "--data.train_path", "null"], "data.train_path is not set"),
-        (["--sizes", "8", "--checkpoint.dirpath=x"], "its own --checkpoint.dirpath"),
+        (["--sizes", "8", "--checkpoint.dirpath=x"], "checkpoint.dirpath cannot be set: remove it"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_trained(command, fits, tmp_path, capsys, options, message):
@@ -212,9 +212,9 @@ def test_a_number_that_is_all_rows_is_full_where_full_is_asked_for():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("abc", "--sizes 'abc' is no size: give numbers of training examples, at least 1, or full"),
-        ("0", "--sizes '0' is no size: give numbers of training examples, at least 1, or full"),
-        ("1.5", "--sizes '1.5' is no size: give numbers of training examples, at least 1, or full"),
+        ("abc", "--sizes 'abc' is not a size: give numbers of training examples, at least 1, or full"),
+        ("0", "--sizes '0' is not a size: give numbers of training examples, at least 1, or full"),
+        ("1.5", "--sizes '1.5' is not a size: give numbers of training examples, at least 1, or full"),
         (
             "101",
             "--sizes 101 is more than the 100 rows that data.train_path has to train on; give at most that, or full",
@@ -230,15 +230,15 @@ def test_what_is_no_size_is_named(word, message):
 def test_options_that_the_sweep_sets_are_refused():
     check_options(["--data.batch_size", "8", "--output_dirs=x"])
     for option in ("--output_dir", "--ckpt_path=auto", "--data.max_train_examples=3", "--overwrite"):
-        with pytest.raises(UserError, match=f"its own {option.partition('=')[0]}: leave it out"):
+        with pytest.raises(UserError, match=f"sweep sets {option.partition('=')[0]} for each size: remove it"):
             check_options(["--data.batch_size", "8", option])
 
 
 CONFIG = {
     "seed_everything": 42,
     "output_dir": "a",
-    "checkpoint": {"dirpath": None},
-    "evaluation": {"num_examples": 4, "output_dir": None, "generator": {"init_args": {"greedy": True}}},
+    "checkpoint": {"monitor": None},
+    "evaluation": {"num_examples": 4, "generator": {"init_args": {"greedy": True}}},
     "data": {"val_path": "v", "max_train_examples": 5, "num_workers": 0, "cache_dir": None, "columns": {}},
 }
 TOKENS = {"data": "d1", "tokenizer": "t1", "max_length": 9}
@@ -247,8 +247,6 @@ TOKENS = {"data": "d1", "tokenizer": "t1", "max_length": 9}
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("checkpoint", {"dirpath": "x"}, r"^checkpoint\.dirpath is set in the config"),
-        ("evaluation", {"output_dir": "x"}, r"^evaluation\.output_dir is set in the config"),
         ("evaluation", {"num_examples": 0}, r"evaluation\.num_examples above 0, got v and 0"),
         ("data", {"val_path": None}, r"set data\.val_path, .* got None and 4"),
     ],
@@ -262,9 +260,8 @@ def test_a_config_that_no_sweep_can_use_is_refused(section, change, message):
 def test_the_shared_config_is_all_but_what_each_run_has_for_itself():
     assert shared_config(CONFIG, TOKENS) == {
         "seed_everything": 42,
-        "checkpoint.dirpath": None,
+        "checkpoint.monitor": None,
         "evaluation.num_examples": 4,
-        "evaluation.output_dir": None,
         "evaluation.generator.init_args.greedy": True,
         "data.val_path": "v",
         "data.columns": {},
@@ -278,7 +275,7 @@ def test_a_difference_is_named():
     check_same_config(saved, shared_config({**CONFIG, "output_dir": "b"}, TOKENS), "s")
     with pytest.raises(UserError, match=r": the content of data\.train_path was 'd1' and is now 'd2';"):
         check_same_config(saved, shared_config(CONFIG, {**TOKENS, "data": "d2"}), "s")
-    with pytest.raises(UserError, match="seed_everything was 42 and is now 7; set it back, or name another folder"):
+    with pytest.raises(UserError, match="seed_everything was 42 and is now 7; set it back, or give another folder"):
         check_same_config(saved, {**saved, "seed_everything": 7}, "s")
     with pytest.raises(UserError, match=r"model\.new was None and is now 1"):
         check_same_config(saved, {**saved, "model.new": 1}, "s")
