@@ -47,12 +47,12 @@ class HFCheckpoint(ModelCheckpoint):
     """Saves ``checkpoint-<step>`` folders that ``from_pretrained`` loads and ``ckpt_path`` resumes, and ``final``.
 
     Args:
-        dirpath: Folder of the run; on the command line output_dir, unless given.
+        dirpath: Folder of the run. On the command line --output_dir sets it.
         every_n_train_steps: Save after every so many optimizer steps, and at the end of training.
         monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best one are kept as best.
         mode: Whether the best is the max or the min of monitor.
         keep_last: Keep the newest so many checkpoints, beside best and last; all of them where it is not given.
-        overwrite: Start a new run in a folder that holds another one, whose files are deleted.
+        overwrite: Delete the run that the folder holds and start a new one. On the command line --overwrite sets it.
     """
 
     FILE_EXTENSION = ""

@@ -63,7 +63,7 @@ class SFTCLI(LightningCLI):
 
     def resolve_config(self) -> None:
         """Keeps the config that is saved, then fills in what follows from other options."""
-        self.config_to_save = config_to_save(self.parser, self.config, self.subcommand)
+        self.config_to_save = config_to_save(self.parser, self.config, str(self.subcommand))
         resolve_options(self.config[self.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

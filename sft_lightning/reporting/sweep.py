@@ -1,4 +1,4 @@
-"""What a run of a sweep came to, read from its folder: steps, validation loss and every evaluation's accuracies."""
+"""Read the results of a sweep from the folders of its runs and tabulate them in Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ _RATES = ("format_accuracy", "answer_accuracy")
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of the prompts, in [0, 1], with its 95% interval."""
+    """A fraction of the prompts, in [0, 1], with its 95% interval."""
 
     value: float
     low: float
@@ -38,14 +38,14 @@ class SizeResult:
     """A finished run.
 
     Attributes:
-        label: The size as it was asked for: a number, or ``full``.
-        num_examples: Rows it was trained on.
-        folder: Of the run, inside the sweep's.
-        num_steps: Optimizer steps.
-        val_loss: Of its last validation, in nats per label token; None where there was none.
+        label: The size as the user gave it: a number, or ``full``.
+        num_examples: Number of training rows.
+        folder: Folder of the run, inside the sweep's.
+        num_steps: Number of optimizer steps.
+        val_loss: Loss of the last validation, in nats per label token; None without validations.
         evaluations: By step.
-        p_value: Of McNemar's exact test on the answers to the same prompts after the next smaller size; None where
-            there is no such size, or its prompts are others.
+        p_value: p-value of McNemar's exact test against the next smaller size, on the answers to the same prompts;
+            None if there is no such size or its prompts differ.
     """
 
     label: str
@@ -66,12 +66,12 @@ class SizeResult:
         return self.evaluations[0] if self.evaluations[0].step == 0 else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what ``sweep.json`` holds."""
+        """Returns the entry of ``sweep.json``."""
         return asdict(self)
 
 
 def is_finished(run: Path) -> bool:
-    """Returns whether a run came to its end: its final model is the last thing that it writes."""
+    """Returns whether a run is finished: it writes the final model last."""
     return (run / "final" / folders.MANIFEST).is_file()
 
 
@@ -80,7 +80,7 @@ def read_results(sweep: Path, num_examples: dict[str, int]) -> list[SizeResult]:
 
     Args:
         sweep: Folder of the sweep.
-        num_examples: Of each size, by its label; runs that are not finished are passed over.
+        num_examples: Number of examples of each size, by its label; unfinished runs are skipped.
 
     Raises:
         UserError: If a finished run has no evaluation.
@@ -114,7 +114,7 @@ def run_folder(sweep: Path, label: str) -> Path:
 
 
 def size_table(results: Sequence[SizeResult]) -> str:
-    """Returns a row for each size, and one for the model before training where that was evaluated."""
+    """Returns a row for each size, and one for the model before training if it was evaluated."""
     rows = [["size", "examples", "steps", "val loss", "format accuracy", "answer accuracy", "p vs smaller"]]
     if results and (before := results[0].before):
         rows.append(
@@ -153,9 +153,9 @@ def report(results: Sequence[SizeResult]) -> str:
         [
             "# Accuracy against the number of training examples",
             "",
-            f"{num_prompts} prompts; in brackets 95% intervals. Each size is trained on the first rows of the same "
-            "file, so that a larger one holds the smaller. p: McNemar's exact test against the next smaller size, on "
-            "the answers to the same prompts.",
+            f"{num_prompts} prompts; 95% intervals in brackets. Each size is trained on the first rows of the same "
+            "file, so a larger size contains the smaller ones. p: McNemar's exact test against the next smaller size, "
+            "on the answers to the same prompts.",
             "",
             size_table(results),
             "",
@@ -172,7 +172,7 @@ def report(results: Sequence[SizeResult]) -> str:
 def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
     known = [(one.step, one.metrics) for one in files.evaluations if one.step is not None and one.metrics]
     if not known:
-        raise UserError(f"run '{files.folder}' has no evaluation/step-<n>/metrics.json: nothing to compare it by")
+        raise UserError(f"run '{files.folder}' has no evaluation/step-<n>/metrics.json, which the comparison needs")
     return tuple(
         Evaluation(step, metrics["num_examples"], **{name: _rate(metrics, name) for name in _RATES})
         for step, metrics in known

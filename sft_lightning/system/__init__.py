@@ -1,1 +1,4 @@
-"""Files, disk space, memory and devices. It may import only errors; start with files.py."""
+"""Files, disk space, memory and devices.
+
+It may import only errors; start with files.py.
+"""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file
@@ -64,13 +64,15 @@ class SavedConfig(Callback):
             return
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
-        config, not_repeated = self._config, []
-        if config is None:
-            config, not_repeated = config_of_run(trainer, pl_module)
-            config = {"output_dir": str(self._run), **config}
-        header = "".join(f"# fit does not repeat {each}\n" for each in not_repeated)
         register_file(self._run, name)
-        (self._run / name).write_text(header + yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        (self._run / name).write_text(self._text(trainer, pl_module), encoding="utf-8")
+
+    def _text(self, trainer: Trainer, module: LightningModule) -> str:
+        if self._config is not None:
+            return yaml.safe_dump(dict(self._config), sort_keys=False)
+        config, not_repeated = config_of_run(trainer, module)
+        header = "".join(f"# fit does not repeat {each}\n" for each in not_repeated)
+        return header + yaml.safe_dump({"output_dir": str(self._run), **config}, sort_keys=False)
 
 
 def config_of_run(trainer: Trainer, module: LightningModule) -> tuple[dict[str, Any], list[str]]:
@@ -86,7 +88,7 @@ def config_of_run(trainer: Trainer, module: LightningModule) -> tuple[dict[str, 
     parts = (
         ("data", SFTDataModule, datamodule_of(trainer)),
         ("model", SFTModule, module),
-        ("checkpoint", HFCheckpoint, _callback(trainer, HFCheckpoint)),
+        ("checkpoint", HFCheckpoint, _callback(trainer, HFCheckpoint) or HFCheckpoint()),
         ("evaluation", GenerationEvaluation, _callback(trainer, GenerationEvaluation) or GenerationEvaluation(0)),
     )
     for section, expected, part in parts:
@@ -95,14 +97,18 @@ def config_of_run(trainer: Trainer, module: LightningModule) -> tuple[dict[str, 
         config[section] = _arguments(part, expected, section, not_repeated)
     config["trainer"] = _trainer_arguments(trainer, not_repeated)
     for callback in callbacks_of(trainer):
-        if not isinstance(callback, ModelSummary) and not type(callback).__module__.startswith("sft_lightning."):
+        if not _is_from_here(callback) and not isinstance(callback, ModelSummary | ProgressBar):
             not_repeated.append(f"{type(callback).__name__}: add it to trainer.callbacks")
     for logger in trainer.loggers:
-        if not type(logger).__module__.startswith("sft_lightning."):
+        if not _is_from_here(logger):
             not_repeated.append(f"{type(logger).__name__}: add it to trainer.logger")
     if config["seed_everything"] is False and config["model"].get("init") == "random":
         not_repeated.append("the random weights: call seed_everything before the run")
     return config, not_repeated
+
+
+def _is_from_here(part: Any) -> bool:
+    return type(part).__module__.startswith("sft_lightning.")
 
 
 def _seed() -> int | bool:
@@ -171,8 +177,12 @@ def _trainer_arguments(trainer: Trainer, not_repeated: list[str]) -> dict[str, A
         arguments["deterministic"] = "warn" if torch.is_deterministic_algorithms_warn_only_enabled() else True
     arguments["accelerator"] = trainer.accelerator.name()
     arguments["devices"] = trainer.num_devices
-    if isinstance(trainer.strategy, DDPStrategy):
-        arguments["strategy"] = trainer.strategy.strategy_name
-    elif not isinstance(trainer.strategy, SingleDeviceStrategy):
-        not_repeated.append(f"{type(trainer.strategy).__name__}: set trainer.strategy")
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        sizes = {f"{name}_size": strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel")}
+        arguments["strategy"] = {"class_path": _import_path(ModelParallelStrategy), "init_args": sizes}
+    elif isinstance(strategy, DDPStrategy):
+        arguments["strategy"] = "ddp"
+    elif not isinstance(strategy, SingleDeviceStrategy):
+        not_repeated.append(f"{type(strategy).__name__}: set trainer.strategy")
     return arguments

@@ -1,10 +1,12 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule, run_defaults
@@ -184,3 +186,34 @@ def test_a_dry_run_writes_no_config(tmp_path, model_folder, train_file):
     data = SFTDataModule(train_file, tokenizer_path=model_folder, max_length=512)
     trainer_of(tmp_path / "run", fast_dev_run=True).fit(SFTModule(model_folder), data)
     assert not (tmp_path / "run").exists()
+
+
+class Mesh(dict):
+    """Stands in for the device mesh of a started strategy."""
+
+    def __init__(self, **sizes):
+        super().__init__({name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "expected"),
+    [
+        ("auto", 1, None),
+        ("ddp", 2, "ddp"),
+        (
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            2,
+            {
+                "class_path": "lightning.pytorch.strategies.model_parallel.ModelParallelStrategy",
+                "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+            },
+        ),
+    ],
+)
+def test_the_strategy_is_saved(tmp_path, monkeypatch, strategy, devices, expected):
+    monkeypatch.setattr(ModelParallelStrategy, "device_mesh", Mesh(data_parallel=2, tensor_parallel=1))
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, **run_defaults(tmp_path))
+    trainer.datamodule = SFTDataModule("rows.jsonl", tokenizer_path="t")
+    config, not_repeated = config_of_run(trainer, SFTModule("m"))
+    assert (config["trainer"].get("strategy"), config["trainer"]["devices"]) == (expected, devices)
+    assert not_repeated == []
