@@ -62,7 +62,7 @@ def test_validation_is_counted_in_optimizer_steps(fit_options):
         parse_fit([*fit_options, "--validate_every_n_steps", "0"])
 
 
-def test_the_saved_config_has_no_option_of_one_start(fit_options, tmp_path):
+def test_the_saved_config_omits_options_of_one_start(fit_options, tmp_path):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     plain = parse_fit(fit_options).saved
     start = ["--ckpt_path", str(tmp_path / "run" / "checkpoint-1"), "--overwrite", "--resume_override"]

@@ -41,7 +41,7 @@ def test_intervals_are_those_of_the_evaluation(sweep):
     assert (last.format_accuracy.low, last.format_accuracy.high) == (0.25, 1.0)
 
 
-def test_the_p_value_is_of_the_same_prompts_after_the_next_smaller_size(sweep):
+def test_the_p_value_compares_with_the_next_smaller_size(sweep):
     small, large = read_results(sweep, SIZES)
     assert small.p_value is None
     assert large.p_value == mcnemar_p_value(6, 0) == 0.03125  # six heads in six throws
@@ -89,7 +89,7 @@ def test_the_table_over_training(sweep):
     assert lines[3].endswith("| 1.000 [0.722, 1.000] | 0.300 [0.108, 0.603] |")
 
 
-def test_a_small_p_value_is_no_zero_and_without_a_baseline_there_is_no_row_for_it():
+def test_small_p_values_and_a_missing_baseline_in_the_table():
     rate = Rate(0.5, 0.4, 0.6)
     result = SizeResult("8", 8, "size-8", 1, None, (Evaluation(1, 100, rate, rate),), p_value=1e-9)
     lines = size_table([result]).splitlines()
@@ -97,7 +97,7 @@ def test_a_small_p_value_is_no_zero_and_without_a_baseline_there_is_no_row_for_i
     assert lines[2].endswith("|      < 0.001 |")
 
 
-def test_the_report_holds_both_tables_and_the_picture(sweep):
+def test_the_report_contains_both_tables_and_the_plot(sweep):
     results = read_results(sweep, {"100": 100, "full": 400})
     text = report(results)
     assert size_table(results) in text

@@ -56,7 +56,7 @@ def test_the_comparison_is_printed_and_written(before, after, tmp_path, capsys):
     )
 
 
-def test_it_is_written_elsewhere_on_request(before, after, tmp_path):
+def test_output_names_another_folder(before, after, tmp_path):
     assert main(["compare", before, after, "--output", str(tmp_path / "new")]) == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["comparison.json"]
     assert not (tmp_path / "after" / "comparison.json").exists()

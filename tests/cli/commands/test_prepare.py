@@ -21,7 +21,7 @@ def test_prepare_gsm8k_writes_prompt_response_and_ground_truth(tmp_path):
     assert written["ground_truth"] == "1005"
 
 
-def test_prepare_gsm8k_leaves_nothing_behind_on_a_bad_row(tmp_path, capsys):
+def test_prepare_gsm8k_writes_nothing_on_a_bad_row(tmp_path, capsys):
     source = tmp_path / "raw.jsonl"
     source.write_text('{"question": "a", "answer": "no mark"}\n')
     assert main(["prepare", "gsm8k", "--input", str(source), "--output", str(tmp_path / "sft.jsonl")]) == 2
@@ -53,7 +53,7 @@ def test_the_folder_holds_data_and_model(folder):
     assert {"model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"} <= files
 
 
-def test_what_is_constant_costs_two_tokens(folder):
+def test_the_fixed_text_of_a_prompt_is_two_tokens(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)["prompt"]
@@ -71,7 +71,7 @@ def test_a_second_call_replaces_its_own_files_only(folder):
     assert contents(folder) == before
 
 
-def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
+def test_a_file_in_place_of_the_folder_is_kept(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file"):
         prepare_quickstart(tmp_path / "file")

@@ -73,7 +73,7 @@ def test_a_run_may_be_moved_and_another_model_named(stopped, tmp_path, model_fol
     assert out.endswith("0 of 8 rows are not finite alone\n")
 
 
-def test_without_a_checkpoint_it_is_the_model_that_the_run_began_with(stopped, tmp_path, capsys):
+def test_without_a_checkpoint_replay_uses_the_initial_model(stopped, tmp_path, capsys):
     folder = stopped(every_n_train_steps=100)
     capsys.readouterr()
     assert main(["replay", str(folder)]) == 0

@@ -92,7 +92,7 @@ def digest(run):
     return json.loads((run / "last" / "manifest.json").read_text())["digest"]
 
 
-def test_each_size_is_a_run_on_the_first_rows_and_the_tokens_are_made_once(command, trains_here, tmp_path, capsys):
+def test_each_size_trains_on_the_first_rows_and_tokenizes_once(command, trains_here, tmp_path, capsys):
     assert main([*command, "--sizes", "full", "8", "16"]) == 0
     sweep = tmp_path / "sweep"
     assert {path.name for path in sweep.iterdir()} == {
@@ -132,7 +132,7 @@ def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_pat
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8", "16"]
 
 
-def test_a_run_that_fails_ends_the_sweep_with_its_code_and_the_same_command_goes_on(command, fits, tmp_path, capsys):
+def test_a_failed_run_ends_the_sweep_and_the_command_resumes_it(command, fits, tmp_path, capsys):
     words = [*command, "--sizes", "8", "16", "full"]
     fits.codes = {"16": 1}
     assert main(words) == 1
@@ -156,7 +156,7 @@ def test_another_config_is_refused_by_name(command, fits, tmp_path, capsys):
     assert fits == ["8"]
 
 
-def test_a_run_of_unknown_origin_is_no_result(command, fits, tmp_path, capsys):
+def test_a_run_of_unknown_origin_is_refused(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     (tmp_path / "sweep" / "sweep.json").unlink()
     assert main([*command, "--sizes", "8"]) == 2
@@ -204,7 +204,7 @@ def test_sizes_are_sorted_and_each_comes_once():
     assert list(sizes_of(["512", "full", "128", "0128"], 7473).items()) == [("128", 128), ("512", 512), ("full", 7473)]
 
 
-def test_a_number_that_is_all_rows_is_full_where_full_is_asked_for():
+def test_the_number_of_all_rows_equals_full():
     assert sizes_of(["7473", "full"], 7473) == sizes_of(["full", "7473"], 7473) == {"full": 7473}
     assert sizes_of(["7473"], 7473) == {"7473": 7473}
 
@@ -221,7 +221,7 @@ def test_a_number_that_is_all_rows_is_full_where_full_is_asked_for():
         ),
     ],
 )
-def test_what_is_no_size_is_named(word, message):
+def test_an_invalid_size_is_named(word, message):
     with pytest.raises(UserError) as error:
         sizes_of(["10", word], 100)
     assert str(error.value) == message
@@ -251,13 +251,13 @@ TOKENS = {"data": "d1", "tokenizer": "t1", "max_length": 9}
         ("data", {"val_path": None}, r"set data\.val_path, .* got None and 4"),
     ],
 )
-def test_a_config_that_no_sweep_can_use_is_refused(section, change, message):
+def test_a_config_without_graded_answers_is_refused(section, change, message):
     check_config(CONFIG)
     with pytest.raises(UserError, match=message):
         check_config({**CONFIG, section: {**CONFIG[section], **change}})
 
 
-def test_the_shared_config_is_all_but_what_each_run_has_for_itself():
+def test_the_shared_config_excludes_settings_of_one_run():
     assert shared_config(CONFIG, TOKENS) == {
         "seed_everything": 42,
         "checkpoint.monitor": None,
@@ -302,14 +302,14 @@ def stand_in(tmp_path, monkeypatch):
         ("import sys; assert sys.argv[3:] == ['fit', 'x']", 0),
     ],
 )
-def test_the_exit_code_of_a_fit_is_the_shells(stand_in, line, code):
+def test_the_exit_code_of_a_fit_follows_shells(stand_in, line, code):
     stand_in(line)
     assert sweep_file._fit(["fit", "x"]) == code
 
 
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ends_by_itself", [True, False])
-def test_ctrl_c_waits_for_the_fit_and_ends_one_that_does_not_end(stand_in, tmp_path, monkeypatch, ends_by_itself):
+def test_ctrl_c_waits_for_the_fit_then_ends_it(stand_in, tmp_path, monkeypatch, ends_by_itself):
     monkeypatch.setattr(sweep_file, "_SECONDS_TO_END", 60 if ends_by_itself else 0.2)
     stand_in(
         "import os, pathlib, signal, sys, time\n"
@@ -335,7 +335,7 @@ def test_sigterm_ends_the_fit_too(stand_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_to_the_same_table(command, tmp_path, monkeypatch):
     """SIGKILL of all its processes, in the middle of the second of three trainings."""
     words = [*command, "--sizes", "8", "24", "full", "--trainer.max_epochs", "6"]
     straight = words.copy()
