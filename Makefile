@@ -38,10 +38,10 @@ types: $(INSTALLED)  ## check types
 check: lint types test  ## everything that CI runs
 
 docs: $(DOCS_INSTALLED)  ## build the documentation into site/; a warning is an error
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs-serve: $(DOCS_INSTALLED)  ## show the documentation in a browser, rebuilt as files change
-	$(BIN)/mkdocs serve --watch sft_lightning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --watch sft_lightning
 
 format: $(INSTALLED)  ## format the code and fix what can be fixed
 	$(BIN)/ruff format .

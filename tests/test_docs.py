@@ -7,16 +7,19 @@ A block is a fenced one. Its language says what happens to it:
 - ``text``: is output or a drawing.
 
 A block with ``title="NAME"`` is the content of a file of that name, which exists while the page's blocks run. The
-blocks of a page run in order in one folder, which holds the repository's configs, GSM8K-like rows and a tiny model under
-each hub name that pages use. ``<!-- parse only: REASON -->`` or ``<!-- slow: REASON -->`` goes in front of a block.
+blocks of a page run in order in one folder, which holds the repository's configs, GSM8K-like rows and a tiny model
+under each hub name that pages use. ``<!-- parse only: REASON -->`` or ``<!-- slow: REASON -->`` goes in front of a
+block.
 """
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +283,21 @@ def test_the_python_reference_names_every_export():
 def test_links_lead_to_files_of_the_repository(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))  # and 404.html
+    loads = re.compile(
+        r"""<(?:script|img|iframe|link)\b(?![^>]*rel="canonical")[^>]*(?:src|href)=["']?(https?:)?//[^>]*>"""
+    )
+    styles = re.compile(r"(?:url\(|@import )[\"']?(?:https?:)?//")
+    assert not [(page.name, tag[0]) for page in pages for tag in loads.finditer(page.read_text("utf-8"))]
+    assert not [path.name for path in tmp_path.rglob("*.css") if styles.search(path.read_text("utf-8"))]
 
 
 NAMED_PATH = re.compile(r"`((?:[a-z_]+/)+(?:[a-z_0-9-]+\.(?:py|ya?ml|json))?)`")

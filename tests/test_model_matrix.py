@@ -87,7 +87,7 @@ _LINEAR = {**_LINEAR_HEADS, "linear_key_head_dim": 8, "linear_value_head_dim": 8
 
 FAMILIES = {
     "Qwen2": Family("Qwen2Config", "tied head", {**GROUPED, "tie_word_embeddings": True}),
-    "Qwen3": Family("Qwen3Config", "normalised queries and keys", {**GROUPED, "head_dim": 16}),
+    "Qwen3": Family("Qwen3Config", "normalized queries and keys", {**GROUPED, "head_dim": 16}),
     "Llama": Family("LlamaConfig", "untied head", GROUPED),
     "Mistral": Family("MistralConfig", "sliding window", {**GROUPED, "sliding_window": WINDOW}),
     "Gemma 2": Family(
