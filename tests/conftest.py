@@ -88,7 +88,6 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as environment:
         environment.chdir(folder)
         environment.setenv("SFT_CACHE_DIR", str(folder / "token-cache"))
-        torch.set_num_threads(2)
         assert main(["prepare", "quickstart", "--output", "data/quickstart"]) == 0
         assert main(["fit", "--config", str(CONFIGS / "quickstart.yaml")]) == 0
     return folder
