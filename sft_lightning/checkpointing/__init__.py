@@ -1,5 +1,4 @@
-"""Save, verify, find and resume checkpoints, and keep track of the files of a run folder.
+"""Checkpoints that transformers loads and that resume bit-equal, and the folder of a run.
 
-It may import models, data, Lightning and everything below. Start with ``callback.py``, which decides when to save;
-``folder.py`` is the layout on disk.
+It may import models, evaluation and the rooms below; start with callback.py.
 """

@@ -1,4 +1,4 @@
-"""Evaluate models: generate, grade, count, and compare two evaluations.
+"""Evaluation of generated answers: rates, intervals and paired comparisons.
 
-It may import generation, grading, data and everything below, and not Lightning. Start with ``evaluate.py``.
+It may import generation and the rooms below; start with evaluate.py.
 """

@@ -1,5 +1,4 @@
-"""Generate answers to prompts, with a model in this process or with a server.
+"""Generators of answers, in this process or from a server.
 
-It may import data, distributed, system and errors. Start with ``base.py``, the contract of a generator; ``decoding`` is
-what the generator in this process is made of.
+It may import data and the rooms below; start with transformers_generator.py.
 """

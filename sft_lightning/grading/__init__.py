@@ -1,5 +1,4 @@
-"""Grade responses against ground truths, with time limits that hold for any text.
+"""Graders of answers, with mathematics in processes of their own.
 
-It may import system and errors. Start with ``base.py``, the contract of a grader, and ``graders.py``; a new grader is a
-class there and a name in the root of the package.
+It may import system and errors; start with graders.py.
 """

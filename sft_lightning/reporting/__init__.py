@@ -1,5 +1,4 @@
-"""Read the folder of a run, and write its report, its plots and its tables.
+"""Pages, plots and tables from the files of finished and running runs.
 
-It may import evaluation and everything below, and trains nothing. Start with ``page.py``; ``run_files.py`` reads what
-the other files show.
+It may import checkpointing and the rooms below; start with page.py.
 """

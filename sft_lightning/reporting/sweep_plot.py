@@ -1,4 +1,4 @@
-"""Plot a sweep: accuracy by size, and over the optimizer steps of each size."""
+"""Plot the results of a sweep: accuracy against size, and during training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _COLORS = {"answer_accuracy": "#0b6e99", "format_accuracy": "#c8691c"}
 
 
 def draw(results: Sequence[SizeResult], path: Path) -> None:
-    """Writes the figure of ``plot`` as a PNG file.
+    """Writes the figure of ``plot`` as a PNG, atomically.
 
     Args:
         results: Results by increasing size; at least one.
@@ -30,12 +30,12 @@ def plot(results: Sequence[SizeResult]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot, which keeps figures in memory and looks for a display.
+    # Without pyplot, which needs a window system and keeps figures in memory.
     figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     by_size, by_step = figure.subplots(1, 2, sharey=True)
     for axes in (by_size, by_step):
-        axes.set_xscale("log")  # before ticks are set, because it removes them
+        axes.set_xscale("log")  # before the ticks, which it resets
         axes.set_ylim(-0.03, 1.03)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
@@ -72,7 +72,7 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
 
     _set_limits(axes, [each.step for result in results for each in result.evaluations if each.step > 0])
     for number, result in enumerate(results):
-        # A logarithmic axis has no step 0.
+        # A logarithmic axis cannot show step 0.
         points = [each for each in result.evaluations if each.step > 0]
         color = colormaps["viridis"](0.9 * number / max(1, len(results) - 1))
         axes.plot(
@@ -91,6 +91,6 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
 
 
 def _set_limits(axes: "Axes", values: Sequence[int]) -> None:
-    """Sets limits before anything is drawn: for a single value matplotlib finds none, and warns."""
+    """Sets the limits before anything is drawn: matplotlib cannot derive them from a single value, and warns."""
     if values:
         axes.set_xlim(min(values) / 1.3, max(values) * 1.3)

@@ -1,5 +1,4 @@
-"""The machine under a run: files, disk space, memory and the speed of devices, and texts that identify objects.
+"""Files, disk space, memory and devices.
 
-It imports the package's errors and nothing else of it. Start with ``files.py``: every file and folder that must not be
-half-written goes through it.
+It may import only errors; start with files.py.
 """

@@ -1,4 +1,4 @@
-"""Turn batches of prompts into tokens: batching, sampling, stopping, the key-value cache and the loop over steps.
+"""The decoding loop of TransformersGenerator and its parts.
 
-Start with ``loop.py``. ``hf_generate.py`` serves the models that the loop cannot run.
+It may import what generation may; start with loop.py.
 """
