@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
     "PredictionWriter",
     "RowLossRecorder",
     "RunReport",
+    "SavedConfig",
     "StepProgress",
     "Throughput",
     "MetricsCSVLogger",
