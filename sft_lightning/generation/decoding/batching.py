@@ -32,7 +32,7 @@ def answer_in_batches(
     Raises:
         torch.OutOfMemoryError: If a single row does not fit, or ``may_retry`` is False.
     """
-    # The longest prompts first: what does not fit into memory fails at once. Equal prompts are adjacent.
+    # The longest prompts first, so that running out of memory happens early. Equal prompts are adjacent.
     waiting = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
     answers: dict[int, Answer] = {}
     max_rows = len(prompts)

@@ -19,7 +19,7 @@ def update(cache, *rows):
 
 
 def batch_of(*rows):
-    """Returns a cache of rows of equal length, with room."""
+    """Returns a cache of rows of equal length, with spare slots."""
     part = KVCache(2)
     update(part, *rows)
     return KVCache.of_parts([part], 0)
@@ -34,7 +34,7 @@ def test_without_spare_slots_a_cache_fits_its_tokens():
     assert update(cache, [5], [6]) == [[1, 2, 5], [3, 4, 6]]
 
 
-def test_rows_grow_in_place_and_past_their_room():
+def test_rows_grow_in_place_and_past_their_spare_slots():
     cache = batch_of([1, 2], [3, 4])
     expected = [[1, 2], [3, 4]]
     places = set()
@@ -64,7 +64,7 @@ def test_rows_take_the_places_of_those_that_left():
     cache = batch_of([1], [2], [3], [4], [5])
     cache.move_rows(torch.tensor([3, 4]), torch.tensor([0, 2]))
     assert [row[:2] for row in update(cache, [14], [12], [15])] == [[4, 14], [2, 12], [5, 15]]
-    for step in range(40):  # past the room, where only three rows are copied
+    for step in range(40):  # past the spare slots, where only three rows are copied
         kept = update(cache, [step], [step], [step])
         assert [row[:3] for row in kept] == [[4, 14, 0], [2, 12, 0], [5, 15, 0]]
 
