@@ -36,6 +36,8 @@ WAITING_OPS = {
     "unique_consecutive",
     "bincount",
 }
+# What they make on a tensor's own device needs no copy, but is on the device.
+FACTORIES = ("arange", "empty", "full", "ones", "zeros")
 ACCUMULATE = 3
 
 
@@ -101,10 +103,21 @@ class ImaginedDevice(TorchDispatchMode):
         with monkeypatch.context() as patches:
             for name in ("tolist", "numpy", "cpu"):
                 patches.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
+            for name in FACTORIES:
+                patches.setattr(torch, name, self._followed(getattr(torch, name)))
             patches.setattr(torch, "tensor", tensor)
             patches.setattr(torch.Tensor, "new_tensor", new_tensor)
             with self:
                 yield
+
+    def _followed(self, factory):
+        def followed(*args, **kwargs):
+            made = factory(*args, **kwargs)
+            if isinstance(kwargs.get("device"), torch.device):
+                self.put(made)
+            return made
+
+        return followed
 
     def _watched(self, name, method):
         def watched(tensor, *args, **kwargs):
@@ -244,6 +257,7 @@ def test_the_host_waits_once_an_optimizer_step_on_a_gpu(waits_of_a_fit, layout):
         lambda loss: torch.ones(2).index_put_(((loss > 0).expand(2),), torch.zeros(())),
         lambda loss: torch.equal(loss, loss),
         lambda loss: torch.tensor(1.0, device=loss.device),
+        lambda loss: bool((torch.arange(3, device=loss.device) == 1).all()),
     ],
 )
 def test_every_wait_is_seen(monkeypatch, careless):

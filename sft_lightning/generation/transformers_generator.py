@@ -17,6 +17,7 @@ from sft_lightning.generation.decoding.hf_generate import HFGenerate
 from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition, StopReason
+from sft_lightning.system.sdpa import without_cudnn_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,14 @@ class TransformersGenerator(Generator):
         assert len(numbers) == len(prompts)
         # The layers of a model in training may be compiled: its cache would make them compile again and again.
         as_written = torch.compiler.set_stance("force_eager")
-        with as_written, _evaluation_mode(model), _random_state_kept(model.device), synchronize_forwards(model):
+        any_shape = without_cudnn_attention(is_cuda=model.device.type == "cuda")
+        with (
+            as_written,
+            any_shape,
+            _evaluation_mode(model),
+            _random_state_kept(model.device),
+            synchronize_forwards(model),
+        ):
             rows = encode_prompts(tokenizer, prompts)
             for index, row in enumerate(rows):
                 if not row:
