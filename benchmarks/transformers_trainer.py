@@ -32,7 +32,7 @@ class _StepClock(TrainerCallback):
 
 
 class _CountingCollator(DataCollatorForSeq2Seq):
-    """Counts the micro-batches that it makes; Trainer fetches one ahead, which may count for the step before its own."""
+    """Counts the micro-batches that it makes; one fetched ahead may count for the step before its own."""
 
     meter: Meter
 

@@ -18,6 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from sft_lightning.data.batch import Segments
 from sft_lightning.models.attention.interface import RegisteredAttention
 
+_BLOCK_TOKENS = 128
+
 
 class FlexAttention(RegisteredAttention):
     """Keeps the block mask of the last micro-batch: all layers ask for the same."""
@@ -44,9 +46,12 @@ class FlexAttention(RegisteredAttention):
         device_type = query.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
         heads = query.to(dtype), key.to(dtype), value.to(dtype)
-        if device_type == "cpu":  # where FlexAttention has no backward
-            place = torch.arange(query.shape[2])
-            visible = (place[:, None] >= place) & (place[:, None] < visible_until(segments))
+        # FlexAttention has no backward on a CPU. Rows that are not filled up are those of the layout check, for which
+        # compiling takes too long.
+        if device_type == "cpu" or query.shape[2] % _BLOCK_TOKENS:
+            place = torch.arange(query.shape[2], device=query.device)
+            until = visible_until(segments).to(query.device)
+            visible = (place[:, None] >= place) & (place[:, None] < until)
             output = F.scaled_dot_product_attention(*heads, attn_mask=visible, scale=kwargs["scaling"], enable_gqa=True)
         else:
             if self._compiled is None:

@@ -83,17 +83,13 @@ class Kernels:
         torch.manual_seed(0)
         scale = 0.1 if session.tiny else 1.0
         spans = gsm8k_like_spans(session.size(12), 0, scale)
-        # A child of a single token two levels down, and a row of its own.
+        # A child of a single token two levels down.
         end, last = spans[-1].end, len(spans) - 1
-        self._segments = Segments.from_spans([*spans, Span(end, end + 1, last), Span(end + 1, end + 40, -1)])
-        self._heads = self._random_heads(end + 40)
-        self._direction = torch.randn(1, end + 40, self._num_heads, self._head_size, device=session.device)
+        self._segments = _filled_up([*spans, Span(end, end + 1, last)]).to(torch.device(session.device))
+        self._heads = self._random_heads(self._segments.spans[-1].end)
+        self._direction = torch.randn(self._heads[0].shape, device=session.device).transpose(1, 2)
         spans = gsm8k_like_spans(session.size(32), 1, scale)
-        # Filled up to a multiple of 128, which FlexAttention needs.
-        end = spans[-1].end
-        spans.append(Span(end, end + 128 - end % 128, -1))
-        self._wide = Segments.from_spans(spans).to(torch.device(session.device))
-        self._segments = self._segments.to(torch.device(session.device))
+        self._wide = _filled_up(spans).to(torch.device(session.device))
 
     def errors(self, name: str, window: int | None) -> dict[str, Any]:
         """Returns relative errors of output and gradients against float64, and whether two runs give the same bits."""
@@ -159,6 +155,12 @@ class Kernels:
         function()
         self._session.wait()
         return round(1e3 * (time.perf_counter() - begun), 3)
+
+
+def _filled_up(spans: list[Span]) -> Segments:
+    """Returns the segments with one more row up to a multiple of 128 tokens, which FlexAttention needs."""
+    end = spans[-1].end
+    return Segments.from_spans([*spans, Span(end, end + 128 - end % 128, -1)])
 
 
 def _with_gradients(output: Tensor, heads: list[Tensor], direction: Tensor) -> list[Tensor]:

@@ -59,6 +59,11 @@ class StepMeter(Meter):
         whole = super().result(num_warmup_steps)
         return Measurement(whole.seconds[:-NUM_EXTRA_STEPS], whole.counts[:-NUM_EXTRA_STEPS], whole.first_loss)
 
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")  # the meter's own wait does not count
+        return super()._now()
+
     def close(self) -> None:
         """Ends what a run that failed has left open."""
         self._stack.close()
