@@ -12,7 +12,7 @@ from meter import Measurement, Meter, step_flops
 from torch.profiler import ProfilerActivity, profile
 from transformers import PretrainedConfig
 
-from sft_lightning.models.flops import peak_of
+from sft_lightning.system.peak_flops import peak_of
 
 # After the timed steps comes one in which waits are counted, and one that is profiled.
 NUM_EXTRA_STEPS = 2
