@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+from sft_lightning.data.formats.r1_zero import R1_ZERO_PROMPT
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import write_arithmetic
 from sft_lightning.quickstart.tiny_model import write_tiny_model

@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from sft_lightning.data import tokenization
-from sft_lightning.data.records import Record
+from sft_lightning.data.formats.base import Record
+from sft_lightning.data.load_report import LoadReport
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import (
-    LoadReport,
     encode_prompts,
     encode_responses,
     load_tokenizer,
@@ -199,9 +200,8 @@ def test_lists_must_pair_up(prompts, outputs):
 
 
 def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
-    return tokenize_records(
-        iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, load_report=LoadReport()
-    )
+    settings = DataSettings("rows.jsonl", max_length=99, overlength="error", append_eos=append_eos)
+    return tokenize_records(iter(records), tokenizer, settings, LoadReport())
 
 
 def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
@@ -261,10 +261,8 @@ SHORT = Record("one", "is", source="a:2")
 
 
 def tokenised(records, tokenizer, max_length, overlength):
-    load_report = LoadReport()
-    rows = tokenize_records(
-        iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, load_report=load_report
-    )
+    load_report, settings = LoadReport(), DataSettings("rows.jsonl", max_length=max_length, overlength=overlength)
+    rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     return [(record.source, prompt, response) for record, prompt, response in rows], load_report
 
 
@@ -324,9 +322,8 @@ def test_text_that_makes_no_token_is_a_bad_row():
         Record("two", "one", source="a:2"),
         Record("one", "one", source="a:3"),
     ]
-    rows = tokenize_records(
-        iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, load_report=load_report
-    )
+    settings = DataSettings("rows.jsonl", max_length=9, append_eos=False)
+    rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     assert [record.source for record, _, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
         ("a:1", "the tokenizer makes no token of the response"),

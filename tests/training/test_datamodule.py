@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sft_lightning.data.batching.loader import PlannedLoader
 from sft_lightning.data.batching.plan import shuffled
-from sft_lightning.data.formats.base import Plain
+from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grade, Grader
 from sft_lightning.training import datamodule as datamodule_file
-from sft_lightning.training.datamodule import SFTDataModule
+from sft_lightning.training.datamodule import SFTDataModule, check_same_steps, sets_of_run
 
 # 42 rows for training in micro-batches of 4, two of them a step: five steps of 8 and a last one of 2.
 
@@ -396,7 +396,7 @@ def test_tokens_are_made_once_and_found_by_the_next_run(fit, make, monkeypatch, 
     loaded = []
     load = datamodule_file.load_or_build_tokens
     monkeypatch.setattr(
-        datamodule_file, "load_or_build_tokens", lambda path, **o: loaded.append(path) or load(path, **o)
+        datamodule_file, "load_or_build_tokens", lambda *arguments: loaded.append(arguments) or load(*arguments)
     )
     _, data, trainer = fit({"cache_dir": str(tmp_path)})
     trainer.validate(Recorder(), data)
@@ -568,3 +568,26 @@ def test_validating_a_checkpoint_asks_nothing_of_the_data(make, checkpoint):
     module = Recorder()
     quiet_trainer().validate(module, make(train_path=None, seed=99), ckpt_path=checkpoint, weights_only=True)
     assert all_lines(module.validated) == list(range(1, 12))
+
+
+def test_equal_steps_pass_and_a_difference_is_named():
+    check_same_steps({"data.seed": 7}, {"data.seed": 7})
+    with pytest.raises(UserError, match=r"^cannot resume: data\.seed is 8, the checkpoint was trained with 7; set it"):
+        check_same_steps({"a": 1, "data.seed": 8}, {"a": 1, "data.seed": 7})
+
+
+def test_a_name_that_one_side_lacks_is_a_difference():
+    with pytest.raises(UserError, match="the filter is 'x', the checkpoint was trained with None"):
+        check_same_steps({"the filter": "x"}, {})
+    with pytest.raises(UserError, match="the filter is None, the checkpoint was trained with 'x'"):
+        check_same_steps({}, {"the filter": "x"})
+
+
+def test_which_sets_a_run_reads():
+    every, only_train = {"train", "val", "test"}, {"train"}
+    assert sets_of_run("fit", every) == ["train", "val"]
+    assert sets_of_run("fit", only_train) == ["train"]
+    assert sets_of_run("validate", every) == ["val"]
+    assert sets_of_run("test", every) == ["test"]
+    assert sets_of_run("predict", only_train) == []
+    assert sets_of_run("validate", only_train) == ["val"], "needed, there or not"

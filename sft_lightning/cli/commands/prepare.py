@@ -23,12 +23,13 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
     Raises:
         UserError: If a row is no GSM8K row; nothing is left of the output then.
     """
-    from sft_lightning.data.formats.base import R1Zero
+    from sft_lightning.data.formats.r1_zero import R1Zero
     from sft_lightning.data.records import read_records
+    from sft_lightning.data.settings import DataSettings
 
     num_rows = 0
     with _written_whole(Path(output_path)) as file:
-        for record in read_records(input_path, template=R1Zero(template_path)):
+        for record in read_records(DataSettings(input_path, template=R1Zero(template_path))):
             row = {"prompt": record.prompt, "response": record.response, "ground_truth": record.ground_truth}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_rows += 1

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from sft_lightning.data.batching.plan import StepShape
-from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+from sft_lightning.data.formats.r1_zero import R1_ZERO_PROMPT
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.diagnostics.check.check import CheckSettings, check
 from sft_lightning.diagnostics.check.memory_estimate import Device
-from sft_lightning.diagnostics.check.rows import RowSettings
+from sft_lightning.diagnostics.check.rows import CheckedSet
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import R1ZeroGrader
 from sft_lightning.quickstart.arithmetic import write_arithmetic
@@ -35,18 +36,13 @@ def quickstart(tmp_path_factory):
 def settings(quickstart, tmp_path):
     """The settings of a check of the quickstart's files, or of others."""
 
-    def make(train=quickstart / "train.jsonl", val=quickstart / "heldout.jsonl", **options):
+    def make(train=quickstart / "train.jsonl", val=quickstart / "heldout.jsonl", *, max_length=MAX_LENGTH, **options):
         tokenizer = load_tokenizer(str(quickstart / "model"))
         sets = tuple(
-            RowSettings(
-                name=name,
-                path=str(path),
-                tokenizer=tokenizer,
-                reading={"template": None, "columns": None, "max_bad_rows": 0},
-                max_length=MAX_LENGTH,
-                overlength="drop",
-                append_eos=True,
-                cache_dir=str(tmp_path / "cache"),
+            CheckedSet(
+                name,
+                DataSettings(str(path), max_length=max_length, cache_dir=str(tmp_path / "cache")),
+                tokenizer,
             )
             for name, path in (("train", train), ("val", val))
             if path is not None
@@ -160,15 +156,14 @@ def test_a_vocabulary_that_does_not_fit_stops_the_check_as_it_stops_fit(settings
 def test_what_is_being_done_is_told(settings):
     told = []
     check(settings(), told.append)
-    assert told[0] == "tokenising train"
+    assert told[0] == "tokenizing train"
     assert told[-1] == "planning an epoch in each layout"
 
 
 @pytest.mark.slow
 def test_gsm8k_is_clean(settings, gsm8k):
     """Both files as they are published: no row twice, none in both, every solution right by its own number."""
-    given = settings(gsm8k / "train.jsonl", gsm8k / "test.jsonl")
-    report = check(replace(given, sets=tuple(replace(each, max_length=2048) for each in given.sets)))
+    report = check(settings(gsm8k / "train.jsonl", gsm8k / "test.jsonl", max_length=2048))
     assert report.findings == []
     assert [each.account.num_used for each in report.sets] == [7473, 1319]
     assert [each.num_graded for each in report.sets] == [7473, 1319]

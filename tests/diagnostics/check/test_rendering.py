@@ -19,8 +19,8 @@ def report_of(rows_of, tokenizer):
     """A report of one set with the findings that are given."""
 
     def make(*findings, texts=(("2+2?\n", " 4"), ("\x1b[2J\t?", " a b")), **options):
-        _, account, settings = rows_of(texts, **options)
-        store = settings.load_tokens()
+        _, account, checked = rows_of(texts, **options)
+        store, settings = checked.load_tokens(), checked.settings
         report = SetReport("train", settings.path, settings.max_length, account, num_eos_supervised=2)
         report.lengths = {"row": LengthSummary.of(store.total_lengths)}
         report.histogram = histogram(store.total_lengths, store.total_lengths[:0], settings.max_length)

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import processors
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.records import Record
+from sft_lightning.data.formats.base import Record
 from sft_lightning.diagnostics.check.rows import Row
 from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
 
