@@ -120,7 +120,7 @@ def expected_weight(mode, labels_by_micro_batch, mine, num_labels):
 
 @given(epochs())
 @hypothesis_settings(deadline=None, max_examples=60)
-def test_every_row_is_once_in_an_epoch_whole_and_with_its_weight(tokenizer, epoch):
+def test_every_row_is_in_an_epoch_once_with_its_weight(tokenizer, epoch):
     written, shape, layout, mode, multiple, number = epoch
     expected = expected_rows(written, tokenizer)
     with TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def test_every_row_is_once_in_an_epoch_whole_and_with_its_weight(tokenizer, epoc
 
 @given(st.lists(st.tuples(filled_texts, filled_texts), min_size=1, max_size=6))
 @hypothesis_settings(deadline=None, max_examples=100)
-def test_the_guides_mask_is_true_on_responses_and_nowhere_else(tokenizer, pairs):
+def test_response_mask_is_true_only_on_responses(tokenizer, pairs):
     prompts, outputs = zip(*pairs, strict=True)
     batch = tokenize_prompt_and_output(list(prompts), list(outputs), tokenizer)
     for row, pair in enumerate(pairs):

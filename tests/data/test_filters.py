@@ -27,7 +27,7 @@ def records(truths):
     return (Record("p", "r", truth, source=f"a:{line}") for line, truth in enumerate(truths, start=1))
 
 
-def test_what_is_not_accepted_is_told_by_place_and_reason():
+def test_rejected_rows_are_reported_by_place_and_reason():
     load_report = LoadReport()
     kept = filter_records(records([2, None, 3, 4, None]), EvenTruths(), load_report)
     assert [record.source for record in kept] == ["a:1", "a:4"]
@@ -41,7 +41,7 @@ def test_zero_is_a_ground_truth():
     assert [record.ground_truth for record in filter_records(records([0]), EvenTruths(), LoadReport())] == [0]
 
 
-def test_records_are_judged_in_chunks_as_they_are_asked_for():
+def test_records_are_judged_lazily_in_chunks():
     row_filter = EvenTruths()
     endless = filter_records(records(itertools.count()), row_filter, LoadReport())
     assert len(list(itertools.islice(endless, 600))) == 600
@@ -67,7 +67,7 @@ def response(number):
         ("72", "72", "no_answer_tag"),
     ],
 )
-def test_a_response_needs_both_format_and_answer(text, truth, fault):
+def test_a_correct_response_needs_format_and_answer(text, truth, fault):
     assert CorrectResponses(R1ZeroGrader()).faults([Record("p", text, truth)]) == [fault]
 
 
@@ -78,7 +78,7 @@ class Silent(Grader):
         return Grade(format_correct=True, answer_correct=response == ground_truth)
 
 
-def test_another_grader_judges_otherwise_and_goes_by_another_name():
+def test_another_grader_gives_other_verdicts_and_another_identity():
     row_filter = CorrectResponses(Silent())
     assert row_filter.faults([Record("p", "a", "a"), Record("p", "b", "a")]) == [None, "wrong"]
     assert row_filter.identity != CorrectResponses(R1ZeroGrader()).identity
@@ -86,7 +86,7 @@ def test_another_grader_judges_otherwise_and_goes_by_another_name():
 
 
 @pytest.mark.slow
-def test_gsm8k_is_kept_whole_and_planted_wrong_ground_truths_go_alone(gsm8k, tokenizer, tmp_path):
+def test_only_planted_wrong_ground_truths_of_gsm8k_are_rejected(gsm8k, tokenizer, tmp_path):
     options = {"filter": CorrectResponses(R1ZeroGrader()), "max_length": 100_000, "cache_dir": tmp_path}
     clean = load_or_build_tokens(DataSettings(gsm8k / "train.jsonl", **options), tokenizer)
     assert clean.report["rows"] == 7473

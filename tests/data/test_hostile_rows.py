@@ -124,7 +124,7 @@ def assert_each_line_is_told_of(path, good):
     return records, reasons
 
 
-def test_two_thousand_mutated_lines(tmp_path, tokenizer, note_fault):
+def test_mutated_lines_are_records_or_named_bad_rows(tmp_path, tokenizer, note_fault):
     path = tmp_path / "train.jsonl"
     good = write_mutated(path, 2_000, seed=1)
     records, reasons = assert_each_line_is_told_of(path, good)
@@ -146,7 +146,7 @@ def test_two_thousand_mutated_lines(tmp_path, tokenizer, note_fault):
     )
 
 
-def test_mutated_rows_of_gsm8k(tmp_path):
+def test_mutated_gsm8k_rows_are_read_or_named(tmp_path):
     rng = random.Random(5)
     path = tmp_path / "train.jsonl"
     good = b'{"question": "What is 2+2?", "answer": "2+2 = <<2+2=4>>4\\n#### 4"}'
@@ -187,7 +187,7 @@ def test_check_shows_mutated_rows_to_a_terminal(tmp_path, model_folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_mutated_lines(tmp_path):
+def test_many_mutated_lines_are_records_or_named_bad_rows(tmp_path):
     for seed in range(2, 12):
         path = tmp_path / f"{seed}.jsonl"
         _, reasons = assert_each_line_is_told_of(path, write_mutated(path, 10_000, seed))

@@ -38,7 +38,7 @@ def error_of(path, **options):
 # Reading
 
 
-def test_rows_in_file_order_with_their_lines(tmp_path):
+def test_records_are_in_file_order_with_their_lines(tmp_path):
     file = write(
         tmp_path / "a.jsonl",
         b'{"prompt": "1+1=", "response": "2", "ground_truth": 2, "weight": 0.5}\n'
@@ -50,7 +50,7 @@ def test_rows_in_file_order_with_their_lines(tmp_path):
     ]
 
 
-def test_parquet_reads_as_jsonl_does(tmp_path):
+def test_parquet_gives_the_same_records_as_jsonl(tmp_path):
     table = {"question": ["1+1?", "2+2?"], "answer": ["t\n#### 2", "u\n#### 4"], "weight": [None, 0.5]}
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table(table), file)
@@ -62,7 +62,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path):
     ]
 
 
-def test_several_files_are_read_one_after_the_other_each_with_its_template(tmp_path):
+def test_each_of_several_files_gets_its_own_template(tmp_path):
     write(tmp_path / "b.jsonl", GOOD)
     write(tmp_path / "a.jsonl", b'{"question": "q", "answer": "t\\n#### 1"}\n')
     assert [record.response for record in read(tmp_path)] == [" t </think> <answer> 1 </answer>", "b"]
@@ -130,7 +130,7 @@ def test_a_bad_first_row_does_not_choose_the_template(tmp_path):
     assert len(read(file, max_bad_rows=1)) == 1
 
 
-def test_what_a_template_refuses_is_a_bad_row(tmp_path):
+def test_a_row_that_its_template_rejects_is_a_bad_row(tmp_path):
     file = write(tmp_path / "bad.jsonl", b'{"question": "q", "answer": "no number"}\n')
     assert error_of(file).endswith(f"{file}:1: field 'answer' must be a worked solution that ends with '#### <number>'")
 
@@ -144,7 +144,7 @@ def test_an_empty_rendered_response_is_a_bad_row(tmp_path):
     assert error_of(file, template=Silent()).endswith(f"{file}:1: rendered response is empty")
 
 
-def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
+def test_too_many_bad_rows_are_counted_and_five_named(tmp_path):
     file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" * 7 + GOOD)
     message = error_of(file, max_bad_rows=6)
     assert message.startswith(f"too many bad rows (7, data.max_bad_rows is 6): {file}:2: not JSON")
@@ -153,7 +153,7 @@ def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
     assert message.endswith("; and 2 more")
 
 
-def test_no_record_comes_after_one_bad_row_too_many(tmp_path):
+def test_no_record_follows_too_many_bad_rows(tmp_path):
     file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" + GOOD)
     records = read_records(DataSettings(file))
     assert next(records).source == f"{file}:1"
@@ -161,7 +161,7 @@ def test_no_record_comes_after_one_bad_row_too_many(tmp_path):
         next(records)
 
 
-def test_skipped_rows_are_warned_of(tmp_path, caplog):
+def test_skipped_rows_are_logged_as_a_warning(tmp_path, caplog):
     file = write(tmp_path / "bad.jsonl", GOOD + b"7\n")
     with caplog.at_level(logging.WARNING):
         read(file, max_bad_rows=3)
@@ -169,12 +169,12 @@ def test_skipped_rows_are_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
-def test_an_empty_file(tmp_path, content):
+def test_an_empty_file_is_an_error(tmp_path, content):
     file = write(tmp_path / "a.jsonl", content)
     assert error_of(file) == f"data path '{file}' has no usable row: it is empty"
 
 
-def test_nothing_but_bad_rows_is_an_error_however_many_may_be(tmp_path):
+def test_only_bad_rows_are_an_error_under_any_limit(tmp_path):
     file = write(tmp_path / "a.jsonl", b"1\n2\n")
     assert error_of(file, max_bad_rows=9).startswith(
         f"data path '{file}' has no usable row: {file}:1: not a JSON object"
@@ -189,7 +189,7 @@ for _ in range(100_000):
 
 
 @pytest.mark.parametrize("value", ["a", " \u2028x", "\x00", "\U0001f600"])
-def test_text_is_text(value):
+def test_valid_text_passes(value):
     check_text("field 'prompt'", value)
 
 
@@ -203,29 +203,29 @@ def test_text_is_text(value):
         ("x\ud800", "field 'prompt' holds half a surrogate pair, which is no character: surrogates not allowed"),
     ],
 )
-def test_what_is_no_text(value, reason):
+def test_invalid_text_is_refused_with_the_reason(value, reason):
     with pytest.raises(ValueError, match=f"^{reason}$"):
         check_text("field 'prompt'", value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 0.5, 1e308])
-def test_weights(value):
+def test_valid_weights_pass(value):
     check_weight(value)
 
 
 @pytest.mark.parametrize("value", [-1, -1e-9, math.inf, math.nan, 10**400, True, "1", None, deep, [1]])
-def test_what_is_no_weight(value):
+def test_an_invalid_weight_is_refused(value):
     with pytest.raises(ValueError, match=r"^field 'weight' must be a finite number, at least 0, got .{1,40}$"):
         check_weight(value)
 
 
 @pytest.mark.parametrize("value", [None, "", "a", 3, -0.5, 10**400, [], ["a", 3]])
-def test_ground_truths(value):
+def test_valid_ground_truths_pass(value):
     check_ground_truth(value)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, True, {}, [None], [["a"]], ["a", math.inf], deep, [deep]])
-def test_what_is_no_ground_truth(value):
+def test_an_invalid_ground_truth_is_refused(value):
     with pytest.raises(
         ValueError, match=r"^field 'ground_truth' must be text, a number or a list of those, got .{1,40}$"
     ):
@@ -233,7 +233,7 @@ def test_what_is_no_ground_truth(value):
 
 
 @pytest.mark.parametrize("value", ["\ud800", ["a", "x\udfff"]])
-def test_a_ground_truth_that_cannot_be_written_is_refused(value):
+def test_a_ground_truth_that_is_not_utf8_is_refused(value):
     with pytest.raises(ValueError, match=r"^field 'ground_truth' holds half a surrogate pair"):
         check_ground_truth(value)
 
@@ -241,20 +241,20 @@ def test_a_ground_truth_that_cannot_be_written_is_refused(value):
 # Columns and templates
 
 
-def test_columns_map_our_names_to_the_files(tmp_path):
+def test_columns_map_our_names_to_the_names_in_the_file(tmp_path):
     row = b'{"instruction": "a", "output": "b", "prompt": "not this", "label": "c"}\n'
     file = write(tmp_path / "a.jsonl", row)
     columns = {"prompt": "instruction", "response": "output", "ground_truth": "label"}
     assert read(file, columns=columns) == [Record("a", "b", "c", 1.0, f"{file}:1")]
 
 
-def test_columns_can_swap_and_use_one_twice(tmp_path):
+def test_columns_can_swap_names_and_repeat_one(tmp_path):
     file = write(tmp_path / "a.jsonl", GOOD)
     columns = {"prompt": "response", "response": "prompt", "ground_truth": "prompt"}
     assert read(file, columns=columns) == [Record("b", "a", "a", 1.0, f"{file}:1")]
 
 
-def test_a_mapped_column_counts_by_our_name_only(tmp_path):
+def test_a_mapped_column_loses_its_old_name(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"prompt": "q", "response": "t\\n#### 1"}\n')
     record = read(file, columns={"question": "prompt", "answer": "response"})[0]
     assert record.response == " t </think> <answer> 1 </answer>"
@@ -266,7 +266,7 @@ def test_a_mapped_column_that_a_row_lacks_is_named(tmp_path):
     assert f"{file}:1: field 'prompt' (column 'instruction') is missing" in message
 
 
-def test_keys_that_fit_no_template_are_listed_with_the_place(tmp_path):
+def test_keys_that_fit_no_template_are_listed_with_their_place(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"in": "a", "out": "b"}\n' * 3)
     assert error_of(file).startswith(f"{file}:1: found the keys ['in', 'out'], expected 'prompt' and 'response'")
 

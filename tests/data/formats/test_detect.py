@@ -18,7 +18,7 @@ def test_keys_choose_the_template(keys, template):
     assert type(template_for(keys)) is template
 
 
-def test_keys_that_fit_nothing_are_listed_with_the_mapping_to_set():
+def test_keys_without_a_template_are_listed_with_a_fix():
     with pytest.raises(UserError) as error:
         template_for({"output", "instruction"})
     assert str(error.value).startswith("found the keys ['instruction', 'output'], expected 'prompt' and 'response'")
@@ -26,10 +26,10 @@ def test_keys_that_fit_nothing_are_listed_with_the_mapping_to_set():
 
 
 @pytest.mark.parametrize(("name", "template"), [("Plain", Plain), ("R1Zero", R1Zero)])
-def test_a_template_by_name(name, template):
+def test_a_template_is_found_by_name(name, template):
     assert type(template_named(name)) is template
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_template_name_lists_the_known_ones():
     with pytest.raises(UserError, match="template 'R2' is unknown; choose auto, Plain or R1Zero"):
         template_named("R2")

@@ -27,22 +27,22 @@ def test_r1_zero_keeps_a_weight():
 
 
 @pytest.mark.parametrize("question", ["{x} {0} {}", "What is {question}?", r"\1 \g<0> {{y}}"])
-def test_braces_in_a_question_mean_nothing(question):
+def test_braces_in_a_question_are_literal(question):
     assert R1Zero().render_prompt(question) == R1_ZERO_PROMPT.split("{question}")[0] + question + "\nAssistant: <think>"
 
 
 @pytest.mark.parametrize("answer", ["just text", "thought\n####", "thought\n####  \n", "#### 5", " \n#### 5"])
-def test_r1_zero_says_what_an_answer_must_be(answer):
+def test_an_answer_without_a_number_is_refused(answer):
     with pytest.raises(ValueError, match="field 'answer' must be a worked solution that ends with '#### <number>'"):
         R1Zero().render({"question": "q", "answer": answer})
 
 
-def test_only_the_last_mark_separates_the_number():
+def test_the_last_mark_separates_the_number():
     row = {"question": "q", "answer": "step #### one\n#### -7.5"}
     assert R1Zero().render(row)["response"] == " step #### one </think> <answer> -7.5 </answer>"
 
 
-def test_an_own_template_file_and_its_identity(tmp_path):
+def test_a_template_file_replaces_the_prompt_and_the_identity(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("Q: {question} {not_a_field}\nA: <think>", encoding="utf-8")
     own = R1Zero(template_path=str(file))
@@ -55,7 +55,7 @@ def test_an_own_template_file_and_its_identity(tmp_path):
     ("content", "message"),
     [(None, "is not a file"), (b"no place for it", "has no '{question}' in it"), (b"\xff{question}", "is not UTF-8")],
 )
-def test_a_wrong_template_file_is_named(tmp_path, content, message):
+def test_an_unusable_template_file_is_named(tmp_path, content, message):
     file = tmp_path / "own.txt"
     if content is not None:
         file.write_bytes(content)

@@ -101,7 +101,7 @@ def test_nothing_is_found_in_the_clean_set(settings):
     assert report.memory.num_parameters > 100_000
 
 
-def test_every_planted_fault_is_found_with_its_lines_and_no_other(settings, quickstart, tmp_path, lines_of):
+def test_exactly_the_planted_faults_are_found(settings, quickstart, tmp_path, lines_of):
     train, val = plant(quickstart, tmp_path)
     report = check(settings(train, val))
     found = [(finding.name, finding.severity, finding.message.partition(":")[0]) for finding in report.findings]
@@ -129,7 +129,7 @@ def test_every_planted_fault_is_found_with_its_lines_and_no_other(settings, quic
     assert [finding.severity for finding in report.findings][:2] == ["error", "error"]
 
 
-def test_a_set_of_which_nothing_is_left_is_reported(settings, tmp_path):
+def test_a_set_without_usable_rows_is_reported(settings, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("no json\n" * 3)
     with pytest.raises(UserError):
@@ -140,20 +140,20 @@ def test_a_set_of_which_nothing_is_left_is_reported(settings, tmp_path):
     assert (report.exit_code, report.layouts, report.memory) == (1, [], None)
 
 
-def test_the_config_of_a_model_is_enough(settings, quickstart, tmp_path):
+def test_a_model_config_without_weights_is_enough(settings, quickstart, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes((quickstart / "model" / "config.json").read_bytes())
     assert check(settings(model_path=str(tmp_path / "model"), val=None)).memory is not None
 
 
-def test_a_vocabulary_that_does_not_fit_stops_the_check_as_it_stops_fit(settings, quickstart, tmp_path):
+def test_a_too_small_vocabulary_stops_the_check(settings, quickstart, tmp_path):
     config = json.loads((quickstart / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 7, "pad_token_id": None}))
     with pytest.raises(UserError, match=r"embedding of model\.model_path has 7 rows"):
         check(settings(model_path=str(tmp_path)))
 
 
-def test_what_is_being_done_is_told(settings):
+def test_progress_names_each_stage(settings):
     told = []
     check(settings(), told.append)
     assert told[0] == "tokenizing train"

@@ -32,7 +32,7 @@ def good(prompt=SHORT, response=" 4"):
     return {"prompt": prompt, "response": response}
 
 
-def test_every_bad_row_is_in_the_account_whatever_max_bad_rows_is(tmp_path, checked_set):
+def test_every_bad_row_is_listed_whatever_max_bad_rows(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", *[good(), "no json", {"prompt": "a", "response": " "}] * 20)
     checked = checked_set(path)
     rows, account = read(checked)
@@ -51,7 +51,7 @@ def test_bad_rows_that_are_allowed_are_a_warning(tmp_path, checked_set):
     assert finding.severity == "warning"
 
 
-def test_rows_that_filter_correct_drops_are_told_from_overlong_ones(tmp_path, checked_set):
+def test_filtered_and_overlong_rows_are_separate_findings(tmp_path, checked_set):
     right, wrong = {**good(), "ground_truth": 4}, {**good(), "ground_truth": 5}
     path = write(tmp_path / "rows.jsonl", right, wrong, good(), {**good(LONG), "ground_truth": 4})
     checked = checked_set(path, max_length=60, filter=CorrectResponses(ExactMatchGrader()))
@@ -61,7 +61,7 @@ def test_rows_that_filter_correct_drops_are_told_from_overlong_ones(tmp_path, ch
     assert found == {"filtered_rows": ("info", [2, 3]), "overlength_rows": ("warning", [4])}
 
 
-def test_overlong_rows_are_named_with_their_tokens(tmp_path, checked_set, tokenizer):
+def test_overlong_rows_are_listed_with_their_tokens(tmp_path, checked_set, tokenizer):
     rows = [good(), good(LONG), good(), good(LONG, " and"), *[good()] * 60]
     path = write(tmp_path / "rows.jsonl", *rows)
     checked = checked_set(path, max_length=60)
@@ -73,7 +73,7 @@ def test_overlong_rows_are_named_with_their_tokens(tmp_path, checked_set, tokeni
     assert finding.places[0].reason == f"{tokens} tokens"
 
 
-def test_overlong_rows_that_are_many_are_a_warning_and_under_the_policy_error_an_error(tmp_path, checked_set):
+def test_many_overlong_rows_are_a_warning_or_an_error(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", good(), good(LONG))
     for overlength, severity in (("drop", "warning"), ("error", "error")):
         checked = checked_set(path, max_length=60, overlength=overlength)
@@ -82,7 +82,7 @@ def test_overlong_rows_that_are_many_are_a_warning_and_under_the_policy_error_an
         assert [(f.name, f.severity) for f in account.findings(checked)] == [("overlength_rows", severity)]
 
 
-def test_cut_prompts_are_named(tmp_path, checked_set):
+def test_cut_prompts_are_listed(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", good(LONG), good(), good(SHORT, LONG))
     checked = checked_set(path, max_length=60, overlength="truncate_prompt")
     rows, account = read(checked)
@@ -100,7 +100,7 @@ def test_a_row_that_just_fits_is_not_cut(tmp_path, checked_set, tokenizer):
     assert read(checked)[1].findings(checked) == []
 
 
-def test_rows_behind_max_examples_are_not_looked_at(tmp_path, checked_set):
+def test_rows_after_max_examples_are_not_checked(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", good(), "no json", *[good()] * 4)
     checked = checked_set(path, max_examples=3)
     rows, account = read(checked)
@@ -109,7 +109,7 @@ def test_rows_behind_max_examples_are_not_looked_at(tmp_path, checked_set):
 
 
 @pytest.mark.parametrize("rows", [[good(LONG)], ["no json"]])
-def test_a_set_of_which_nothing_is_left_is_a_finding_and_no_crash(tmp_path, checked_set, rows):
+def test_a_set_without_usable_rows_is_a_finding(tmp_path, checked_set, rows):
     checked = checked_set(write(tmp_path / "rows.jsonl", *rows), max_length=60)
     assert checked.load_tokens() is None
     used, account = read(checked)
@@ -118,7 +118,7 @@ def test_a_set_of_which_nothing_is_left_is_a_finding_and_no_crash(tmp_path, chec
     assert account.findings(checked)[-1].severity == "error"
 
 
-def test_fit_finds_the_tokens_that_the_check_has_made(tmp_path, checked_set, tokenizer, monkeypatch):
+def test_fit_reads_the_tokens_that_the_check_cached(tmp_path, checked_set, tokenizer, monkeypatch):
     path = write(tmp_path / "rows.jsonl", *[good()] * 3)
     checked = checked_set(path)
     assert len(checked.load_tokens()) == 3
@@ -126,12 +126,12 @@ def test_fit_finds_the_tokens_that_the_check_has_made(tmp_path, checked_set, tok
     assert len(load_or_build_tokens(checked.settings, tokenizer)) == 3
 
 
-def test_a_wrong_path_is_a_mistake_in_the_config(tmp_path, checked_set):
+def test_a_missing_path_is_an_error_that_names_the_option(tmp_path, checked_set):
     with pytest.raises(UserError, match=r"data\.train_path: data path .* is no file"):
         checked_set(tmp_path / "none.jsonl", overlength="error").load_tokens()
 
 
-def test_sources_come_back_as_they_were(tmp_path):
+def test_sources_survive_a_round_trip(tmp_path):
     sources = Sources()
     for source in ("a.jsonl:1", "b:c.jsonl:7", "a.jsonl:3"):
         sources.append(source)
