@@ -12,6 +12,7 @@ from sft_lightning.data.batching.plan import shuffled
 from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grade, Grader
+from sft_lightning.lightning_compat.trainer import TrainingData
 from sft_lightning.training import datamodule as datamodule_file
 from sft_lightning.training.datamodule import SFTDataModule, check_same_steps, sets_of_run
 
@@ -94,6 +95,14 @@ def assert_steps_are_exact(batches, accumulate=2):
     """With the mode token, the weights of a step's labels are 1 / n, n times."""
     for step in steps_of(batches, accumulate):
         assert sum(batch.loss_weights.sum().item() for batch in step) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_the_data_module_keeps_its_protocol(make):
+    data = make()
+    promised = {*TrainingData.__annotations__, *(name for name in vars(TrainingData) if not name.startswith("_"))}
+    assert {"tokenizer", "sets", "steps_per_epoch", "evaluation_records", "append_eos", "batch_size"} <= promised
+    kept = {*dir(type(data)), *vars(data)}
+    assert promised <= kept
 
 
 # Training

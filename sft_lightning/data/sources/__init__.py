@@ -1,0 +1,1 @@
+"""Where rows come from: JSONL and Parquet files. Imports only ``errors``. Start with ``files.py``."""

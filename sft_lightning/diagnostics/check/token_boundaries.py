@@ -118,7 +118,7 @@ class TokenBoundaries:
                 self._first_merge = self._first_merge or merge
 
     def _merged(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str] | None]:
-        """Returns for each pair of texts the tokens that differ, apart and joint; None for a pair that does not merge."""
+        """Returns for each pair of texts the tokens that differ, apart and joint; None if the pair does not merge."""
         distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))  # templates end all prompts alike
         prompts = dict(zip(distinct, encode_prompts(self._tokenizer, distinct), strict=True))
         responses = encode_responses(self._tokenizer, [response for _, response in pairs], append_eos=False)
