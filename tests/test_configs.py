@@ -8,9 +8,8 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
+from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule, TransformersGenerator
 from sft_lightning.cli.main import main
-from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -236,3 +235,24 @@ def test_no_key_stands_twice(path):
 
     with path.open(encoding="utf-8") as file:
         assert yaml.load(file, Strict)
+
+
+@pytest.mark.parametrize("prefix", ["sft_lightning.", ""])
+def test_class_paths_resolve_to_the_short_form(resolve, prefix):
+    """Which is what config.yaml holds."""
+    resolved = resolve(
+        [ROOT / "configs" / "quickstart.yaml"],
+        "--evaluation.grader",
+        f"{prefix}Gsm8kGrader",
+        "--data.template",
+        "sft_lightning.R1Zero",
+        "--trainer.callbacks+=sft_lightning.StepProgress",
+        "--trainer.logger",
+        '{"class_path": "sft_lightning.MetricsCSVLogger", "init_args": {"directory": "logs"}}',
+    )
+    assert resolved[".evaluation.grader.class_path"] == "sft_lightning.Gsm8kGrader"
+    assert resolved[".evaluation.generator.class_path"] == "sft_lightning.TransformersGenerator"
+    assert resolved[".data.template.class_path"] == "sft_lightning.R1Zero"
+    assert resolved[".trainer.logger.class_path"] == "sft_lightning.MetricsCSVLogger"
+    assert [one["class_path"] for one in resolved[".trainer.callbacks"]] == ["sft_lightning.StepProgress"]
+    assert not [value for value in map(str, resolved.values()) if re.search(r"sft_lightning\.[a-z_]+\.", value)]

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
-from sft_lightning.grading.graders import Grader, grade_all, grader_identity
+from sft_lightning.grading.graders import Grader, grade_all
+from sft_lightning.system.identity import identity
 
 _RECORDS_AT_ONCE = 1024
 
@@ -34,7 +35,7 @@ class CorrectResponses:
 
     @property
     def identity(self) -> str:
-        return grader_identity(self._grader)
+        return identity(self._grader)
 
     def faults(self, records: Sequence[Record]) -> list[str | None]:
         """Returns why each record's response gets no reward, or None if it gets one.

@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import compare_samples
+from sft_lightning.evaluation.comparison import compare
 from sft_lightning.evaluation.result import read_samples
 from sft_lightning.reporting.run_files import RunFiles, read_run
 
@@ -132,6 +132,6 @@ def _last_samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 def _p_value(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float | None:
     try:
-        return compare_samples(before, after).rates["answer_accuracy"].p_value
+        return compare(before, after).rates["answer_accuracy"].p_value
     except UserError:  # other prompts
         return None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_lightning.reporting.sweep import SizeResult
+from sft_lightning.system.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +21,8 @@ def draw(results: Sequence[SizeResult], path: Path) -> None:
         results: At least one, smallest first.
         path: The file to write.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    plot(results).savefig(unfinished, format="png")
-    unfinished.replace(path)
+    with write_atomically(path, "wb") as file:
+        plot(results).savefig(file, format="png")
 
 
 def plot(results: Sequence[SizeResult]) -> "Figure":

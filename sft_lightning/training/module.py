@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generator, TransformersGenerator
+from sft_lightning.generation.base import Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,

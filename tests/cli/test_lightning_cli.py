@@ -231,7 +231,8 @@ def test_filter_correct_grades_with_the_evaluations_grader_unless_it_has_its_own
         run = tmp_path / f"run-{number}"
         assert main([*command, *options, *grader, "--output_dir", str(run), "--trainer.max_steps", "1"]) == 0
         digest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())["digest"]
-        assert f"time_limit_seconds={number}" in digest["the grader of data.filter_correct"]
+        grader = f"sft_lightning.R1ZeroGrader(time_limit_seconds={number}.0)"
+        assert grader in digest["the grader of data.filter_correct"]
         assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["filter_correct"] is True
 

@@ -141,7 +141,10 @@ def test_several_files_each_with_its_template_and_lines(tmp_path):
     store = load(folder)
     assert [example.source for example in store] == [f"{folder}/a.jsonl:1", f"{folder}/b.jsonl:1"]
     assert store[1].tokens.tolist() == [1, 3, 2, 4, 5, EOS]
-    assert [name.partition("/")[0] for name in store.fingerprint["template"].split(", ")] == ["Plain", "R1Zero"]
+    assert [name.partition("/")[0] for name in store.fingerprint["template"].split(", ")] == [
+        "sft_lightning.Plain",
+        "sft_lightning.R1Zero",
+    ]
 
 
 # What is left out
@@ -389,7 +392,7 @@ def test_who_comes_second_takes_the_store_of_the_first(data, monkeypatch):
     def let_another_be_first(*arguments):
         monkeypatch.setattr(cache, "_write_meta", write_meta)
         load(data)
-        (folder,) = (path for path in (data.parent / "cache").iterdir() if path.suffix != ".tmp")
+        (folder,) = (path for path in (data.parent / "cache").iterdir() if not path.name.startswith("."))
         inodes.append((folder / "tokens.bin").stat().st_ino)
         write_meta(*arguments)
 

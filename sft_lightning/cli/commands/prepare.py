@@ -1,12 +1,10 @@
 """sft-lightning prepare: writes data to train on."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from sft_lightning.cli.parser import CommandParser
+from sft_lightning.system.files import write_atomically
 
 
 def run(args: list[str]) -> int:
@@ -28,7 +26,7 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
     from sft_lightning.data.settings import DataSettings
 
     num_rows = 0
-    with _written_whole(Path(output_path)) as file:
+    with write_atomically(Path(output_path)) as file:
         for record in read_records(DataSettings(input_path, template=R1Zero(template_path))):
             row = {"prompt": record.prompt, "response": record.response, "ground_truth": record.ground_truth}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -58,15 +56,3 @@ def _run_quickstart(args: list[str]) -> int:
     prepare_quickstart(output)
     print(f"wrote arithmetic problems, a tokenizer and a model to {output}; it starts from random weights")
     return 0
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

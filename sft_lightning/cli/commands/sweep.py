@@ -136,18 +136,20 @@ def _read(sweep: Path) -> dict[str, Any] | None:
 
 def _write(sweep: Path, state: dict[str, Any]) -> str:
     """Writes what is known by now; returns the table."""
-    from sft_lightning.evaluation.result import write_whole
     from sft_lightning.reporting.sweep import read_results
     from sft_lightning.reporting.sweep_plot import draw
     from sft_lightning.reporting.sweep_table import report, size_table
+    from sft_lightning.system.files import write_atomically
 
     try:
         sweep.mkdir(parents=True, exist_ok=True)
         results = read_results(sweep, state["num_examples"])
         content = {**state, "results": [result.as_dict() for result in results]}
-        write_whole(sweep / "sweep.json", json.dumps(content, indent=1) + "\n")
+        with write_atomically(sweep / "sweep.json") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
         if results:
-            write_whole(sweep / "sweep.md", report(results))
+            with write_atomically(sweep / "sweep.md") as file:
+                file.write(report(results))
             draw(results, sweep / "sweep.png")
     except OSError as error:
         raise UserError(f"--output '{sweep}' cannot be written: {error}") from None

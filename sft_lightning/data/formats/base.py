@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sft_lightning.system.identity import public_name
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -58,16 +60,12 @@ class Template(ABC):
 def template_identity(template: Template) -> str:
     """Returns a stable name of what a template renders, for the token cache's key and for the check of a resume.
 
-    It holds the class's name, with its module unless the class is part of this package, the class's version, and a
-    digest of the instance's ``identity`` if that is not empty.
+    It holds the class's public name and version, and a digest of the instance's ``identity`` if that is not empty.
 
     Example:
-        >>> from sft_lightning.data.formats.prompt_response import Plain
+        >>> from sft_lightning import Plain
         >>> template_identity(Plain())
-        'Plain/1'
+        'sft_lightning.Plain/1'
     """
-    cls = type(template)
-    is_built_in = cls.__module__.startswith("sft_lightning.")
-    name = cls.__qualname__ if is_built_in else f"{cls.__module__}.{cls.__qualname__}"
     digest = hashlib.sha256(template.identity.encode()).hexdigest()[:16]
-    return f"{name}/{cls.version}" + (f":{digest}" if template.identity else "")
+    return f"{public_name(type(template))}/{template.version}" + (f":{digest}" if template.identity else "")

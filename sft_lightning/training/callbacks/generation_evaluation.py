@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import register_file, remove_registered
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import register_file, remove_registered, run_folder
 from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import compare_samples, comparison_table
+from sft_lightning.evaluation.comparison import compare, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
-from sft_lightning.generation.transformers_generator import Generator
+from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
@@ -122,7 +121,7 @@ class GenerationEvaluation(Callback):
                 self._folder(trainer, "val", trainer.global_step),
             ]
             try:
-                print(comparison_table(compare_samples(*map(read_samples, folders))))
+                print(comparison_table(compare(*map(read_samples, folders))))
             except UserError as error:  # resumed in another folder, or with other prompts
                 print(f"no table of before and after: {error}")
             print(f"model:   {self._run(trainer) / 'final'}")

@@ -1,6 +1,5 @@
 """RowLossRecorder: the loss of each training row in each epoch, as Parquet."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
+from sft_lightning.system.files import unfinished, write_atomically
 
 FOLDER = "ledger"
 # So many micro-batches are kept in memory at the most. A count that all replicas share: they write the same parts.
@@ -55,7 +55,7 @@ class RowLossRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._entries, self._num_micro_batches, self._last_whole_step = [], 0, trainer.global_step
         if trainer.is_global_zero and not is_dry_run(trainer):
-            _drop_steps_after(self._run(trainer) / FOLDER, trainer.global_step)
+            _drop_steps_after(run_folder(trainer, self.output_dir) / FOLDER, trainer.global_step)
         trainer.strategy.barrier("RowLossRecorder.on_train_start")
 
     def on_train_batch_end(
@@ -94,7 +94,7 @@ class RowLossRecorder(Callback):
         due, self._num_micro_batches = self._num_micro_batches, 0
         if not due or is_dry_run(trainer):
             return
-        run, epoch = self._run(trainer), trainer.current_epoch
+        run, epoch = run_folder(trainer, self.output_dir), trainer.current_epoch
         num_replicas, replica = replicas(trainer)
         part = f"{FOLDER}/epoch-{epoch}/step-{self._last_whole_step}"
         if trainer.is_global_zero:
@@ -102,10 +102,6 @@ class RowLossRecorder(Callback):
                 register_file(run, f"{part}.rank-{rank}.parquet")
         if whole:
             _write_table(_table(whole, epoch), run / f"{part}.rank-{replica}.parquet")
-
-    def _run(self, trainer: Trainer) -> Path:
-        folder = self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        return Path(folder).expanduser()
 
 
 def _sum_rows(nll: Tensor, batch: MicroBatch) -> Tensor:
@@ -136,13 +132,8 @@ def _table(entries: list[_Entry], epoch: int) -> Any:
 def _write_table(table: Any, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with unfinished.open("wb") as file:
+    with write_atomically(path, "wb") as file:
         pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _drop_steps_after(ledger: Path, step: int) -> None:
@@ -154,8 +145,8 @@ def _drop_steps_after(ledger: Path, step: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for unfinished in ledger.glob("epoch-*/.step-*.tmp-*"):
-        unfinished.unlink()
+    for path in (path for epoch in ledger.glob("epoch-*") for path in unfinished(epoch, "step-*")):
+        path.unlink()
     for path in ledger.glob("epoch-*/step-*.parquet"):
         match = _PART.fullmatch(path.name)
         if match is None or int(match[1]) <= step:

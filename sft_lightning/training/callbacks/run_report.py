@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import register_file
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.lightning_compat.trainer import is_dry_run
 from sft_lightning.reporting.page import ENVIRONMENT, record_environment, write_report
 from sft_lightning.system.out_of_memory import host_lacks_memory

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.lightning_compat.trainer import is_optimizer_step, replicas
-from sft_lightning.models.flops import ModelFlops, Peak, count_model_flops, num_attended, peak_of
+from sft_lightning.models.flops import ModelFlops, count_model_flops, num_attended
 from sft_lightning.system.out_of_memory import peak_memory_bytes
+from sft_lightning.system.peak_flops import Peak, peak_of
 
 logger = logging.getLogger(__name__)
 

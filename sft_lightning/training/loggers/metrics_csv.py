@@ -1,7 +1,6 @@
 """metrics.csv: one file for the whole run, appended across resumes."""
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.system.files import write_atomically
 
 
 class MetricsCSVLogger(Logger):
@@ -89,9 +89,7 @@ class MetricsCSVLogger(Logger):
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         register_file(self._path.parent, self._path.name)
-        unfinished = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with write_atomically(self._path, newline="") as file:
             writer = csv.DictWriter(file, self._columns or ["step"], restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        unfinished.replace(self._path)

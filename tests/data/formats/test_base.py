@@ -25,9 +25,9 @@ class Prefixed(Template):
 
 
 def test_identity_of_built_in_templates_is_name_and_version():
-    assert template_identity(Plain()) == "Plain/1"
+    assert template_identity(Plain()) == "sft_lightning.Plain/1"
     # The digest is of the built-in prompt.
-    assert template_identity(R1Zero()) == "R1Zero/1:845d5beaa32da872"
+    assert template_identity(R1Zero()) == "sft_lightning.R1Zero/1:845d5beaa32da872"
 
 
 def test_identity_of_another_class_holds_its_module():

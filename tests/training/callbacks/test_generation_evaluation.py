@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.grading.graders import Grade, Grader
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.training.module import SFTModule

@@ -5,7 +5,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.training.callbacks.predictions import PredictionWriter
 from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule

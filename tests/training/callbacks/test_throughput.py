@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
-from sft_lightning.models.flops import ModelFlops, Peak
+from sft_lightning.models.flops import ModelFlops
+from sft_lightning.system.peak_flops import Peak
 from sft_lightning.training.callbacks import throughput
 from sft_lightning.training.callbacks.throughput import Throughput
 from sft_lightning.training.module import SFTModule
