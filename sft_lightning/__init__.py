@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sft_lightning.reporting.page import write_report as write_report
     from sft_lightning.reporting.row_losses import describe_row_losses as describe_row_losses
     from sft_lightning.reporting.row_losses import read_row_losses as read_row_losses
+    from sft_lightning.training.callbacks.defaults import run_defaults as run_defaults
     from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
     from sft_lightning.training.callbacks.predictions import PredictionWriter as PredictionWriter
     from sft_lightning.training.callbacks.progress import StepProgress as StepProgress
@@ -91,6 +92,7 @@ _HOME = {
     "write_report": "reporting.page",
     "describe_row_losses": "reporting.row_losses",
     "read_row_losses": "reporting.row_losses",
+    "run_defaults": "training.callbacks.defaults",
     "GenerationEvaluation": "training.callbacks.generation_evaluation",
     "PredictionWriter": "training.callbacks.predictions",
     "StepProgress": "training.callbacks.progress",

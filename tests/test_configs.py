@@ -105,7 +105,7 @@ def test_every_setting_is_known_and_arrives(resolve, paths, command):
 
 
 @each_stack
-def test_a_misspelt_setting_is_refused(tmp_path, capsys, paths):
+def test_a_misspelled_setting_is_refused(tmp_path, capsys, paths):
     """So that the test above would see one."""
     text = paths[-1].read_text("utf-8")
     misspelt = {
@@ -216,7 +216,7 @@ def test_the_laptop_run(build):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
-def test_an_overlay_is_short_and_says_what_it_lies_on(overlay):
+def test_an_overlay_is_short_and_names_its_base(overlay):
     lines = overlay.read_text("utf-8").splitlines()
     assert len(lines) < 15
     assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it goes on top of"
@@ -224,7 +224,7 @@ def test_an_overlay_is_short_and_says_what_it_lies_on(overlay):
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *OVERLAYS], ids=lambda path: path.stem)
-def test_no_key_stands_twice(path):
+def test_no_key_is_repeated(path):
     """YAML would take the last one without a word."""
 
     class Strict(yaml.SafeLoader):

@@ -62,6 +62,7 @@ PUBLIC_NAMES = {
     "RunFailedError",
     "NonFiniteError",
     "StoppedError",
+    "run_defaults",
 }
 
 

@@ -110,15 +110,13 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        check_at_least(
-            1,
-            batch_size=batch_size,
-            pad_to_multiple_of=pad_to_multiple_of,
-            worker_timeout_seconds=worker_timeout_seconds,
-        )
+        self.save_hyperparameters(ignore=["template", "grader"], logger=False)
+        check_at_least(1, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        check_at_least(1, worker_timeout_seconds=worker_timeout_seconds)
         check_at_least(0, num_workers=num_workers, seed=seed)
         if normalize_constant <= 0:
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
+        self.template, self.grader = template, grader or R1ZeroGrader()
         options = DataSettings(
             "",
             columns=columns or {},
@@ -127,7 +125,7 @@ class SFTDataModule(LightningDataModule):
             overlength=overlength,
             append_eos=append_eos,
             max_bad_rows=max_bad_rows,
-            filter=CorrectResponses(grader or R1ZeroGrader()) if filter_correct else None,
+            filter=CorrectResponses(self.grader) if filter_correct else None,
             max_examples=max_train_examples,
             cache_dir=cache_dir,
         )

@@ -69,7 +69,7 @@ class SFTModule(LightningModule):
         on_nonfinite: Whether a step whose loss or gradient is NaN or infinite stops the run, or is left out.
         max_nonfinite_steps: With on_nonfinite skip, leave out so many steps of a run; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
-        resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
+        resume_override: Resume with another learning rate or schedule. On the command line --resume_override sets it.
     """
 
     def __init__(

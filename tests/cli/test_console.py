@@ -12,7 +12,7 @@ from sft_lightning.cli.console import shorten
     ("message", "line"),
     [
         ("Expected a\n  number", "Expected a number"),
-        ("Problem: expected type <class 'sft_lightning.data.formats.base.R1Zero'>", "Problem: expected type R1Zero"),
+        ("Problem: expected type <class 'sft_lightning.data.formats.r1_zero.R1Zero'>", "Problem: expected type R1Zero"),
         (
             "data.seed: - Does not validate against any of the Union subtypes Errors: Expected an int "
             "Given value type: <class 'str'> Given value: x",
@@ -24,7 +24,7 @@ def test_messages_become_one_line(message, line):
     assert shorten(message) == line
 
 
-def test_noise_of_lightning_is_not_shown_and_our_own_lines_are():
+def test_noise_of_lightning_is_hidden_and_our_lines_are_shown():
     program = (
         "import logging, warnings; from sft_lightning.cli.console import set_up_logging; set_up_logging();"
         "logging.getLogger('lightning.pytorch').info('GPU available: no');"

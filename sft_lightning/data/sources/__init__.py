@@ -1,1 +1,4 @@
-"""Where rows come from: JSONL and Parquet files. Imports only ``errors``. Start with ``files.py``."""
+"""Sources that yield the rows of data files.
+
+They may import only errors; start with files.py.
+"""
