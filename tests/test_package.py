@@ -14,6 +14,7 @@ PUBLIC_NAMES = {
     # training
     "SFTDataModule",
     "SFTModule",
+    "run_defaults",
     "HFCheckpoint",
     "GenerationEvaluation",
     "PredictionWriter",
@@ -62,7 +63,6 @@ PUBLIC_NAMES = {
     "RunFailedError",
     "NonFiniteError",
     "StoppedError",
-    "run_defaults",
 }
 
 
