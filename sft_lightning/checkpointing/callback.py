@@ -13,19 +13,15 @@ from sft_lightning.checkpointing.io import HFCheckpointIO, write_model
 from sft_lightning.checkpointing.run_folder import prepare_run_folder, starts_new_run
 from sft_lightning.errors import StoppedError, UserError
 from sft_lightning.lightning_compat.fsdp_strategy import use_full_state_dicts
+from sft_lightning.lightning_compat.loops import is_optimizer_step, run_validation, set_reruns_end, validation_is_due
+from sft_lightning.lightning_compat.signals import end_other_ranks, install_signal_handlers, is_watched_by_rank_zero
 from sft_lightning.lightning_compat.trainer import (
+    TrainedModule,
     datamodule_of,
-    end_other_ranks,
-    install_signal_handlers,
     is_dry_run,
-    is_optimizer_step,
-    is_watched_by_rank_zero,
     logs_this_step,
     resume_path,
-    run_validation,
-    set_reruns_end,
     total_optimizer_steps,
-    validation_is_due,
 )
 from sft_lightning.system.disk_space import describe_shortage, require_space, size_bytes
 
@@ -120,7 +116,8 @@ class HFCheckpoint(ModelCheckpoint):
         set_reruns_end(trainer, resumed is not None and not self._is_final(Path(resumed)))
         if is_dry_run(trainer):
             return
-        self._listen(trainer, pl_module)
+        if isinstance(pl_module, TrainedModule):
+            install_signal_handlers(trainer, pl_module.stop_request)
         if not trainer.is_global_zero:
             return
         if self.monitor is not None and getattr(datamodule_of(trainer), "paths", {"val": ""})["val"] is None:
@@ -165,8 +162,7 @@ class HFCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         if not is_optimizer_step(trainer):
             return
-        watch = getattr(pl_module, "step_watch", None)
-        stops = watch is not None and watch.stop_is_agreed and not is_dry_run(trainer)
+        stops = isinstance(pl_module, TrainedModule) and pl_module.stop_request.is_agreed and not is_dry_run(trainer)
         if (stops or step % self._every == 0) and step != self._last_step_saved:
             self._validation_pending = validation_is_due(trainer)
             self._save_step(trainer)
@@ -225,18 +221,6 @@ class HFCheckpoint(ModelCheckpoint):
         self.best_model_score = state_dict["best_model_score"]
         name = state_dict["best_model_name"]
         self.best_model_path = str(self.run / name) if name else ""
-
-    def _listen(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lets SIGTERM and SIGUSR1 ask for a checkpoint of the next optimizer step, and for the end."""
-        watch = getattr(pl_module, "step_watch", None)
-        if watch is None:
-            return  # not a module that tells the other ranks
-        watch.stop_is_asked = watch.stop_is_agreed = False
-
-        def ask() -> None:
-            watch.stop_is_asked = True
-
-        install_signal_handlers(trainer, ask)
 
     def _leave(self, trainer: Trainer) -> NoReturn:
         if trainer.is_global_zero:

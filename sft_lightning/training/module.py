@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +18,12 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.transformers_generator import Generator, TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
+from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
+from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,
     datamodule_of,
     replicas,
-    set_loop_position,
-    start_epoch_afresh,
     steps_per_epoch,
     total_optimizer_steps,
 )
@@ -33,8 +34,10 @@ from sft_lightning.models.layout_check import LayoutChoice, choose_layout
 from sft_lightning.models.loading import Initialization, check_tokenizer, dtype_options, load_model
 from sft_lightning.optim.adamw import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.training.metrics import TokenMetrics
+from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
-from sft_lightning.training.step import OnNonFinite, StepWatch
+from sft_lightning.training.spikes import NormSpikes, log_spike
+from sft_lightning.training.step import StepAccumulator, StepStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +104,10 @@ class SFTModule(LightningModule):
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
         self.token_metrics = TokenMetrics()
-        self.step_watch = StepWatch(on_nonfinite, max_nonfinite_steps)
+        self.step = StepAccumulator()
+        self.nonfinite = NonFinitePolicy(on_nonfinite, max_nonfinite_steps)
+        self.spikes = NormSpikes()
+        self.stop_request = StopRequest()
 
     def setup(self, stage: str) -> None:
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
@@ -109,7 +115,9 @@ class SFTModule(LightningModule):
                 "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
                 "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
             )
-        self.step_watch.restore({})  # before a checkpoint is loaded, if one is
+        # A module may be trained more than once. A checkpoint, if any, is loaded after this.
+        self.nonfinite.num_skipped, self.spikes = 0, NormSpikes()
+        self.stop_request.clear()
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -173,7 +181,7 @@ class SFTModule(LightningModule):
 
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
-        self.step_watch.start()
+        self.step.clear()  # an earlier fit may have stopped in mid-step
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws
@@ -184,26 +192,31 @@ class SFTModule(LightningModule):
         assert self.model is not None
         with step_oom_advice(self, "the forward pass", batch):
             losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
-        self.step_watch.add(losses, batch)
+        self.step.add(losses, batch)
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
         loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
         return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with step_oom_advice(self, "the backward pass", self.step_watch.batch):
+        with step_oom_advice(self, "the backward pass", self.step.batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with step_oom_advice(self, "the update", self.step_watch.batch):
+        with step_oom_advice(self, "the update", self.step.batch):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the step's exact loss, after a look at whether the step may be taken."""
-        loss, metrics = self.step_watch.before_step(self.trainer, self.hparams["log_token_statistics"])
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        self.log("train/loss", torch.tensor(loss), prog_bar=True)
-        self.log_dict({f"train/{name}": torch.tensor(value) for name, value in metrics.items()})
-        self._log_step(self.trainer.global_step + 1)
+        """Decides whether the step is taken, and logs its numbers."""
+        stats = self.step.reduce(self.trainer, stop_requested=self.stop_request.is_made)
+        self.stop_request.is_agreed = stats.stop_requested
+        scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
+        if not isfinite(stats.loss) or not (isfinite(stats.grad_norm) or scaler_decides):
+            self.nonfinite.stop_or_skip(self.trainer, stats, self.step.micro_batches)
+        spike = self.spikes.add(stats.grad_norm)
+        if spike:
+            log_spike(self.trainer, stats.grad_norm, spike, self.step.micro_batches)
+        self.step.clear()
+        self._log_stats(stats, {"grad_norm_spike": spike, "lr": optimizer.param_groups[0]["lr"]})
 
     def configure_gradient_clipping(
         self,
@@ -212,9 +225,8 @@ class SFTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            norm = self.step_watch.gradient_norm
-            assert norm is not None
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            assert self.step.grad_norm is not None
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.step.grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -256,7 +268,7 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["step_watch"] = self.step_watch.state()
+        checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
@@ -269,7 +281,8 @@ class SFTModule(LightningModule):
                     f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                     "or pass --resume_override to go on with the new one"
                 )
-        self.step_watch.restore(checkpoint.get("step_watch", {}))
+        self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
+        self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         set_loop_position(
             checkpoint["loops"]["fit_loop"],
             global_step=checkpoint["global_step"],
@@ -284,6 +297,15 @@ class SFTModule(LightningModule):
         metrics = self.token_metrics.compute()
         self.token_metrics.reset()
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
+
+    def _log_stats(self, stats: StepStats, others: dict[str, float]) -> None:
+        metrics = {"grad_norm": stats.grad_norm}
+        if self.hparams["log_token_statistics"]:
+            metrics |= {"token_accuracy": stats.token_accuracy, "entropy": stats.entropy}
+        self.log("train/loss", torch.tensor(stats.loss), prog_bar=True)
+        # In every step, because Lightning would repeat the last value of a metric that is missing.
+        self.log_dict({f"train/{name}": torch.tensor(value) for name, value in {**metrics, **others}.items()})
+        self._log_step(self.trainer.global_step + 1)
 
     def _log_step(self, step: int) -> None:
         # Loggers take a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.

@@ -1,6 +1,7 @@
 from math import inf, isnan, nan
 
 import pytest
+from lightning.pytorch import Callback
 
 from sft_lightning.training.spikes import FACTOR, MIN_STEPS, WINDOW_STEPS, NormSpikes
 
@@ -47,3 +48,32 @@ def test_the_norms_tell_all_that_the_next_steps_are_judged_by():
     again = NormSpikes(first.norms)
     assert len(first.norms) == WINDOW_STEPS
     assert [again.add(norm) for norm in (5.0, 50.0, 11.0)] == [first.add(norm) for norm in (5.0, 50.0, 11.0)]
+
+
+class ScalesGradients(Callback):
+    """Multiplies a gradient in the steps of the given numbers."""
+
+    def __init__(self, factors):
+        self.factors = factors
+
+    def on_train_start(self, trainer, module):
+        weight = module.model.model.norm.weight
+        weight.register_hook(lambda gradient: gradient * self.factors.get(trainer.global_step + 1, 1.0))
+
+
+def test_a_spike_is_logged_and_its_rows_are_named_and_a_resumed_run_logs_the_same(fit, make_trainer, tmp_path, caplog):
+    spikes = {13: 1e3, 16: 1e4}
+    options = {"max_epochs": 2, "accumulate_grad_batches": 1, "log_every_n_steps": 2}
+    whole, resumed = make_trainer().logger, make_trainer().logger
+    saving = {"checkpoint": {"every_n_train_steps": 4}}
+    fit(tmp_path / "whole", callbacks=(ScalesGradients(spikes),), logger=whole, **saving, **options)
+    found = whole.series("train/grad_norm_spike")
+    assert [step for step, spike in found if spike] == [13, 16]
+    assert all(spike > 5 for _, spike in found if spike)
+    warned = [record.getMessage() for record in caplog.records if "gradient norm" in record.getMessage()]
+    assert len(warned) == 2
+    assert "in optimizer step 13 is" in warned[0]
+    assert warned[0].partition(" Examples: ")[2].count("train.jsonl:") == 4
+    path = str(tmp_path / "whole" / "checkpoint-12")
+    fit(tmp_path / "resumed", callbacks=(ScalesGradients(spikes),), logger=resumed, ckpt_path=path, **saving, **options)
+    assert resumed.series("train/grad_norm_spike") == [(step, spike) for step, spike in found if step > 12]

@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sft_lightning.lightning_compat.trainer import is_optimizer_step, total_optimizer_steps
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import total_optimizer_steps
 
 # A line of all that is logged would be hard to read.
 _IN_THE_REPORT_ONLY = {

@@ -12,7 +12,8 @@ from torch import Tensor
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import is_dry_run, replicas
 
 FOLDER = "ledger"
 # So many micro-batches are kept in memory at the most. A count that all replicas share: they write the same parts.

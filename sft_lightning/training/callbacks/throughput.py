@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
-from sft_lightning.lightning_compat.trainer import is_optimizer_step, replicas
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import replicas
 from sft_lightning.models.flops import ModelFlops, Peak, count_model_flops, num_attended, peak_of
 from sft_lightning.system.out_of_memory import peak_memory_bytes
 
