@@ -25,13 +25,13 @@ from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprin
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import install_label_loss
 from sft_lightning.models.attention.selection import AttentionChoice, choose_attention
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 Initialization = Literal["pretrained", "random"]
 
-_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -39,21 +39,20 @@ def load_model(
     model_path: str,
     *,
     init: Initialization = "pretrained",
-    dtype: torch.dtype = torch.float32,
+    precision: Precision | None = None,
     attn_implementation: AttentionChoice = "auto",
     device_type: str = "cpu",
-    half_precision: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """Returns a causal language model, in training mode, with every floating-point parameter of the given dtype.
+    """Returns a causal language model, in training mode.
 
     Args:
         model_path: Folder or hub name.
         init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
-        dtype: Of the parameters. Always passed on, because transformers would otherwise take the checkpoint's own.
+        precision: Of training, 32-true by default. Every floating-point parameter gets its dtype, whatever the dtype in
+            the checkpoint; FlashAttention needs 16-bit activations.
         attn_implementation: See ``attention.choose_attention``.
         device_type: Where the model will run, ``cuda`` or ``cpu``: decides what ``auto`` attention may take.
-        half_precision: Whether activations will be bfloat16 or float16, which FlashAttention needs.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
@@ -62,7 +61,11 @@ def load_model(
     config = load_config(model_path)
     if init == "pretrained":
         _require_weights(model_path)
-    attention = choose_attention(config, attn_implementation, device_type=device_type, half_precision=half_precision)
+    precision = precision or Precision.named("32-true")
+    dtype = precision.parameter_dtype
+    attention = choose_attention(
+        config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
+    )
     missing: Iterable[str] = ()
     try:
         if init == "random":
@@ -89,14 +92,6 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     install_label_loss(model)
     return model.train()
-
-
-def dtype_options(precision: str) -> dict[str, Any]:
-    """Returns what ``load_model`` is told of a Trainer's precision: ``dtype`` and ``half_precision``."""
-    return {
-        "dtype": _PARAMETER_DTYPES.get(precision, torch.float32),
-        "half_precision": precision in ("bf16-true", "bf16-mixed", "16-true", "16-mixed"),
-    }
 
 
 def load_config(model_path: str) -> PretrainedConfig:

@@ -31,7 +31,8 @@ from sft_lightning.losses.model_hooks import label_losses
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
-from sft_lightning.models.loading import Initialization, check_tokenizer, dtype_options, load_model
+from sft_lightning.models.loading import Initialization, check_tokenizer, load_model
+from sft_lightning.models.precision import Precision
 from sft_lightning.optim.adamw import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
@@ -122,8 +123,7 @@ class SFTModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        precision = str(self.trainer.precision)
-        if precision == "bf16-true":
+        if self._precision.parameter_dtype == torch.bfloat16:
             rank_zero_warn(
                 "precision bf16-true keeps the parameters in bfloat16: at a learning rate of 5e-5 an AdamW step rounds "
                 "away for about half of the weights. bf16-mixed keeps them in float32 for twice the memory."
@@ -132,7 +132,7 @@ class SFTModule(LightningModule):
             load_model,
             self.hparams["model_path"],
             device_type=self.trainer.strategy.root_device.type,
-            **dtype_options(precision),
+            precision=self._precision,
             **{name: self.hparams[name] for name in ("attn_implementation", "gradient_checkpointing")},
         )
         self.model = load_for_strategy(
@@ -174,7 +174,7 @@ class SFTModule(LightningModule):
             betas=tuple(hparams["betas"]),
             **{name: hparams[name] for name in ("learning_rate", "weight_decay", "eps")},
             # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
-            fused=self.trainer.precision != "16-mixed",
+            fused=not self._precision.scales_gradients,
         )
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -209,8 +209,8 @@ class SFTModule(LightningModule):
         """Decides whether the step is taken, and logs its numbers."""
         stats = self.step.reduce(self.trainer, stop_requested=self.stop_request.is_made)
         self.stop_request.is_agreed = stats.stop_requested
-        scaler_decides = self.trainer.precision == "16-mixed"  # its gradients overflow now and then, by design
-        if not isfinite(stats.loss) or not (isfinite(stats.grad_norm) or scaler_decides):
+        # Scaled gradients overflow now and then by design, and the scaler skips those steps.
+        if not isfinite(stats.loss) or not (isfinite(stats.grad_norm) or self._precision.scales_gradients):
             self.nonfinite.stop_or_skip(self.trainer, stats, self.step.micro_batches)
         spike = self.spikes.add(stats.grad_norm)
         if spike:
@@ -292,6 +292,10 @@ class SFTModule(LightningModule):
         if type(self).configure_optimizers is SFTModule.configure_optimizers:  # a subclass's own restore as saved
             assert self.model is not None
             adopt_settings(checkpoint, self.model, self.hparams, self._schedule_settings())
+
+    @property
+    def _precision(self) -> Precision:
+        return Precision.named(self.trainer.precision)
 
     def _log_token_metrics(self, stage: str) -> None:
         metrics = self.token_metrics.compute()

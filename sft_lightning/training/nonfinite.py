@@ -208,7 +208,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{folder}' holds no readable {ABOUT} ({type(error).__name__}); name a folder "
+            f"'{folder}' holds no {ABOUT} that can be read ({type(error).__name__}); name a folder "
             f"RUN/{FOLDER}/step-<n> of a run with a loss or gradient that was not finite"
         ) from None
     missing = [name for name in _NEEDED if not isinstance(about, dict) or name not in about]

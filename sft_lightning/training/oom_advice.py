@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.lightning_compat.trainer import datamodule_of, resume_path
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import generation_advice, translate_out_of_memory
 
 
@@ -68,7 +69,7 @@ def _batch_advice(trainer: Trainer, module: LightningModule) -> str:
         ways.append(f"--data.batch_size {smaller}{step}")
     if fits and not module.hparams.get("gradient_checkpointing"):
         ways.append("--model.gradient_checkpointing true")
-    if str(trainer.precision) in ("32-true", "64-true"):
+    if not Precision.named(trainer.precision).is_16_bit:
         ways.append("--trainer.precision bf16-mixed")
     if hasattr(data, "max_length"):
         ways.append(f"--data.max_length below {data.max_length}")

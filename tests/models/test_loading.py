@@ -34,6 +34,7 @@ from sft_lightning.models.loading import (
     save_model,
     survives_saving,
 )
+from sft_lightning.models.precision import Precision
 
 SHAPE = {
     "vocab_size": 61,
@@ -126,11 +127,13 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(folder):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)]
+)
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, asked, init):
+def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, precision, asked, init):
     make_model().to(stored).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), init=init, dtype=asked)
+    model = load_model(str(tmp_path), init=init, precision=Precision.named(precision))
     assert {parameter.dtype for parameter in model.parameters()} == {asked}
     assert model.training
 

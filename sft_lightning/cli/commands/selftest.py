@@ -65,7 +65,7 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
         trial = _trial(parsed.config, parsed.built, num_steps, Path(folder))
         for each in _precisions(trial):
             for outcome in settled(check_gradients(each, tolerance), each, tolerance):
-                outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision}"))
+                outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision.name}"))
                 status.update(f"{outcome.check}: {outcome.verdict}")
         status.update("save and resume")
         outcomes.append(check_resume(trial))
@@ -75,6 +75,7 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
 def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
     """Returns what is to be tried of a config of fit and of the classes that were built from it."""
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
+    from sft_lightning.models.precision import Precision
 
     if built.data.paths["train"] is None:
         raise UserError("data.train_path is not set: name a JSONL or Parquet file, a folder or a glob")
@@ -86,7 +87,7 @@ def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
         accumulate=trainer.accumulate_grad_batches,
         clipping=clipping,
         accelerator=trainer.accelerator,
-        precision=str(trainer.precision or "32-true"),
+        precision=Precision.named(trainer.precision or "32-true"),
         seed=config.seed_everything if isinstance(config.seed_everything, int) else 42,
         num_steps=num_steps,
         folder=folder,
@@ -95,8 +96,10 @@ def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
 
 def _precisions(trial: "SelftestSetup") -> "Iterator[SelftestSetup]":
     """Yields the trial in an exact precision, where differences show, and in its own where that is another."""
+    from sft_lightning.models.precision import Precision
+
     attention = trial.model.hparams["attn_implementation"]
-    exact = trial.precision if trial.precision in ("32-true", "64-true") else "32-true"
+    exact = Precision.named("32-true") if trial.precision.is_16_bit else trial.precision
     model = trial.model
     if attention in _HALF_ATTENTION:  # these kernels take 16 bits only
         model = copy.deepcopy(model)
