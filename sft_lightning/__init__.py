@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from sft_lightning.data.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
     from sft_lightning.evaluation.evaluate import evaluate as evaluate
     from sft_lightning.grading.graders import R1ZeroGrader as R1ZeroGrader
+    from sft_lightning.losses.base import Loss as Loss
     from sft_lightning.losses.functional import compute_entropy as compute_entropy
     from sft_lightning.losses.functional import compute_sft_loss as compute_sft_loss
     from sft_lightning.losses.functional import get_response_log_probs as get_response_log_probs
     from sft_lightning.losses.functional import masked_normalize as masked_normalize
     from sft_lightning.losses.functional import sft_microbatch_train_step as sft_microbatch_train_step
+    from sft_lightning.losses.token_loss import TokenLoss as TokenLoss
     from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation as GenerationEvaluation
     from sft_lightning.training.callbacks.run_report import RunReport as RunReport
     from sft_lightning.training.datamodule import SFTDataModule as SFTDataModule
@@ -31,6 +33,8 @@ _HOME = {
     "GenerationEvaluation": "training.callbacks.generation_evaluation",
     "RunReport": "training.callbacks.run_report",
     "R1ZeroGrader": "grading.graders",
+    "Loss": "losses.base",
+    "TokenLoss": "losses.token_loss",
     "tokenize_prompt_and_output": "data.tokenization",
     "compute_sft_loss": "losses.functional",
     "masked_normalize": "losses.functional",

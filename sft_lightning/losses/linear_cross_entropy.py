@@ -6,13 +6,14 @@ cross-entropy (https://arxiv.org/abs/2410.10989); this is plain torch and runs o
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_lightning.losses import chunking as loss_chunks
+from sft_lightning.losses.base import LabelLosses
 
 # Width of the blocks in which the largest logit is looked for; most vocabularies are padded to a multiple of it.
 _BLOCK = 64
@@ -21,23 +22,6 @@ _PARTIAL_ELEMENTS = 2**24
 # The largest loss weight to which float16 gradients are brought while they are made: its probability times a likely
 # weight of 1 / n would be lost below 6e-8, and 128 leaves room for a row's sum over the vocabulary below 65504.
 _FLOAT16_LARGEST_WEIGHT = 128.0
-
-
-class LabelLosses(NamedTuple):
-    """What ``linear_cross_entropy`` returns.
-
-    Attributes:
-        weighted_sum: Scalar, float32 (float64 for float64 logits), with gradient: ``sum(loss_weights * nll)``.
-        nll: Shape [M], dtype of ``weighted_sum``, in nats, without gradient.
-        correct: Shape [M], bool: whether the most likely token is the label. The first of equally likely ones counts,
-            as in argmax. It costs next to nothing.
-        entropy: Shape [M], dtype of ``weighted_sum``, in nats, without gradient. None where it was not asked for.
-    """
-
-    weighted_sum: Tensor
-    nll: Tensor
-    correct: Tensor
-    entropy: Tensor | None
 
 
 def linear_cross_entropy(

@@ -1,4 +1,4 @@
-"""SFTModule: the training and validation steps, the optimizer, and what is logged."""
+"""Define SFTModule: the training and validation steps, the optimizer, and what is logged."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,52 +27,59 @@ from sft_lightning.lightning_compat.trainer import (
     steps_per_epoch,
     total_optimizer_steps,
 )
+from sft_lightning.losses.base import Loss
 from sft_lightning.losses.model_hooks import label_losses
+from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
 from sft_lightning.models.loading import Initialization, check_tokenizer, load_model
 from sft_lightning.models.precision import Precision
-from sft_lightning.optim.adamw import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
+from sft_lightning.optim.factory import OptimizerFactory, adamw, adopt_settings, build_optimizer
+from sft_lightning.optim.schedules import Schedule, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
+from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
 from sft_lightning.training.spikes import NormSpikes, log_spike
 from sft_lightning.training.step import StepAccumulator, StepStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What must not change between a checkpoint and the run that goes on from it, unless resume_override is set.
-_OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "eps")
-_SCHEDULE_SETTINGS = ("lr_schedule", "warmup_steps", "warmup_ratio", "min_lr_factor")
+# Options of the default optimizer, AdamW; another optimizer has its own.
+_ADAMW_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class SFTModule(LightningModule):
     """Response-masked supervised fine-tuning of a Hugging Face causal language model.
 
-    Each optimizer step minimises ``sum(weight * nll)`` over the label tokens of the step's examples; the weights come
-    with the micro-batches, so the gradient does not depend on how the step was split.
+    Each optimizer step minimizes ``sum(weight * nll)`` over the label tokens of the step's examples. The weights come
+    with the micro-batches, so the gradient does not depend on how the step is split.
 
     Args:
         model_path: Folder of a Hugging Face causal language model, or its hub name.
         init: pretrained loads the weights; random builds the model from config.json with random weights.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay of matrices; embeddings, norms and biases have none.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's decoupled weight decay of matrices; embeddings, norms and biases have none.
         betas: AdamW's averaging coefficients.
         eps: AdamW's epsilon.
+        optimizer: An optimizer class, or a partial of one; by default AdamW with the three options above. It gets
+            learning_rate as lr, and its own weight_decay applies to matrices only.
+        loss: The training loss, by default TokenLoss, the cross-entropy. Validation always uses TokenLoss.
         lr_schedule: constant, cosine or linear (to min_lr_factor of the peak), stepped per optimizer step.
         warmup_steps: Optimizer steps over which the learning rate rises from 0, in every schedule.
         warmup_ratio: The same as a share of all optimizer steps; set one of the two.
-        min_lr_factor: Where cosine and linear end, as a share of the peak.
-        attn_implementation: auto takes FlashAttention 3 or 2 or torch's varlen where one can run, else sdpa.
+        min_lr_factor: Final learning rate of cosine and linear, as a share of the peak.
+        attn_implementation: auto uses FlashAttention 3 or 2 or torch's varlen if one can run, else sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Run layers through torch.compile: up to a minute of start-up, little gain on CPUs, untested on CUDA.
-        log_token_statistics: Log train/token_accuracy and train/entropy, too.
-        on_nonfinite: Whether a step whose loss or gradient is NaN or infinite stops the run, or is left out.
-        max_nonfinite_steps: With on_nonfinite skip, leave out so many steps of a run; one more stops it.
+        log_token_statistics: Also log train/token_accuracy and train/entropy.
+        on_nonfinite: stop ends the run at a step whose loss or gradient is NaN or infinite; skip skips the step.
+        max_nonfinite_steps: With on_nonfinite skip, how many steps of a run may be skipped; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
-        resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
+        resume_override: Resume with another learning rate, schedule, loss or other optimizer options than the
+            checkpoint was trained with.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class SFTModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        optimizer: OptimizerFactory | None = None,
+        loss: Loss | None = None,
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
@@ -100,7 +109,17 @@ class SFTModule(LightningModule):
         if learning_rate < 0:
             raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
-        self.save_hyperparameters(ignore=["generator", "resume_override"])
+        self.save_hyperparameters(ignore=["generator", "loss", "optimizer", "resume_override"])
+        self.optimizer_factory, self.loss = optimizer, loss or TokenLoss()
+        # Checkpoints hold plain values only.
+        self.hparams.update(optimizer=optimizer_identity(optimizer), loss=loss_identity(self.loss))
+        for name, default in _ADAMW_DEFAULTS.items() if optimizer is not None else ():
+            value = self.hparams[name]
+            if (tuple(value) if name == "betas" else value) != default:
+                raise UserError(
+                    f"model.{name} {value} is an option of the default AdamW and has no effect beside "
+                    f"model.optimizer {self.hparams['optimizer']}: set it in model.optimizer.init_args"
+                )
         self.generator = generator
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
@@ -168,14 +187,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
-        hparams = self.hparams
-        optimizer = build_adamw(
-            self.model,
-            betas=tuple(hparams["betas"]),
-            **{name: hparams[name] for name in ("learning_rate", "weight_decay", "eps")},
-            # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
-            fused=not self._precision.scales_gradients,
-        )
+        optimizer = build_optimizer(self.model, self._optimizer_factory(), self.hparams["learning_rate"])
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -191,7 +203,7 @@ class SFTModule(LightningModule):
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.model is not None
         with step_oom_advice(self, "the forward pass", batch):
-            losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
+            losses = label_losses(self.model, batch, self.loss, with_entropy=self.hparams["log_token_statistics"])
         self.step.add(losses, batch)
         # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
         loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
@@ -273,14 +285,7 @@ class SFTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        saved = checkpoint["hyper_parameters"]
-        for name in _OPTIMIZER_SETTINGS + _SCHEDULE_SETTINGS:
-            old, new = saved.get(name), self.hparams[name]
-            if (list(old) != list(new) if name == "betas" else old != new) and not self.resume_override:
-                raise UserError(
-                    f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
-                    "or pass --resume_override to go on with the new one"
-                )
+        check_resumable(checkpoint["hyper_parameters"], self.hparams, override=self.resume_override)
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         set_loop_position(
@@ -291,11 +296,25 @@ class SFTModule(LightningModule):
         )
         if type(self).configure_optimizers is SFTModule.configure_optimizers:  # a subclass's own restore as saved
             assert self.model is not None
-            adopt_settings(checkpoint, self.model, self.hparams, self._schedule_settings())
+            (schedule,) = checkpoint["lr_schedulers"]
+            factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
+            peak = self.hparams["learning_rate"]
+            adopt_settings(checkpoint, self.model, self._optimizer_factory(), learning_rate=peak, factor=factor)
 
     @property
     def _precision(self) -> Precision:
         return Precision.named(self.trainer.precision)
+
+    def _optimizer_factory(self) -> OptimizerFactory:
+        if self.optimizer_factory is not None:
+            return self.optimizer_factory
+        return adamw(
+            weight_decay=self.hparams["weight_decay"],
+            betas=tuple(self.hparams["betas"]),
+            eps=self.hparams["eps"],
+            # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
+            fused=not self._precision.scales_gradients,
+        )
 
     def _log_token_metrics(self, stage: str) -> None:
         metrics = self.token_metrics.compute()

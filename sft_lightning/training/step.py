@@ -11,7 +11,7 @@ from torch import Tensor
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.distributed.fsdp import gradient_norm
 from sft_lightning.lightning_compat.trainer import replicas
-from sft_lightning.losses.linear_cross_entropy import LabelLosses
+from sft_lightning.losses.base import LabelLosses
 
 
 class MicroBatchLosses(NamedTuple):

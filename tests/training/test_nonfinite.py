@@ -20,7 +20,7 @@ from sft_lightning.checkpointing.run_folder import RUN_FILES
 from sft_lightning.data.batch import Example, collate_padded
 from sft_lightning.data.records import Record, read_records
 from sft_lightning.errors import NonFiniteError, UserError
-from sft_lightning.losses.linear_cross_entropy import LabelLosses
+from sft_lightning.losses.base import LabelLosses
 from sft_lightning.training.nonfinite import (
     NonFinitePolicy,
     StepRow,

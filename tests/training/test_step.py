@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft_lightning.data.batch import Example, collate_padded
-from sft_lightning.losses.linear_cross_entropy import LabelLosses
+from sft_lightning.losses.base import LabelLosses
 from sft_lightning.training.step import MicroBatchLosses, StepAccumulator, StepStats, name_sources, step_sums
 
 
