@@ -1,4 +1,4 @@
-"""HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
+"""Define HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
 
 import logging
 from pathlib import Path
@@ -44,10 +44,10 @@ class HFCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Folder of the run; on the command line output_dir, unless given.
-        every_n_train_steps: Save after every so many optimizer steps, and at the end of training.
-        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best one are kept as best.
+        every_n_train_steps: Optimizer steps between checkpoints; training also saves at its end.
+        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best validation are kept as best.
         mode: Whether the best is the max or the min of monitor.
-        keep_last: Keep the newest so many checkpoints, beside best and last; all of them where it is not given.
+        keep_last: Number of newest checkpoints to keep besides best and last; null keeps all.
         overwrite: Start a new run in a folder that holds another one, whose files are deleted.
     """
 
@@ -86,10 +86,10 @@ class HFCheckpoint(ModelCheckpoint):
 
         Args:
             run: Folder of the run.
-            word: auto is the newest checkpoint whose manifest verifies, None where there is none.
+            word: auto is the newest checkpoint whose manifest verifies, or None if there is none.
 
         Raises:
-            UserError: If last or best has nothing to stand for.
+            UserError: If there is no last or best checkpoint.
         """
         folder = folders.find(Path(run).expanduser(), word)
         return None if folder is None else str(folder)
@@ -148,13 +148,13 @@ class HFCheckpoint(ModelCheckpoint):
                 )
         self._foresee_space(trainer, pl_module)
         if self._validation_pending:
-            # The checkpoint was written just before a validation that the run then may not have lived to see.
+            # The checkpoint was written just before a validation, which the run may not have reached.
             run_validation(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_pending"] = self._validation_pending
-        # Lightning hands a step's metrics to the loggers after its checkpoint is written: a run that dies in between
-        # would leave them out.
+        # Lightning passes a step's metrics to the loggers after its checkpoint is written, so a run that dies in
+        # between would lose them.
         metrics = trainer.logged_metrics.items() if logs_this_step(trainer) else ()
         checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
@@ -207,8 +207,8 @@ class HFCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("HFCheckpoint.on_train_end")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves nothing: what failed may have left half a step behind, and the last checkpoint is good."""
-        if not isinstance(exception, KeyboardInterrupt):  # which Lightning sees to
+        """Saves nothing: the failure may have left half a step behind, and the last checkpoint is good."""
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning handles it
             end_other_ranks(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,14 +226,14 @@ class HFCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             print(
                 f"stopped by a signal after optimizer step {trainer.global_step}: saved '{self.last_model_path}'; "
-                "--ckpt_path auto goes on"
+                "resume with --ckpt_path auto"
             )
         trainer.strategy.barrier("HFCheckpoint._leave")
-        # Rank 0 would be killed by the launcher that sees another rank fail before it has left itself.
+        # The launcher kills rank 0 if another rank fails before rank 0 has left.
         raise StoppedError(0 if is_watched_by_rank_zero(trainer) else StoppedError.CODE)
 
     def _foresee_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns where the checkpoints to come do not fit, and stops before training where not even one does."""
+        """Warns if the coming checkpoints will not fit on the disk, and stops before training if not even one does."""
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
         parameters = list(pl_module.parameters())
@@ -245,7 +245,7 @@ class HFCheckpoint(ModelCheckpoint):
             logger.warning("%s", shortage)
 
     def _is_final(self, resumed: Path) -> bool:
-        """Returns whether the run came to its end with this checkpoint: its model is ``final``, the last it writes."""
+        """Returns whether the run ended with this checkpoint: ``final``, the last folder it writes, has its step."""
         manifests = [folder / folders.MANIFEST for folder in (self.run / "final", resumed)]
         if not all(manifest.is_file() for manifest in manifests):
             return False

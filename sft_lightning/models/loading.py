@@ -1,4 +1,4 @@
-"""Models: loading with an explicit dtype, checks against the tokenizer, and saving."""
+"""Load, check and save causal language models."""
 
 import copy
 import logging
@@ -51,8 +51,8 @@ def load_model(
         init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
         precision: Of training, 32-true by default. Every floating-point parameter gets its dtype, whatever the dtype in
             the checkpoint; FlashAttention needs 16-bit activations.
-        attn_implementation: See ``attention.choose_attention``.
-        device_type: Where the model will run, ``cuda`` or ``cpu``: decides what ``auto`` attention may take.
+        attn_implementation: See :func:`choose_attention`.
+        device_type: Where the model will run, ``cuda`` or ``cpu``: decides which attention ``auto`` may choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
@@ -76,7 +76,7 @@ def load_model(
             )
             model, missing = loaded[0], loaded[1]["missing_keys"]
     except UnpicklingError as error:
-        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
+        # torch's own text proposes weights_only=False, which would run any code in the file.
         raise UserError(
             f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle that holds something else "
             "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
@@ -98,7 +98,7 @@ def load_config(model_path: str) -> PretrainedConfig:
     """Returns a causal language model's config, without the kernels that it may name.
 
     Raises:
-        UserError: If the path holds none.
+        UserError: If the path holds no such config.
     """
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -112,14 +112,14 @@ def load_config(model_path: str) -> PretrainedConfig:
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
-    # A name such as owner/repository would have transformers fetch a kernel from the hub and run it, and in config.json
-    # it counts for more than the argument of from_pretrained. Sub-configs are reached by this, too.
+    # A name such as owner/repository makes transformers fetch a kernel from the hub and run it, and in config.json it
+    # overrides the argument of from_pretrained. The assignment also reaches sub-configs.
     config._attn_implementation = config._experts_implementation = None
     return config
 
 
 def empty_model(model_path: str) -> PreTrainedModel:
-    """Returns the model that ``config.json`` describes, on the meta device: shapes without numbers, in no memory.
+    """Returns the model that ``config.json`` describes on the meta device, where parameters take no memory.
 
     Raises:
         UserError: If the path holds no causal language model.
@@ -133,7 +133,7 @@ def empty_model(model_path: str) -> PreTrainedModel:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
-    """Checks that a tokenizer and a model go together, in training and in what is saved of it.
+    """Checks that a tokenizer fits a model, in training and after saving.
 
     Raises:
         UserError: See :func:`check_vocabulary`.
@@ -162,8 +162,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether a folder with this model and tokenizer loads with the same tokenizer.
 
-    For some model types transformers takes a tokenizer class of its own, whatever was saved beside the model; token ids
-    after loading then differ from those in training.
+    For some model types transformers always loads its own tokenizer class, whatever was saved beside the model; token
+    ids after loading then differ from those in training.
     """
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -185,11 +185,11 @@ def save_model(
         model: Gives the config and, without ``state_dict``, the weights.
         tokenizer: Written beside the weights.
         folder: Exists and is empty.
-        state_dict: The weights, where they were gathered from elsewhere.
-        eos_token_id: The stop token that training supervised: the generation config will stop at it.
+        state_dict: The weights, if they were gathered from other processes.
+        eos_token_id: The stop token that training supervised; the generation config stops at it.
     """
     own = model.generation_config
-    # save_pretrained refuses what some published models do have, such as a temperature without do_sample.
+    # save_pretrained refuses settings of some published models, such as a temperature without do_sample.
     model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
@@ -204,7 +204,7 @@ def save_model(
 
 
 def hide_progress_bars() -> None:
-    """Turns off transformers' progress bars of loading and saving, for programs that show a progress of their own."""
+    """Turns off transformers' progress bars of loading and saving, for programs that show their own progress."""
     hf_logging.disable_progress_bar()
 
 

@@ -164,7 +164,7 @@ class SFTModule(LightningModule):
             check_tokenizer(self.model, tokenizer, self.hparams["model_path"])
 
     def usable_layout(self, choice: LayoutChoice) -> Layout:
-        """Returns the layout that micro-batches are given: ``choice``, or the best one that changes nothing."""
+        """Returns the layout of micro-batches: ``choice``, or for ``auto`` the best one that changes no result."""
         assert self.model is not None
         precision, in_training = self.trainer.precision_plugin.forward_context, self.trainer.state.fn == "fit"
         with torch.compiler.set_stance("force_eager"):
@@ -174,8 +174,8 @@ class SFTModule(LightningModule):
         return layout
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
-        # Lightning's bf16-true casts buffers too. transformers keeps its float32 ones, such as the rotary frequencies,
-        # in float32, and the model that is saved here is loaded there.
+        # Lightning's bf16-true also casts buffers. transformers keeps its float32 buffers, such as the rotary
+        # frequencies, in float32, and it loads the models that are saved here.
         kept = [(module, dict(module.named_buffers(recurse=False))) for module in self.modules()]
         super()._apply(fn, recurse)
         for module, buffers in kept:
@@ -196,8 +196,8 @@ class SFTModule(LightningModule):
         self.step.clear()  # an earlier fit may have stopped in mid-step
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws
-        # the same ones as an uninterrupted one.
+        # Dropout then depends on the plan alone: validation and generation may draw random numbers, and a resumed run
+        # draws the same ones as an uninterrupted one.
         torch.manual_seed(batch.rng_seed)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -205,9 +205,9 @@ class SFTModule(LightningModule):
         with step_oom_advice(self, "the forward pass", batch):
             losses = label_losses(self.model, batch, self.loss, with_entropy=self.hparams["log_token_statistics"])
         self.step.add(losses, batch)
-        # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
+        # Lightning divides by the accumulation and averages over replicas. Undo both, since the weights contain 1 / n.
         loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
-        return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
+        return {"loss": loss, "nll": losses.nll}  # the outputs that callbacks get in on_train_batch_end
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with step_oom_advice(self, "the backward pass", self.step.batch):
@@ -294,7 +294,7 @@ class SFTModule(LightningModule):
             steps_per_epoch=steps_per_epoch(self.trainer),
             accumulate=self.trainer.accumulate_grad_batches,
         )
-        if type(self).configure_optimizers is SFTModule.configure_optimizers:  # a subclass's own restore as saved
+        if type(self).configure_optimizers is SFTModule.configure_optimizers:  # else restored as saved
             assert self.model is not None
             (schedule,) = checkpoint["lr_schedulers"]
             factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
@@ -331,8 +331,8 @@ class SFTModule(LightningModule):
         self._log_step(self.trainer.global_step + 1)
 
     def _log_step(self, step: int) -> None:
-        # Loggers take a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
-        # A tensor, here and above: of a number, Lightning makes one on the device, and the host waits for it.
+        # Loggers use a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
+        # Metrics are tensors because Lightning would copy a number to the device, and the host would wait for it.
         self.log("step", torch.tensor(float(step)))
 
     def _schedule_settings(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch.optim import AdamW
+
 from sft_lightning.errors import UserError
 from sft_lightning.losses.base import Loss
 from sft_lightning.losses.token_loss import TokenLoss
@@ -22,7 +24,7 @@ _SETTINGS = (
     "warmup_ratio",
     "min_lr_factor",
 )
-_DEFAULT_OPTIMIZER = "AdamW"
+_DEFAULT_OPTIMIZER = public_name(AdamW)
 
 
 def optimizer_identity(factory: OptimizerFactory | None) -> str | None:
@@ -62,10 +64,10 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, ove
             "or start a new run from the checkpoint's weights with --model.model_path"
         )
     for name in () if override else _SETTINGS:
-        old, new = (list(v) if isinstance(v := settings.get(name), tuple) else v for settings in (saved, current))
-        if old != new:
+        old, new = saved.get(name), current[name]
+        if (list(old) != list(new)) if name == "betas" else old != new:
             raise UserError(
-                f"model.{name} is {current[name]}, but the checkpoint was trained with {saved.get(name)}: set it back, "
+                f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                 "or pass --resume_override to continue with the new one"
             )
 

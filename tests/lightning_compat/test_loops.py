@@ -350,7 +350,7 @@ class Ends(Callback):
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": 5}])
 @pytest.mark.parametrize(("reruns_end", "hooks"), [(True, ["start", "end"]), (False, [])])
-def test_a_run_without_a_step_left_begins_and_ends_once_more_only_if_told(tmp_path, limits, reruns_end, hooks):
+def test_a_finished_run_reruns_its_end_only_if_set(tmp_path, limits, reruns_end, hooks):
     trainer = make_trainer(SetsPosition(), **limits)
     trainer.fit(Line(), Data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")

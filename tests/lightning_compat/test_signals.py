@@ -67,7 +67,7 @@ def test_a_forked_process_dies_of_the_signal_instead():
     assert [os.WTERMSIG(status) for status in exits] == [signal.SIGTERM]
 
 
-def test_other_ranks_may_end_by_themselves_and_are_killed_after_the_grace_period():
+def test_other_ranks_are_killed_after_the_grace_period():
     program = "import sys, time; time.sleep(float(sys.argv[1]))"
     processes = [subprocess.Popen([sys.executable, "-c", program, seconds]) for seconds in ("0", "600")]
     launcher = SimpleNamespace(procs=list(processes))

@@ -282,7 +282,7 @@ def test_dropout_is_off_meanwhile(dropout_model_folder):
 
 
 @pytest.mark.parametrize(("name", "entered"), [("32-true", 0), ("bf16-true", 1)])
-def test_the_precision_of_training_is_left_out_where_float32_shows_more(name, entered, model_folder):
+def test_float32_replaces_the_precision_of_training_where_it_shows_more(name, entered, model_folder):
     times = 0
 
     @contextmanager

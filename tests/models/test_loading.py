@@ -263,7 +263,7 @@ def test_an_embedding_with_spare_rows_is_fine(tokenizer, spare_rows):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
-def test_what_is_saved_reloads_bit_equal_by_plain_transformers(tmp_path, name):
+def test_plain_transformers_reloads_a_saved_model_bit_equal(tmp_path, name):
     make_model(name).save_pretrained(tmp_path / "original")
     model = load_model(str(tmp_path / "original"), gradient_checkpointing=True)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_a_published_generation_config_that_transformers_refuses_to_save_is_save
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_given_weights_are_saved_in_place_of_the_models(folder, tmp_path):
+def test_given_weights_are_saved_instead_of_the_models(folder, tmp_path):
     model = load_model(str(folder))
     weights = {name: torch.full_like(weight, 0.5) for name, weight in model.state_dict().items()}
     save_model(model, None, tmp_path, state_dict=weights)

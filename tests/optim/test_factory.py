@@ -69,7 +69,7 @@ def test_only_matrices_are_decayed():
     }
 
 
-def test_tied_weights_stand_once_and_count_as_an_embedding():
+def test_tied_weights_appear_once_and_count_as_an_embedding():
     groups = names_by_decay(TinyModel(tied=True))
     # head.weight is the tensor's first name; it is the embedding's too, and so it is not decayed.
     assert groups[0.1] == ["linear.weight", "experts.up"]
@@ -77,7 +77,7 @@ def test_tied_weights_stand_once_and_count_as_an_embedding():
     assert "embedding.weight" not in groups[0.0]
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_in_no_group():
     model = TinyModel()
     model.linear.requires_grad_(False)
     model.norm.weight.requires_grad_(False)
@@ -87,7 +87,7 @@ def test_frozen_parameters_are_left_out():
     }
 
 
-def test_an_empty_group_is_left_out():
+def test_an_empty_group_is_omitted():
     model = TinyModel().requires_grad_(False)
     model.linear.weight.requires_grad_(True)
     assert names_by_decay(model) == {0.1: ["linear.weight"]}
@@ -168,7 +168,7 @@ def test_a_model_with_nothing_to_train_is_refused():
         ("eps", -1e-8, "epsilon value: -1e-08"),
     ],
 )
-def test_numbers_out_of_range_are_the_users_mistake(option, value, named):
+def test_numbers_out_of_range_are_a_user_error(option, value, named):
     with pytest.raises(UserError, match=named):
         adamw(TinyModel(), **{option: value})
 
@@ -180,7 +180,7 @@ def test_any_torch_optimizer_decays_the_matrices_only(optimizer):
     assert [(group["lr"], group["weight_decay"]) for group in built.param_groups] == [(0.02, 0.3), (0.02, 0.0)]
 
 
-def test_an_optimizer_that_refuses_its_options_is_the_users_mistake():
+def test_an_optimizer_that_refuses_its_options_is_a_user_error():
     with pytest.raises(UserError, match=r"the optimizer refuses its options: .*parameter groups"):
         build_optimizer(TinyModel(), torch.optim.LBFGS, 0.1)
 
@@ -201,7 +201,7 @@ def instantiate(target, *args, **kwargs):
     return target(*args, **kwargs)
 
 
-def test_the_target_is_the_class_also_of_a_partial_of_the_config_parser():
+def test_the_target_is_the_class_behind_a_partial():
     assert target_of(torch.optim.SGD) is torch.optim.SGD
     assert target_of(partial(torch.optim.SGD, momentum=0.9)) is torch.optim.SGD
     assert target_of(partial(instantiate, torch.optim.SGD, momentum=0.9)) is torch.optim.SGD
@@ -227,7 +227,7 @@ def test_arguments_include_defaults_but_neither_params_nor_lr():
         (partial(torch.optim.SGD, lr=0.1), r"model\.optimizer SGD has lr 0\.1: set model\.learning_rate instead"),
     ],
 )
-def test_a_factory_that_cannot_be_called_is_the_users_mistake(factory, message):
+def test_a_factory_that_cannot_be_called_is_a_user_error(factory, message):
     with pytest.raises(UserError, match=message):
         arguments_of(factory)
 

@@ -47,7 +47,7 @@ def test_warmup_longer_than_the_run_only_rises(schedule):
     assert factors([0], schedule, total_steps=1, warmup_steps=1) == [1.0]
 
 
-def test_an_unknown_schedule_is_named_together_with_the_known_ones():
+def test_an_unknown_schedule_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="schedule 'cosin' is unknown; choose constant, cosine or linear"):
         factors([0], "cosin")
 

@@ -13,7 +13,7 @@ def metrics_of(*batches):
     return {name: value.item() for name, value in metrics.compute().items()}
 
 
-def test_worked_out_by_hand():
+def test_token_metrics_by_hand():
     found = metrics_of(([1.0, 2.0], [True, False]), ([6.0], [True]))
     assert found == {
         "loss": 3.0,  # (1 + 2 + 6) / 3, and not the mean 3.75 of the batches' means 1.5 and 6
@@ -113,5 +113,5 @@ def test_a_nan_is_not_hidden():
     assert math.isnan(metrics_of(([1.0], [True]), ([math.nan], [False]))["loss"])
 
 
-def test_nothing_of_it_is_saved_with_the_weights():
+def test_token_metrics_add_nothing_to_the_state_dict():
     assert TokenMetrics().state_dict() == {}

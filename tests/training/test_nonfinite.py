@@ -54,12 +54,12 @@ def test_a_row_is_finite_when_the_losses_of_all_its_labels_are():
     ]
 
 
-def test_the_dummy_row_of_an_empty_micro_batch_is_never_named():
+def test_dummy_rows_of_empty_micro_batches_are_never_named():
     empty = collate_padded([], [], pad_token_id=0)
     assert rows_of_step([MicroBatchLosses(losses(float("nan")), empty)]) == []
 
 
-def test_only_the_rows_whose_own_loss_is_not_finite_are_named(tmp_path):
+def test_only_rows_with_a_nonfinite_loss_are_named(tmp_path):
     rows = [StepRow("a:3", True), StepRow("a:8", False), StepRow("a:5", False)]
     message = describe_non_finite(12, float("nan"), 4.0, rows, done="stopped before the step", folder=tmp_path)
     assert message == (
@@ -68,7 +68,7 @@ def test_only_the_rows_whose_own_loss_is_not_finite_are_named(tmp_path):
     )
 
 
-def test_an_overflowing_gradient_names_every_row_and_counts_beyond_eight():
+def test_an_overflowing_gradient_names_eight_rows_and_counts_the_rest():
     rows = [StepRow(f"rows.jsonl:{line}", True) for line in range(1, 11)]
     message = describe_non_finite(1, 1.0, float("inf"), rows, done="skipped the step")
     named = ", ".join(f"rows.jsonl:{line}" for line in range(1, 9))
@@ -78,7 +78,7 @@ def test_an_overflowing_gradient_names_every_row_and_counts_beyond_eight():
 RECORDS = [Record(f"say {n}:", f" {n}", str(n), 0.5, f"a:{n}") for n in range(1, 6)]
 
 
-def test_the_bad_rows_come_first_and_what_is_gone_is_left_out():
+def test_nonfinite_rows_come_first_and_missing_ones_are_skipped():
     rows = [StepRow("a:4", True), StepRow("a:2", False), StepRow("a:9", True)]
     assert [record.source for record in find_records(lambda: RECORDS, rows)] == ["a:2", "a:4"]
 
@@ -89,7 +89,7 @@ def test_the_bad_rows_come_first_and_what_is_gone_is_left_out():
     assert find_records(gone, [StepRow("a:1", True), StepRow("a:2", True)]) == [RECORDS[0]]
 
 
-def test_no_more_of_the_data_is_read_than_is_asked_for():
+def test_reading_stops_when_all_rows_are_found():
     read = []
 
     def records():
@@ -101,7 +101,7 @@ def test_no_more_of_the_data_is_read_than_is_asked_for():
     assert read == ["a:1", "a:2"]
 
 
-def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer):
+def test_saved_rows_are_training_data_and_registered_with_the_run(tmp_path, tokenizer):
     options = {"max_length": 64, "overlength": "drop", "append_eos": True}
     names = ("checkpoint", "model_path", "init", "attn_implementation", "tokenizer_path", "precision", "layout", "seed")
     about = {"step": 7, "gradient_norm": 2.0, **options, **dict.fromkeys(names, "as in the run")}
@@ -123,7 +123,7 @@ def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 7}'])
-def test_a_folder_without_a_step_is_the_users_mistake(tmp_path, content):
+def test_a_folder_without_a_saved_step_is_a_user_error(tmp_path, content):
     if content is not None:
         (tmp_path / "about.json").write_text(content)
     with pytest.raises(UserError, match=r"about\.json"):
@@ -164,9 +164,7 @@ OPTIONS = {"max_epochs": 1, "accumulate_grad_batches": 1}
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_a_skipped_step_leaves_weights_moments_and_counters_and_the_schedule_moves_on(
-    fit, tmp_path, precision, clip, caplog
-):
+def test_a_skipped_step_changes_no_weight_or_moment_but_moves_the_schedule(fit, tmp_path, precision, clip, caplog):
     watch = BreaksGradients({4: NAN})
     run = fit(tmp_path / "run", model=SKIP, callbacks=(watch,), precision=precision, gradient_clip_val=clip, **OPTIONS)
     assert run.trainer.global_step == 11
@@ -182,7 +180,7 @@ def test_a_skipped_step_leaves_weights_moments_and_counters_and_the_schedule_mov
     assert about["rows_not_finite"] == []
 
 
-def test_the_step_after_a_skipped_one_is_that_of_a_run_whose_plan_had_it_weigh_nothing(fit):
+def test_the_step_after_a_skipped_first_one_is_adamws_first(fit):
     """Skipping is the same as a step of learning rate 0 whose moments are not touched: an independent AdamW agrees."""
     watch = BreaksGradients({1: NAN})
     run = fit(model=SKIP | {"lr_schedule": "constant"}, callbacks=(watch,), max_steps=2, accumulate_grad_batches=1)
@@ -231,14 +229,14 @@ def test_the_count_of_skipped_steps_survives_a_resume(fit, tmp_path):
     assert run.module.nonfinite.num_skipped == 0
 
 
-def test_stop_is_the_default_and_nothing_of_a_dry_run_is_kept(fit, tmp_path, monkeypatch):
+def test_stop_is_the_default_and_a_dry_run_saves_nothing(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NonFiniteError, match="stopped before the step, the weights"):
         fit(callbacks=(BreaksGradients({1: NAN}),), fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_with_float16_the_scaler_decides_about_gradients(fit, tmp_path, monkeypatch):
+def test_with_float16_the_scaler_skips_overflowing_gradients(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     watch = BreaksGradients({2: float("inf")})
     run = fit(callbacks=(watch,), plugins=MixedPrecision("16-mixed", "cpu"), max_steps=4, accumulate_grad_batches=1)
@@ -249,7 +247,7 @@ def test_with_float16_the_scaler_decides_about_gradients(fit, tmp_path, monkeypa
     assert not (tmp_path / "nonfinite").exists()
 
 
-def test_with_float16_a_step_whose_loss_is_nan_is_skipped_too(fit, tmp_path, monkeypatch):
+def test_with_float16_a_nan_loss_is_skipped(fit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     class BreaksAWeight(BreaksGradients):
@@ -271,12 +269,12 @@ def test_with_float16_a_step_whose_loss_is_nan_is_skipped_too(fit, tmp_path, mon
     assert all(equal(weight, after[0][name]) for name, weight in before[0].items() if name != "model.norm.weight")
 
 
-def test_a_bad_number_of_steps_is_refused():
+def test_a_negative_number_of_skipped_steps_is_refused():
     with pytest.raises(UserError, match=r"model\.max_nonfinite_steps must be at least 0, got -1"):
         NonFinitePolicy("skip", -1)
 
 
-def test_a_disk_that_is_full_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
+def test_a_full_disk_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
     (tmp_path / "nonfinite").write_text("a file in the place of the folder")
     with pytest.raises(NonFiniteError, match="in optimizer step 1"):
         fit(tmp_path, callbacks=(BreaksGradients({1: NAN}),))
