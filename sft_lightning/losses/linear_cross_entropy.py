@@ -55,9 +55,8 @@ def linear_cross_entropy(
         scale: Factor of the logits, as in Cohere (its inverse in Granite).
         with_entropy: Whether to compute ``entropy``. Costs a second float32 buffer of the size of a chunk.
         chunk_bytes: Upper bound of a chunk's float32 logits, at least one row; by default 256 MiB, or on CUDA a 64th of
-            the device's memory if that is more. The workspace has this size, and once more each in 16-bit precision
-            (for the low-precision logits), with an entropy, and with a softcap in training. A CPU computes at most 768
-            rows at once.
+            the device's memory if that is more. 16-bit logits, an entropy, and a softcap in training take another
+            buffer of this size each. A CPU computes at most 768 rows at once.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)  # four equally likely tokens: log(4)

@@ -85,7 +85,8 @@ def target_of(factory: OptimizerFactory) -> Callable[..., Optimizer]:
     if not isinstance(factory, partial):
         return factory
     # The config parser makes a partial of its own function, with the class as an argument.
-    return next((argument for argument in factory.args if inspect.isclass(argument)), factory.func)
+    target: Any = next((argument for argument in factory.args if inspect.isclass(argument)), factory.func)
+    return target
 
 
 def arguments_of(factory: OptimizerFactory) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, ove
         )
     for name in () if override else _SETTINGS:
         old, new = saved.get(name), current[name]
-        if (list(old) != list(new)) if name == "betas" else old != new:
+        if _as_list(old) != _as_list(new):
             raise UserError(
                 f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                 "or pass --resume_override to continue with the new one"
@@ -74,3 +74,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, ove
 
 def _optimizer_class(text: str | None) -> str:
     return _DEFAULT_OPTIMIZER if text is None else text.partition("(")[0]
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # YAML has no tuples
