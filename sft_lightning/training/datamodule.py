@@ -100,6 +100,7 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["template", "grader"], logger=False)
         check_at_least(
             1,
             batch_size=batch_size,
@@ -113,6 +114,8 @@ class SFTDataModule(LightningDataModule):
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
         self.tokenizer_path = tokenizer_path
+        self.template: Literal["auto"] | Template = template
+        self.grader = grader or R1ZeroGrader()
         self.reading: dict[str, Any] = {
             "template": None if template == "auto" else template,
             "columns": columns,
@@ -122,7 +125,7 @@ class SFTDataModule(LightningDataModule):
         self.max_length = max_length
         self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
         self.append_eos = append_eos
-        self.row_filter = CorrectResponses(grader or R1ZeroGrader()) if filter_correct else None
+        self.row_filter = CorrectResponses(self.grader) if filter_correct else None
         self.max_train_examples = max_train_examples
         self.loss_normalization: LossNormalization = loss_normalization
         self.normalize_constant = normalize_constant

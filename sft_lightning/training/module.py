@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generator, TransformersGenerator
+from sft_lightning.generation.base import Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
 from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
 from sft_lightning.lightning_compat.signals import StopRequest
@@ -29,7 +30,6 @@ from sft_lightning.lightning_compat.trainer import (
 )
 from sft_lightning.losses.base import Loss
 from sft_lightning.losses.model_hooks import label_losses
-from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
@@ -79,7 +79,7 @@ class SFTModule(LightningModule):
         max_nonfinite_steps: With on_nonfinite skip, how many steps of a run may be skipped; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
         resume_override: Resume with another learning rate, schedule, loss or other optimizer options than the
-            checkpoint was trained with.
+            checkpoint was trained with. On the command line --resume_override sets it.
     """
 
     def __init__(
@@ -110,15 +110,15 @@ class SFTModule(LightningModule):
             raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
         self.save_hyperparameters(ignore=["generator", "loss", "optimizer", "resume_override"])
-        self.optimizer_factory, self.loss = optimizer, loss or TokenLoss()
-        # Checkpoints hold plain values only.
-        self.hparams.update(optimizer=optimizer_identity(optimizer), loss=loss_identity(self.loss))
+        self.optimizer, self.loss = optimizer, loss
+        # Checkpoints hold plain values only, so they name these two.
+        self.identities = {"optimizer": optimizer_identity(optimizer), "loss": loss_identity(loss)}
         for name, default in _ADAMW_DEFAULTS.items() if optimizer is not None else ():
             value = self.hparams[name]
             if (tuple(value) if name == "betas" else value) != default:
                 raise UserError(
                     f"model.{name} {value} is an option of the default AdamW and has no effect beside "
-                    f"model.optimizer {self.hparams['optimizer']}: set it in model.optimizer.init_args"
+                    f"model.optimizer {self.identities['optimizer']}: set it in model.optimizer.init_args"
                 )
         self.generator = generator
         self.resume_override = resume_override
@@ -280,12 +280,16 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["identities"] = self.identities
         checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        check_resumable(checkpoint["hyper_parameters"], self.hparams, override=self.resume_override)
+        saved, current = checkpoint["hyper_parameters"], self.hparams
+        check_resumable(
+            {**saved, **checkpoint["identities"]}, {**current, **self.identities}, override=self.resume_override
+        )
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         set_loop_position(
@@ -306,8 +310,8 @@ class SFTModule(LightningModule):
         return Precision.named(self.trainer.precision)
 
     def _optimizer_factory(self) -> OptimizerFactory:
-        if self.optimizer_factory is not None:
-            return self.optimizer_factory
+        if self.optimizer is not None:
+            return self.optimizer
         return adamw(
             weight_decay=self.hparams["weight_decay"],
             betas=tuple(self.hparams["betas"]),

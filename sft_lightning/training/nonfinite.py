@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from lightning.pytorch import Trainer
 
-from sft_lightning.checkpointing.run_folder import register_file
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.data.batch import Example
 from sft_lightning.data.formats.base import Plain
 from sft_lightning.data.load_report import LoadReport

@@ -40,18 +40,19 @@ def optimizer_identity(factory: OptimizerFactory | None) -> str | None:
     return f"{public_name(target_of(factory))}({described})"
 
 
-def loss_identity(loss: Loss) -> str | None:
+def loss_identity(loss: Loss | None) -> str | None:
     """Returns a text of a loss's class and settings, None for the default loss."""
-    text = identity(loss)
-    return None if text == identity(TokenLoss()) else text
+    default = identity(TokenLoss())
+    text = default if loss is None else identity(loss)
+    return None if text == default else text
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, override: bool) -> None:
     """Checks that a run may resume from a checkpoint.
 
     Args:
-        saved: Hyperparameters in the checkpoint.
-        current: Hyperparameters of the run.
+        saved: Hyperparameters in the checkpoint, with the identities of ``optimizer`` and ``loss``.
+        current: Those of the run.
         override: Whether settings may differ. The class of the optimizer may not, since its state would not fit.
 
     Raises:

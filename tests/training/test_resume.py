@@ -47,6 +47,7 @@ class WithoutLearningRate(torch.optim.Optimizer):
 
 def test_the_default_optimizer_and_loss_have_no_identity():
     assert optimizer_identity(None) is None
+    assert loss_identity(None) is None
     assert loss_identity(TokenLoss()) is None
 
 
@@ -202,5 +203,4 @@ def test_the_loss_is_given_by_class_path_in_the_short_form(command, tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["loss"]
     assert saved["class_path"].endswith("TokenLoss")
     state = torch.load(tmp_path / "run" / "checkpoint-1" / "trainer_state.ckpt", weights_only=True)
-    assert state["hyper_parameters"]["loss"] is None
-    assert state["hyper_parameters"]["optimizer"] is None
+    assert state["identities"] == {"optimizer": None, "loss": None}
