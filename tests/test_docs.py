@@ -310,3 +310,14 @@ def test_source_paths_on_pages_exist(page):
     named = [path for path in named if not path.startswith(("checkpoints/", "data/quickstart", "data/gsm8k"))]
     missing = [path for path in named if not any((base / path).exists() for base in (ROOT, ROOT / "sft_lightning"))]
     assert not missing
+
+
+NAMED_OPTION = re.compile(r"`(?:--)?((?:trainer|model|data|checkpoint|evaluation)\.[a-z_]+)(?![./(a-z_])[^`]*`")
+
+
+def test_options_named_in_prose_exist():
+    known = {name.removeprefix("--") for name in HOOKS.parser_of("fit")._option_string_actions}
+    pages = [page for page in PAGES if "decisions" not in page.parts]  # which name attributes of models, too
+    named = {(name_of(page), option) for page in pages for option in NAMED_OPTION.findall(page.read_text("utf-8"))}
+    assert len(named) > 50
+    assert not {(page, option) for page, option in named if option not in known}
