@@ -100,13 +100,13 @@ def test_flops_are_those_of_a_model_worked_out_by_hand(benchmark):
 
 def test_a_tree_of_spans_is_counted_by_the_keys_its_tokens_see(benchmark):
     from sft_lightning.data.batch import Example
-    from sft_lightning.data.batching.collate import collate_packed
+    from sft_lightning.data.batching.collate import collate
 
     trainer = benchmark("lightning_trainer")
     shared = list(range(20))
     rows = [[*shared, 30, 31, 32], [*shared, 40, 41]]
-    examples = [Example(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
-    batch = collate_packed(examples, [1.0, 1.0], pad_token_id=0, share_prefixes=True)
+    examples = [Example.from_prompt(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
+    batch = collate(examples, [1.0, 1.0], layout="shared_prefix", pad_token_id=0)
     counts = trainer._counts(batch)
     # Inputs leave out each row's last token: 20 shared, then 2 and 1 own. Each sees itself and what stands before it.
     seen = sum(range(1, 21)) + (21 + 22) + 21

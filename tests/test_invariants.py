@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from sft_lightning.data.batch import Example
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
 
 CONSTANT = 7.0
@@ -59,12 +60,12 @@ def reference_loss(model, mode, micro_batches):
 
 def dealt(rows, batch_size, accumulate, step, layout, seed=7):
     """Returns the step's rows by micro-batch, as the plan deals them."""
-    totals = torch.tensor([len(ids) for ids, _ in rows]).numpy()
+    inputs = torch.tensor([len(ids) - 1 for ids, _ in rows]).numpy()
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
-    prompts = [np.array(ids[:prompt]) for ids, prompt in rows]
-    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "prompt_of": prompts.__getitem__}
-    plan = EpochPlan(totals, labels, totals * 0.0 + 1.0, **options)
+    examples = [Example.from_prompt(np.array(ids), prompt) for ids, prompt in rows]
+    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "example_of": examples.__getitem__}
+    plan = EpochPlan(inputs, labels, inputs * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]
 

@@ -1,9 +1,13 @@
-"""The token store: a data set's tokens on disk, memory-mapped, made once for its bytes, tokenizer and options.
+"""Keep a data set's tokens on disk, memory-mapped, made once for its bytes, tokenizer and options.
 
     <cache_dir>/<key>/
-        tokens.bin   int32, the tokens of all rows end to end
-        rows.bin     a _ROW for each row
-        meta.json    sizes and digests, fingerprint and what was left out; written last
+        tokens.bin   int32, the tokens of all sequences end to end
+        rows.bin     a _SEQUENCE for each sequence, row by row
+        spans.bin    a _SPAN for each label span, sequence by sequence
+        meta.json    format, sizes and digests, fingerprint and load report; written last
+
+A sequence's first ``shared`` tokens are those of the row's previous sequence, and are not stored again: the context of
+a conversation's turns grows, and would otherwise be stored once for each of them.
 
 A store is written into a folder beside its place and renamed. Of processes that race for it, the first to finish
 publishes and all read that one. A folder whose files are not as its meta.json says is made again.
@@ -24,7 +28,8 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
+from sft_lightning.data.batching.prefix_trie import num_common_tokens
 from sft_lightning.data.filters import RowFilter, filter_records
 from sft_lightning.data.formats.base import Template
 from sft_lightning.data.load_report import LoadReport
@@ -39,22 +44,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_AT_ONCE = 1024
-_ARRAYS = ("tokens.bin", "rows.bin")
-_ROW = np.dtype(
-    [("start", "<i8"), ("line", "<i8"), ("weight", "<f8"), ("file", "<i4"), ("length", "<i4"), ("prompt_length", "<i4")]
+_ARRAYS = ("tokens.bin", "rows.bin", "spans.bin")
+# start: of its stored tokens in tokens.bin; line, row, weight, file: of its row; length: with the shared tokens.
+_SEQUENCE = np.dtype(
+    [
+        *(("start", "<i8"), ("line", "<i8"), ("first_span", "<i8"), ("row", "<i8"), ("weight", "<f8")),
+        *(("file", "<i4"), ("length", "<i4"), ("shared", "<i4"), ("num_spans", "<i4")),
+    ]
 )
+_SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 
 
 class TokenStore:
-    """The tokenised rows of a data set, memory-mapped. Pickling one costs no more than its path.
+    """The tokenized rows of a data set, memory-mapped. Pickling one costs no more than its path.
 
     Attributes:
         fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
         load_report: What the data set holds beside the rows of the store; a view of the first rows has it, too.
-        total_lengths: Shape [N], int64, prompt and response tokens of each row.
-        label_lengths: Shape [N], int64, response tokens of each row.
+        total_lengths: Shape [N], int64, tokens of each row, over all its sequences.
+        label_lengths: Shape [N], int64, label tokens of each row.
         weights: Shape [N], float64.
     """
 
@@ -65,24 +75,55 @@ class TokenStore:
         self.load_report = LoadReport.from_dict(meta["load_report"], dict(zip(meta["files"], files, strict=True)))
         self._folder = folder
         self._files = files
-        # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
+        self._file_names = [str(file) for file in files]
+        # Views as ndarray, because taking a slice of a memmap itself costs several times as much.
         self._tokens = np.memmap(folder / "tokens.bin", dtype="<i4", mode="r").view(np.ndarray)
-        self._rows = np.memmap(folder / "rows.bin", dtype=_ROW, mode="r").view(np.ndarray)[:num_rows]
-        self.total_lengths = self._rows["length"].astype(np.int64)
-        self.label_lengths = self.total_lengths - self._rows["prompt_length"]
-        self.weights = self._rows["weight"].astype(np.float64)
+        self._sequences = np.memmap(folder / "rows.bin", dtype=_SEQUENCE, mode="r").view(np.ndarray)
+        self._spans = np.memmap(folder / "spans.bin", dtype=_SPAN, mode="r").view(np.ndarray)
+        # Where each row's sequences begin, and where the last row's end; None where every row has one sequence.
+        self._row_starts: np.ndarray | None = None
+        if self._sequences["row"][-1] + 1 < len(self._sequences):
+            starts = np.flatnonzero(np.diff(self._sequences["row"], prepend=-1, append=-1))
+            self._row_starts = starts[: None if num_rows is None else num_rows + 1]
+            num_sequences: int | None = int(self._row_starts[-1])
+        else:
+            num_sequences = num_rows
+        self._sequences = self._sequences[:num_sequences]
+        self._spans = self._spans[: self._sequences["first_span"][-1] + self._sequences["num_spans"][-1]]
+        firsts = None if self._row_starts is None else self._row_starts[:-1]
+        spans_are_sequences = len(self._spans) == len(self._sequences)
+        num_labels = self._spans["end"] - self._spans["start"]
+        label_lengths = _sums(num_labels, None if spans_are_sequences else self._sequences["first_span"])
+        self.label_lengths = _sums(label_lengths, firsts)
+        self.total_lengths = _sums(self._sequences["length"], firsts)
+        self.weights = self._sequences["weight"][slice(None) if firsts is None else firsts].astype(np.float64)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sequences) if self._row_starts is None else len(self._row_starts) - 1
 
     def __getitem__(self, index: int) -> Example:
-        start, line, _, file, length, prompt_length = self._rows[index].item()
-        return Example(self._tokens[start : start + length], prompt_length, f"{self._files[file]}:{line}")
+        index = range(len(self))[index]
+        first, stop = (index, index + 1) if self._row_starts is None else self._row_starts[index : index + 2]
+        records = self._sequences[first:stop].tolist()
+        sequences: list[TokenSequence] = []
+        for start, _, first_span, _, _, _, length, shared, num_spans in records:
+            tokens = self._tokens[start : start + length - shared]
+            if shared:
+                tokens = np.concatenate([sequences[-1].tokens[:shared], tokens])
+            spans = self._spans[first_span : first_span + num_spans].tolist()
+            sequences.append(TokenSequence(tokens, tuple(map(LabelSpan._make, spans))))
+        _, line, _, _, _, file, *_ = records[0]
+        return Example(tuple(sequences), f"{self._file_names[file]}:{line}")
 
-    def prompt(self, index: int) -> np.ndarray:
-        """Returns the prompt tokens of a row. Shape [prompt length], int32."""
-        start, *_, prompt_length = self._rows[index].item()
-        return self._tokens[start : start + prompt_length]
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """Tokens of each row that go into the model: all but the last of each sequence. Shape [N], int64."""
+        return self.total_lengths - (1 if self._row_starts is None else np.diff(self._row_starts))
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._sequences["length"].max())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self._folder, self._files, len(self))
@@ -187,7 +228,7 @@ def _account_for_rows(path: str | Path, store: TokenStore, max_bad_rows: int, *,
 
 def _build(
     folder: Path,
-    rows: Iterator[tuple[Record, list[int], list[int]]],
+    rows: Iterator[tuple[Record, Example]],
     load_report: LoadReport,
     *,
     max_bad_rows: int,
@@ -205,24 +246,39 @@ def _build(
         _publish(temporary, folder, files, fingerprint)
 
 
-def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]], files: Sequence[Path]) -> int:
+def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Sequence[Path]) -> int:
     file_numbers = {str(file): number for number, file in enumerate(files)}
-    num_rows = start = 0
-    with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "rows.bin").open("wb") as rows_file:
+    num_rows = start = first_span = 0
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((folder / name).open("wb")) for name in _ARRAYS]
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            table = []
-            for record, prompt, response in chunk:
+            tokens: list[np.ndarray] = []
+            sequences: list[tuple[float, ...]] = []
+            spans: list[LabelSpan] = []
+            for row, (record, example) in enumerate(chunk, start=num_rows):
                 file, _, line = record.source.rpartition(":")
-                length = len(prompt) + len(response)
-                table.append((start, int(line), record.weight, file_numbers[file], length, len(prompt)))
-                start += length
-            tokens = itertools.chain.from_iterable(ids for _, *both in chunk for ids in both)
-            rows_file.write(np.array(table, dtype=_ROW).tobytes())
-            tokens_file.write(np.fromiter(tokens, dtype="<i4").tobytes())
+                previous = None
+                for sequence in example.sequences:
+                    shared = 0 if previous is None else num_common_tokens(previous, sequence.tokens)
+                    place = (start, int(line), first_span, row, record.weight, file_numbers[file])
+                    sequences.append((*place, len(sequence.tokens), shared, len(sequence.label_spans)))
+                    tokens.append(sequence.tokens[shared:])
+                    spans += sequence.label_spans
+                    start += len(sequence.tokens) - shared
+                    first_span += len(sequence.label_spans)
+                    previous = sequence.tokens
+            contents = np.concatenate(tokens), np.array(sequences, dtype=_SEQUENCE), np.array(spans, dtype=_SPAN)
+            for file_of_array, content in zip(opened, contents, strict=True):
+                file_of_array.write(content.tobytes())
             num_rows += len(chunk)
-        _sync(tokens_file)
-        _sync(rows_file)
+        for file_of_array in opened:
+            _sync(file_of_array)
     return num_rows
+
+
+def _sums(values: np.ndarray, firsts: np.ndarray | None) -> np.ndarray:
+    """Returns the sums of the runs of values that begin at ``firsts``, or each value where that is None. Int64."""
+    return values.astype(np.int64) if firsts is None else np.add.reduceat(values, firsts, dtype=np.int64)
 
 
 def _write_meta(
@@ -230,6 +286,7 @@ def _write_meta(
 ) -> None:
     account = dataclasses.asdict(load_report)
     meta = {
+        "format": _FORMAT,
         "sizes": {name: (folder / name).stat().st_size for name in _ARRAYS},
         "digests": _digests(folder, account),
         "fingerprint": fingerprint,
@@ -250,12 +307,12 @@ def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, A
     """Returns the store in a folder, None if there is none or it is not as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["fingerprint"] != fingerprint:
+        if meta["format"] != _FORMAT or meta["fingerprint"] != fingerprint:
             return None
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        if "digests" in meta and meta["digests"] != _digests(folder, meta["load_report"]):
-            return None  # in stores of earlier versions there are none
+        if meta["digests"] != _digests(folder, meta["load_report"]):
+            return None
         return TokenStore(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

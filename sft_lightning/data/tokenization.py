@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sft_lightning.data.batch import Example
 from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record
 from sft_lightning.errors import UserError
@@ -101,13 +103,13 @@ def tokenize_records(
     overlength: Overlength,
     append_eos: bool,
     load_report: LoadReport,
-) -> Iterator[tuple[Record, list[int], list[int]]]:
-    """Yields each record that fits into ``max_length`` tokens with its prompt ids and its response ids.
+) -> Iterator[tuple[Record, Example]]:
+    """Yields each record that fits into ``max_length`` tokens with its tokens, of which the response's are labels.
 
     Args:
         records: Read in chunks, so that memory stays flat.
         tokenizer: Makes the ids.
-        max_length: The most tokens of prompt, response and EOS together.
+        max_length: Tokens that prompt, response and EOS have at most together.
         overlength: What becomes of a longer row, as for ``load_or_build_tokens``.
         append_eos: Ends each response with EOS.
         load_report: Is told of every row that does not come out, or not whole.
@@ -128,7 +130,8 @@ def tokenize_records(
                 load_report.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
                 continue
             load_report.truncated_prompts += len(kept) < len(prompt)
-            yield record, kept, response
+            tokens = np.array(kept + response, dtype=np.int32)
+            yield record, Example.from_prompt(tokens, len(kept), record.source)
     if overlength == "error" and load_report.overlength_rows.count:
         raise UserError(
             f"rows over data.max_length {max_length} ({load_report.overlength_rows.count}): "

@@ -7,12 +7,9 @@ RUN/nonfinite/step-12/
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.data.batch import Example, MicroBatch
@@ -164,13 +161,10 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
     path = folder / ROWS
     options = {name: about[name] for name in ("max_length", "overlength", "append_eos")}
     tokenised = tokenize_records(read_records(path, template=Plain()), tokenizer, **options, load_report=LoadReport())
-    examples = {
-        record.source: Example(np.array([*prompt, *response], dtype=np.int32), len(prompt), record.source)
-        for record, prompt, response in tokenised
-    }
+    examples = {record.source: example for record, example in tokenised}
     names = [json.loads(line).get("source", "") for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        replace(examples[place], source=name)
+        examples[place]._replace(source=name)
         for number, name in enumerate(names, start=1)
         if (place := f"{path}:{number}") in examples
     ]

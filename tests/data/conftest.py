@@ -24,7 +24,7 @@ def _families(draw):
 
 
 def _example(prompt, response):
-    return Example(np.concatenate([prompt, response]).astype(np.int32), len(prompt))
+    return Example.from_prompt(np.concatenate([prompt, response]).astype(np.int32), len(prompt))
 
 
 @pytest.fixture(scope="session")

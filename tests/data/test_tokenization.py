@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -199,9 +200,20 @@ def test_lists_must_pair_up(prompts, outputs):
 
 
 def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
-    return tokenize_records(
+    rows = tokenize_records(
         iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, load_report=LoadReport()
     )
+    return map(prompt_and_response, rows)
+
+
+def prompt_and_response(row):
+    """A row's record, the ids of its prompt and those of its response."""
+    record, example = row
+    (sequence,) = example.sequences
+    assert example.source == record.source
+    assert sequence.tokens.dtype == np.int32
+    assert sequence.label_spans == ((len(sequence.prefix), len(sequence.tokens), 1.0),)
+    return record, sequence.prefix.tolist(), sequence.tokens[len(sequence.prefix) :].tolist()
 
 
 def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
@@ -265,7 +277,9 @@ def tokenised(records, tokenizer, max_length, overlength):
     rows = tokenize_records(
         iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, load_report=load_report
     )
-    return [(record.source, prompt, response) for record, prompt, response in rows], load_report
+    return [
+        (record.source, prompt, response) for record, prompt, response in map(prompt_and_response, rows)
+    ], load_report
 
 
 def test_a_row_of_exactly_max_length_fits():
@@ -327,7 +341,7 @@ def test_text_that_makes_no_token_is_a_bad_row():
     rows = tokenize_records(
         iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, load_report=load_report
     )
-    assert [record.source for record, _, _ in rows] == ["a:3"]
+    assert [record.source for record, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
         ("a:1", "the tokenizer makes no token of the response"),
         ("a:2", "the tokenizer makes no token of the prompt"),

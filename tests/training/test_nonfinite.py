@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sft_lightning.checkpointing.run_folder import RUN_FILES
-from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.records import Record, read_records
 from sft_lightning.errors import UserError
 from sft_lightning.losses.linear_cross_entropy import LabelLosses
@@ -23,8 +24,8 @@ from sft_lightning.training.nonfinite import (
 
 
 def micro_batch(*lines):
-    examples = [Example(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
-    return collate_padded(examples, [1.0] * len(examples), pad_token_id=0)
+    examples = [Example.from_prompt(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
+    return collate(examples, [1.0] * len(examples), layout="padded", pad_token_id=0)
 
 
 def losses(*values):
@@ -43,7 +44,7 @@ def test_a_row_is_finite_when_the_losses_of_all_its_labels_are():
 
 
 def test_the_dummy_row_of_an_empty_micro_batch_is_never_named():
-    empty = collate_padded([], [], pad_token_id=0)
+    empty = collate([], [], layout="padded", pad_token_id=0)
     assert rows_of_step([(losses(float("nan")), empty)]) == []
 
 
@@ -106,8 +107,9 @@ def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer)
     first, second = read_examples(folder, tokenizer, options)
     assert (first.source, second.source) == ("a:1", "a:2")
     prompt, response = tokenizer("say 2:").input_ids, tokenizer(" 2").input_ids
-    assert second.tokens.tolist() == [*prompt, *response, tokenizer.eos_token_id]
-    assert second.prompt_length == len(prompt)
+    (sequence,) = second.sequences
+    assert sequence.tokens.tolist() == [*prompt, *response, tokenizer.eos_token_id]
+    assert sequence.label_spans == ((len(prompt), len(prompt) + len(response) + 1, 1.0),)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 7}'])

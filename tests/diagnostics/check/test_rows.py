@@ -87,7 +87,7 @@ def test_cut_prompts_are_named(tmp_path, settings_for):
     settings = settings_for(path, max_length=60, overlength="truncate_prompt")
     rows, account = read(settings)
     assert len(rows) == 2
-    assert len(rows[0].example.tokens) == 60
+    assert len(rows[0].example.sequences[0].tokens) == 60
     found = {finding.name: finding for finding in account.findings(settings)}
     assert places(found["truncated_prompts"].places) == [1]
     assert places(found["overlength_rows"].places) == [3], "a response is never cut"

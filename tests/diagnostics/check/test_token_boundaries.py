@@ -31,7 +31,7 @@ def bos_tokenizer(tokenizer):
 
 def row(prompt_ids, response_ids, line=1):
     tokens = np.array([*prompt_ids, *response_ids], dtype=np.int32)
-    return Row(Record("p", "r", source=f"f:{line}"), Example(tokens, len(prompt_ids), f"f:{line}"))
+    return Row(Record("p", "r", source=f"f:{line}"), Example.from_prompt(tokens, len(prompt_ids), f"f:{line}"))
 
 
 def test_rows_that_end_with_eos_are_counted(rows_of, tokenizer):

@@ -12,8 +12,8 @@ from sft_lightning.diagnostics.selftest.reference import Weighting, chunked_loss
 from sft_lightning.models.loading import load_model
 
 ROWS = [
-    Example(np.arange(10, 18, dtype=np.int32), 5, "b:1"),  # three labels
-    Example(np.arange(30, 36, dtype=np.int32), 5, "a:2"),  # one label
+    Example.from_prompt(np.arange(10, 18, dtype=np.int32), 5, "b:1"),  # three labels
+    Example.from_prompt(np.arange(30, 36, dtype=np.int32), 5, "a:2"),  # one label
 ]
 
 
@@ -43,7 +43,7 @@ def test_a_step_is_the_mean_over_labels_with_record_weights(model):
 def test_the_gradient_is_that_of_the_loss(model):
     step = reference_step(model, [(row, 1.0) for row in ROWS], Weighting("token", 1.0), nullcontext)
     double = load_model(model.name_or_path, dtype=torch.float64).eval()
-    ids = [torch.tensor(row.tokens).long() for row in ROWS]
+    ids = [torch.tensor(row.sequences[0].tokens).long() for row in ROWS]
     nll = [-double(input_ids=one[None]).logits[0, 4:-1].log_softmax(-1).gather(-1, one[5:, None]).sum() for one in ids]
     (sum(nll) / 4).backward()
     for name, parameter in double.named_parameters():

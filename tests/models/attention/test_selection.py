@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.segments import attend
 from sft_lightning.models.attention.selection import choose_attention, needs_half_precision
@@ -27,7 +27,7 @@ SHAPE = {
 }
 LLAMA = LlamaConfig(**SHAPE)
 SOFT_CAPPED = Gemma2Config(**SHAPE, head_dim=8, attn_logit_softcapping=5.0, sliding_window=6)
-SPANS = [Span(0, 6, -1), Span(6, 10, 0), Span(10, 15, 0)]
+TREE = [Segment(0, 6, -1), Segment(6, 10, 0), Segment(10, 15, 0)]
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -172,7 +172,7 @@ def test_which_attention_needs_half_precision():
 def forward(config, attention):
     model = make_model(config, attention)
     positions = torch.tensor([[*range(6), *range(6, 10), *range(6, 11)]])
-    mask, segments = torch.zeros(1, 1, 1, 1), Segments.from_spans(SPANS)
+    mask, segments = torch.zeros(1, 1, 1, 1), Segments.from_tree(TREE)
     ids = torch.arange(15)[None]
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, segments=segments, use_cache=False).logits
 
@@ -230,7 +230,7 @@ def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
         function(
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: torch.ones(2)}
+            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_tree(TREE), **{name: torch.ones(2)}
         )
 
 
@@ -245,7 +245,7 @@ def test_what_a_kernel_does_not_have_is_refused_in_the_call_too(kernel, name, te
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
         AttentionInterface()[f"sft_{kernel}"](
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: 0.5}
+            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_tree(TREE), **{name: 0.5}
         )
 
 
@@ -267,8 +267,8 @@ def test_kernels_equal_the_segment_loop_on_a_gpu(kernel, window_tokens):
     package = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}.get(kernel)
     if package:
         pytest.importorskip(package)
-    spans = [Span(0, 64, -1), Span(64, 130, 0), Span(130, 200, 0), Span(200, 333, -1)]
-    segments = Segments.from_spans(spans).to(torch.device("cuda"))
+    tree = [Segment(0, 64, -1), Segment(64, 130, 0), Segment(130, 200, 0), Segment(200, 333, -1)]
+    segments = Segments.from_tree(tree).to(torch.device("cuda"))
     torch.manual_seed(0)
     shapes = [(8, 64), (2, 64), (2, 64)]
     tensors = [torch.randn(1, h, 333, e, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h, e in shapes]
