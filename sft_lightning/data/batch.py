@@ -21,6 +21,7 @@ A micro-batch has one of three layouts. All give the same gradient:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -55,11 +56,6 @@ class TokenSequence(NamedTuple):
 
     tokens: np.ndarray
     label_spans: tuple[LabelSpan, ...]
-
-    @property
-    def num_inputs(self) -> int:
-        """Tokens that go into the model. The last one is a label only."""
-        return len(self.tokens) - 1
 
     @property
     def prefix(self) -> np.ndarray:
@@ -128,23 +124,24 @@ class Segments:
     @classmethod
     def from_tree(cls, tree: Sequence[Segment]) -> "Segments":
         """Returns the segments with the offsets and positions that follow from them."""
-        positions = np.arange(tree[-1].end)
-        chains: list[list[np.ndarray]] = []
-        num_keys: list[int] = []
-        for start, end, parent in tree:
-            chains.append([*(chains[parent] if parent >= 0 else ()), positions[start:end]])
-            num_keys.append(end - start + (num_keys[parent] if parent >= 0 else 0))
-        query_offsets = np.array([0, *(segment.end for segment in tree)], dtype=np.int32)
-        key_offsets = np.zeros(len(tree) + 1, dtype=np.int32)
-        np.cumsum(num_keys, out=key_offsets[1:])
-        shared = any(segment.parent >= 0 for segment in tree)
-        positions_of_keys = np.concatenate([part for chain in chains for part in chain]) if shared else None
+        num_queries = [segment.end - segment.start for segment in tree]
+        query_offsets = np.array([0, *accumulate(num_queries)], dtype=np.int32)
+        num_keys, key_offsets, key_positions = num_queries, query_offsets, None
+        if any(segment.parent >= 0 for segment in tree):
+            positions = np.arange(tree[-1].end)
+            chains: list[list[np.ndarray]] = []
+            num_keys = []
+            for start, end, parent in tree:
+                chains.append([*(chains[parent] if parent >= 0 else ()), positions[start:end]])
+                num_keys.append(end - start + (num_keys[parent] if parent >= 0 else 0))
+            key_offsets = np.array([0, *accumulate(num_keys)], dtype=np.int32)
+            key_positions = torch.from_numpy(np.concatenate([part for chain in chains for part in chain]))
         return cls(
             tree=tuple(tree),
             query_offsets=torch.from_numpy(query_offsets),
             key_offsets=torch.from_numpy(key_offsets),
-            key_positions=None if positions_of_keys is None else torch.from_numpy(positions_of_keys),
-            max_queries=int(np.diff(query_offsets).max()),
+            key_positions=key_positions,
+            max_queries=max(num_queries),
             max_keys=max(num_keys),
         )
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft_lightning.data.batch import Example, MicroBatch, Segment, Segments
+from sft_lightning.data.batch import Example, LabelSpan, MicroBatch, Segment, Segments, TokenSequence
 from sft_lightning.data.batching.collate import collate
 
 # Row 0: prompt 11 12 13, response 14 15. Row 1: prompt 21, response 22 23.
@@ -23,6 +23,19 @@ def assert_tensor(tensor, values, dtype=torch.int64):
 
 def test_an_example_counts_its_labels():
     assert [example.num_labels for example in EXAMPLES] == [2, 2]
+
+
+def test_a_prompt_and_its_response_are_one_sequence_with_one_span():
+    (sequence,) = EXAMPLES[0].sequences
+    assert sequence.label_spans == ((3, 5, 1.0),)
+    assert sequence.prefix.tolist() == [11, 12, 13]
+
+
+def test_labels_are_counted_over_sequences_and_spans_whatever_they_weigh():
+    tokens = np.arange(10, dtype=np.int32)
+    two = TokenSequence(tokens, (LabelSpan(1, 4, 0.0), LabelSpan(8, 10, 0.5)))
+    assert two.prefix.tolist() == list(range(8))
+    assert Example((two, TokenSequence(tokens[:3], (LabelSpan(2, 3),)))).num_labels == 3 + 2 + 1
 
 
 def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():

@@ -61,13 +61,14 @@ class _StepTrie:
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        sequences = [sequence for example in examples for sequence in example.sequences]
-        rows = [row for row, example in enumerate(examples) for _ in example.sequences]
-        order, self._common = sort_prefixes([sequence.prefix for sequence in sequences])
-        self._num_inputs = [sequences[index].num_inputs for index in order]
+        sequences = [(row, sequence) for row, example in enumerate(examples) for sequence in example.sequences]
+        order, self._common = sort_prefixes([sequence.prefix for _, sequence in sequences])
+        self._num_inputs = []
         self.places: list[list[int]] = [[] for _ in examples]
         for place, index in enumerate(order):
-            self.places[rows[index]].append(place)
+            row, sequence = sequences[index]
+            self._num_inputs.append(len(sequence.tokens) - 1)
+            self.places[row].append(place)
 
     def common(self, places: Sequence[int]) -> list[int]:
         """Returns how many tokens the sequences at neighboring ones of some ascending places have in common."""
@@ -76,9 +77,10 @@ class _StepTrie:
 
     def num_unique_inputs(self, rows: Sequence[int]) -> int:
         """Returns the input tokens of some rows, shared ones counted once."""
-        places = sorted(place for row in rows for place in self.places[row])
+        places = [place for row in rows for place in self.places[row]]
         if len(places) == 1:
             return self._num_inputs[places[0]]
+        places.sort()
         nodes, _ = build_trie(places, self.common(places), self._num_inputs)
         return sum(node.end - node.first for node in nodes)
 

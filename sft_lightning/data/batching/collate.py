@@ -54,18 +54,18 @@ def collate(
     if not examples:
         return empty_micro_batch(pad_token_id, rng_seed)
     sequences = [sequence for example in examples for sequence in example.sequences]
-    lengths = [sequence.num_inputs for sequence in sequences]
+    lengths = [len(sequence.tokens) - 1 for sequence in sequences]  # the last token of a sequence predicts nothing
     if layout == "padded":
-        inputs = _pad(sequences, lengths, pad_token_id, pad_to_multiple_of or 1)
+        inputs, positions, firsts = _pad(sequences, lengths, pad_token_id, pad_to_multiple_of or 1)
     else:
         order, common = list(range(len(sequences))), [0] * (len(sequences) - 1)
         if layout == "shared_prefix":
             order, common = sort_prefixes([sequence.prefix for sequence in sequences])
-        nodes, last_nodes = build_trie(order, common, lengths)
-        inputs = _pack(sequences, nodes, last_nodes, pad_token_id, pad_to_multiple_of or 1)
+        trie = build_trie(order, common, lengths)
+        inputs, positions, firsts = _pack(sequences, *trie, pad_token_id, pad_to_multiple_of or 1)
     return MicroBatch(
         **inputs,
-        **_labels(examples, np.asarray(label_weights, dtype=np.float64).tolist()),
+        **_labels(examples, np.asarray(label_weights, dtype=np.float64).tolist(), positions, firsts),
         sources=tuple(example.source for example in examples),
         sequence_lengths=tuple(lengths),
         rng_seed=rng_seed,
@@ -90,20 +90,14 @@ def empty_micro_batch(pad_token_id: int, rng_seed: int) -> MicroBatch:
 
 def _pad(
     sequences: Sequence[TokenSequence], lengths: Sequence[int], pad_token_id: int, multiple: int
-) -> dict[str, Any]:
-    """Returns the padded inputs, one line per sequence, and the positions of the labels."""
+) -> tuple[dict[str, Any], np.ndarray, Sequence[int]]:
+    """Returns the padded inputs, and where their tokens are, as :func:`_labels` takes it."""
     width = -(-max(lengths) // multiple) * multiple
     input_ids = np.full((len(sequences), width), pad_token_id, dtype=np.int64)
-    label_positions = []
-    for line, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        input_ids[line, :length] = sequence.tokens[:length]
-        before = line * width - 1  # the token before a label predicts it
-        label_positions += [np.arange(before + start, before + end) for start, end, _ in sequence.label_spans]
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "label_positions": torch.from_numpy(np.concatenate(label_positions)),
-        "num_unique_tokens": sum(lengths),
-    }
+    for line, (tokens, _), length in zip(input_ids, sequences, lengths, strict=True):
+        line[:length] = tokens[:length]
+    inputs = {"input_ids": torch.from_numpy(input_ids), "num_unique_tokens": sum(lengths)}
+    return inputs, np.arange(input_ids.size), range(0, input_ids.size, width)
 
 
 def _pack(
@@ -112,35 +106,37 @@ def _pack(
     last_nodes: Sequence[int],
     pad_token_id: int,
     multiple: int,
-) -> dict[str, Any]:
-    """Returns the packed inputs, the positions of the labels and the segments; padding is a segment of its own."""
+) -> tuple[dict[str, Any], np.ndarray, Sequence[int]]:
+    """Returns the packed inputs, and where their tokens are, as :func:`_labels` takes it.
+
+    Padding is a segment of its own.
+    """
     tree = _place(nodes)
     num_tokens = tree[-1].end
     width = -(-num_tokens // multiple) * multiple
     input_ids = np.full((1, width), pad_token_id, dtype=np.int64)
     for segment, node in zip(tree, nodes, strict=True):
         input_ids[0, segment.start : segment.end] = sequences[node.sequence].tokens[node.first : node.end]
-    label_positions = [
-        part
-        for sequence, last_node in zip(sequences, last_nodes, strict=True)
-        for start, end, _ in sequence.label_spans
-        for part in _positions(start - 1, end - 1, last_node, nodes, tree)
-    ]
     first_ids = [node.first for node in nodes]
     if width > num_tokens:
         tree.append(Segment(num_tokens, width, -1))
         first_ids.append(0)
-    position_ids = np.arange(width) - np.repeat(
+    positions = np.arange(width)
+    position_ids = positions - np.repeat(
         [segment.start - first for segment, first in zip(tree, first_ids, strict=True)],
         [segment.end - segment.start for segment in tree],
     )
-    return {
+    segments = Segments.from_tree(tree)
+    inputs = {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.from_numpy(position_ids[None]),
-        "segments": Segments.from_tree(tree),
-        "label_positions": torch.from_numpy(np.concatenate(label_positions)),
+        "segments": segments,
         "num_unique_tokens": num_tokens,
     }
+    # A sequence's tokens are the keys of its last segment: those of the segments above it, and its own.
+    keys = positions if segments.key_positions is None else segments.key_positions.numpy()
+    key_offsets = segments.key_offsets.tolist()
+    return inputs, keys, [key_offsets[node] for node in last_nodes]
 
 
 def _place(nodes: Sequence[TrieNode]) -> list[Segment]:
@@ -148,34 +144,31 @@ def _place(nodes: Sequence[TrieNode]) -> list[Segment]:
     return [Segment(start, end, node.parent) for (start, end), node in zip(pairwise([0, *ends]), nodes, strict=True)]
 
 
-def _positions(
-    first: int, end: int, index: int, nodes: Sequence[TrieNode], tree: Sequence[Segment]
-) -> list[np.ndarray]:
-    """Returns the positions of tokens ``first`` to ``end`` of a sequence, by going up the trie from node ``index``."""
-    parts: list[np.ndarray] = []
-    while first < end:
-        node = nodes[index]
-        own = max(first, node.first)
-        if own < end:
-            shift = tree[index].start - node.first
-            parts.append(np.arange(shift + own, shift + end))
-            end = own
-        index = node.parent
-    return parts[::-1]
+def _labels(
+    examples: Sequence[Example], label_weights: Sequence[float], positions: np.ndarray, firsts: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the labels, where the token before each of them is, their rows and their loss weights.
 
-
-def _labels(examples: Sequence[Example], label_weights: Sequence[float]) -> dict[str, Any]:
-    """Returns the labels, their rows and their loss weights."""
-    labels, rows, weights, counts = [], [], [], []
-    for row, (example, weight) in enumerate(zip(examples, label_weights, strict=True)):
+    Args:
+        examples: Of the micro-batch.
+        label_weights: Of each row.
+        positions: Of the tokens of all sequences, the tokens of each one after the other.
+        firsts: For each sequence, the index of its first token in ``positions``.
+    """
+    labels, before, rows, weights, counts = [], [], [], [], []
+    first_of = iter(firsts)
+    for row, (example, label_weight) in enumerate(zip(examples, label_weights, strict=True)):
         for tokens, label_spans in example.sequences:
-            for start, end, span_weight in label_spans:
+            offset = next(first_of) - 1
+            for start, end, weight in label_spans:
                 labels.append(tokens[start:end])
+                before.append(positions[offset + start : offset + end])
                 rows.append(row)
-                weights.append(weight * span_weight)
+                weights.append(label_weight * weight)
                 counts.append(end - start)
     return {
         "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        "label_positions": torch.from_numpy(np.concatenate(before)),
         "label_rows": torch.from_numpy(np.repeat(rows, counts)),
-        "loss_weights": torch.from_numpy(np.repeat(np.array(weights, dtype=np.float64), counts)),
+        "loss_weights": torch.from_numpy(np.repeat(weights, counts)),
     }

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.data.batching import prefix_trie as trie
 from sft_lightning.data.batching.balancing import balance_groups, balance_sharing_groups
 from sft_lightning.data.batching.collate import collate
@@ -140,3 +140,41 @@ def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     rows = [example(longest[:length], [1]) for length in range(1, 1501)]
     (group,) = balance_sharing_groups(rows, 1)
     assert sorted(group.tolist()) == list(range(1500))
+
+
+def conversation(*sequences):
+    """A row of sequences (context, number of labels)."""
+    return Example(
+        tuple(
+            TokenSequence(
+                np.array([*context, *[1] * labels], np.int32), (LabelSpan(len(context), len(context) + labels),)
+            )
+            for context, labels in sequences
+        )
+    )
+
+
+def test_a_row_costs_the_unique_inputs_of_all_its_sequences():
+    # Row 0 costs 16 + 20 + 20, row 1 16 + 30 and row 2 16 + 12; behind the preamble of all 40, 30 and 12.
+    rows = [conversation((PREAMBLE, 21), (PREAMBLE, 21)), conversation((PREAMBLE, 31)), conversation((PREAMBLE, 13))]
+    assert rows_per_group(dealt(rows, 2)) == [[1, 2], [0]]
+    # Without sharing they cost 72, 46 and 28.
+    assert rows_per_group(dealt(rows, 2, share=False)) == [[1, 2], [0]]
+    assert [unique_tokens([rows[row] for row in group]) for group in dealt(rows, 2)] == [58, 56]
+
+
+def test_rows_of_one_question_stay_together_whatever_follows_in_them():
+    questions = [[*PREAMBLE, *[question] * 16] for question in (3, 4)]
+    rows = [conversation((q, 5), ([*q, *range(50, 50 + 20 * turn)], 5)) for turn in (1, 2) for q in questions]
+    assert sorted(rows_per_group(dealt(rows, 2))) == [[0, 2], [1, 3]]
+
+
+@given(data=st.data(), num_groups=st.integers(1, 8))
+@settings(deadline=None)
+def test_every_conversation_is_in_one_group_costliest_first(conversations, data, num_groups):
+    examples = data.draw(conversations)
+    groups = dealt(examples, num_groups)
+    assert sorted(int(row) for group in groups for row in group) == list(range(len(examples)))
+    assert sum(len(group) > 0 for group in groups) == min(num_groups, len(examples))
+    costs = [unique_tokens([examples[row] for row in group]) for group in groups]
+    assert costs == sorted(costs, reverse=True)

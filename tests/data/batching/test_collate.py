@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.data.batching import prefix_trie as trie
 from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS
@@ -222,6 +222,77 @@ def test_an_empty_micro_batch_is_the_same_in_every_layout():
     assert (ours.segments, ours.position_ids, ours.sources, ours.rng_seed) == (None, None, (), 4)
 
 
+# Several sequences and label spans, worked out by hand
+
+ANSWER = list(range(301, 317))  # 16 tokens
+
+
+def sequence(tokens, *label_spans):
+    return TokenSequence(np.array(tokens, dtype=np.int32), tuple(LabelSpan(*span) for span in label_spans))
+
+
+# Row 0 has two turns: ANSWER, and [4, 5] of half the weight. Row 1 has two sequences, of which the second has ANSWER
+# as context only, so that the positions of labels of row 0 are shared with it.
+CONVERSATIONS = [
+    Example((sequence([1, 2, *ANSWER, 3, 4, 5], (2, 18), (19, 21, 0.5)),), "c:1"),
+    Example((sequence([1, 2, 91, 92], (2, 4)), sequence([1, 2, *ANSWER, 3, 6, 7, 8], (19, 22))), "c:2"),
+]
+
+
+def test_labels_and_weights_of_conversations_are_the_same_in_every_layout():
+    for layout in ("padded", "packed", "shared_prefix"):
+        batch = collated(CONVERSATIONS, [0.5, 0.25], layout=layout)
+        assert_tensor(batch.labels, [*ANSWER, 4, 5, 91, 92, 6, 7, 8])
+        assert_tensor(batch.label_rows, [0] * 18 + [1] * 5)
+        assert_tensor(batch.loss_weights, [0.5] * 16 + [0.25] * 2 + [0.25] * 5, torch.float64)
+        assert (batch.num_rows, batch.sources, batch.sequence_lengths) == (2, ("c:1", "c:2"), (20, 3, 21))
+        assert (batch.num_tokens, batch.num_label_tokens) == (44, 23)
+
+
+def test_padded_conversations_have_one_line_per_sequence():
+    batch = padded(CONVERSATIONS)
+    lines = [[1, 2, *ANSWER, 3, 4, PAD], [1, 2, 91] + [PAD] * 18, [1, 2, *ANSWER, 3, 6, 7]]
+    assert_tensor(batch.input_ids, lines)
+    # Behind 20 of line 0 and its padding, line 1 begins at 21 and line 2 at 42.
+    assert_tensor(batch.label_positions, [*range(1, 17), 18, 19, 22, 23, 60, 61, 62])
+    assert (batch.num_unique_tokens, batch.layout) == (44, "padded")
+
+
+def test_packed_conversations_have_one_segment_per_sequence():
+    batch = collated(CONVERSATIONS, layout="packed")
+    assert_tensor(batch.input_ids, [[1, 2, *ANSWER, 3, 4, 1, 2, 91, 1, 2, *ANSWER, 3, 6, 7]])
+    assert_tensor(batch.position_ids, [[*range(20), *range(3), *range(21)]])
+    assert batch.segments.tree == ((0, 20, -1), (20, 23, -1), (23, 44, -1))
+    assert_tensor(batch.label_positions, [*range(1, 17), 18, 19, 21, 22, 41, 42, 43])
+
+
+def test_labels_of_one_conversation_are_shared_as_context_of_another():
+    batch = collated(CONVERSATIONS)
+    # Sequence [1, 2, 91], then what row 0 and the second sequence of row 1 share, then what each has for itself.
+    assert_tensor(batch.input_ids, [[1, 2, 91, 1, 2, *ANSWER, 3, 4, 6, 7]])
+    assert_tensor(batch.position_ids, [[*range(3), *range(19), 19, 19, 20]])
+    assert batch.segments.tree == ((0, 3, -1), (3, 22, -1), (22, 23, 1), (23, 25, 1))
+    # The 2 at 4 predicts the first token of ANSWER for row 0 only; the 3 at 21 predicts 4 for row 0 and 6 for row 1.
+    assert_tensor(batch.label_positions, [*range(4, 20), 21, 22, 1, 2, 21, 23, 24])
+    assert batch.num_unique_tokens == 25
+
+
+def test_a_label_span_may_begin_in_a_shared_segment_and_end_below_it():
+    rows = [Example((sequence([1, 2, *ANSWER, own, 9, 3, 4], (2, 20), (21, 22)),)) for own in (50, 60)]
+    batch = collated(rows)
+    assert batch.segments.tree == ((0, 18, -1), (18, 21, 0), (21, 24, 0))
+    assert_tensor(batch.labels, [*ANSWER, 50, 9, 4, *ANSWER, 60, 9, 4])
+    assert_tensor(batch.label_positions, [*range(1, 18), 18, 20, *range(1, 18), 21, 23])
+
+
+def test_a_position_may_predict_the_labels_of_several_sequences():
+    rows = [Example((sequence([*PREAMBLE, 7, 8], (2, 4), (17, 18)), sequence([*PREAMBLE, 7, 9], (17, 18))))] * 2
+    batch = collated(rows)
+    assert_tensor(batch.input_ids, [[*PREAMBLE, 7]])
+    assert_tensor(batch.label_positions, [1, 2, 16, 16, 1, 2, 16, 16])
+    assert_tensor(batch.labels, [103, 104, 8, 9] * 2)
+
+
 # For any rows
 
 
@@ -314,3 +385,47 @@ def test_thousands_of_rows_with_one_prompt_make_one_node():
     assert len(batch.segments.tree) == 3001
     assert all(segment.parent == 0 for segment in batch.segments.tree[1:])
     assert all(one.end == other.start for one, other in pairwise(batch.segments.tree))
+
+
+def labels_in(batch):
+    """(row, tokens before the label, label, weight) of every label, sorted, by the batch's own positions."""
+    flat, width, found = batch.input_ids.flatten(), batch.input_ids.shape[1], []
+    columns = (batch.label_rows, batch.label_positions, batch.labels, batch.loss_weights)
+    for row, position, label, weight in zip(*(column.tolist() for column in columns), strict=True):
+        if batch.segments is None:
+            seen = list(range(position // width * width, position + 1))
+        else:
+            seen = seen_positions(batch.segments.tree, position)
+            assert batch.position_ids[0, seen].tolist() == list(range(len(seen)))
+        found.append((row, tuple(flat[seen].tolist()), label, weight))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("min_shared_tokens", [1, MIN_SHARED_TOKENS])
+@given(data=st.data(), multiple=st.sampled_from([None, 8]))
+@settings(deadline=None)
+def test_every_layout_has_the_labels_of_the_conversations(conversations, labels_of, min_shared_tokens, data, multiple):
+    examples = data.draw(conversations)
+    row_weights = [1 / 2**row for row in range(len(examples))]
+    expected = labels_of(examples, row_weights)
+    num_inputs = tuple(len(one.tokens) - 1 for example in examples for one in example.sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie, "MIN_SHARED_TOKENS", min_shared_tokens)
+        for layout in ("padded", "packed", "shared_prefix"):
+            batch = collated(examples, row_weights, layout=layout, pad_to_multiple_of=multiple)
+            assert labels_in(batch) == expected
+            assert batch.label_rows.tolist() == sorted(batch.label_rows.tolist())
+            assert batch.sequence_lengths == num_inputs
+            assert batch.num_unique_tokens <= batch.num_tokens
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_with_one_token_worth_a_segment_no_prefix_is_computed_twice(conversations, data):
+    examples = data.draw(conversations)
+    sequences = [one for example in examples for one in example.sequences]
+    prefixes = {tuple(one.prefix[: i + 1].tolist()) for one in sequences for i in range(len(one.prefix))}
+    own = sum(len(one.tokens) - 1 - len(one.prefix) for one in sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie, "MIN_SHARED_TOKENS", 1)
+        assert collated(examples).num_unique_tokens == len(prefixes) + own
