@@ -2,12 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+DOCS_INSTALLED := .venv/docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all soak lint types check format audit
+.PHONY: help install wheel quickstart test test-all soak lint types check format docs docs-serve audit
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(INSTALLED)  ## install the package and what tests need into .venv
+
+wheel:  ## build a wheel in dist/
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 quickstart: $(INSTALLED)  ## train a tiny model on made-up arithmetic and print the table before/after
 	$(BIN)/sft-lightning prepare quickstart --output data/quickstart
@@ -31,6 +37,12 @@ types: $(INSTALLED)  ## check types
 
 check: lint types test  ## everything that CI runs
 
+docs: $(DOCS_INSTALLED)  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-serve: $(DOCS_INSTALLED)  ## show the documentation in a browser, rebuilt as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --watch sft_lightning
+
 format: $(INSTALLED)  ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -43,4 +55,8 @@ audit:  ## look up known vulnerabilities of the pinned dependencies; needs the n
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
 	@touch $@

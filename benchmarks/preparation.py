@@ -91,7 +91,7 @@ def preparation(args: argparse.Namespace) -> dict[str, object]:
 
 
 def startup(args: argparse.Namespace) -> dict[str, object]:
-    from sft_lightning.quickstart.prepare import prepare_quickstart
+    from sft_lightning.cli.commands.prepare import prepare_quickstart
 
     prepare_quickstart(args.folder / "quickstart")
     in_a_process("fit", args)  # fills the token cache, and the file cache of the machine

@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meter import machine
 
 from sft_lightning import SFTDataModule, SFTModule
-from sft_lightning.quickstart.prepare import prepare_quickstart
+from sft_lightning.cli.commands.prepare import prepare_quickstart
 from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 _WARMUP_STEPS = 10

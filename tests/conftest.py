@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning import HFCheckpoint, SFTDataModule, SFTModule
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
 
 CORPUS = [
@@ -76,6 +77,20 @@ def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypa
     """Keeps token caches out of the user's home, and results independent of the machine's cores."""
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "token-cache"))
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which ``make quickstart`` ran; slow. Tests must not write into it."""
+    from sft_lightning.cli.main import main
+
+    folder = tmp_path_factory.mktemp("quickstart-run")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.chdir(folder)
+        environment.setenv("SFT_CACHE_DIR", str(folder / "token-cache"))
+        assert main(["prepare", "quickstart", "--output", "data/quickstart"]) == 0
+        assert main(["fit", "--config", str(CONFIGS / "quickstart.yaml")]) == 0
+    return folder
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -106,7 +106,7 @@ def test_a_row_that_is_too_long(run, rows, tmp_path, note_fault, fault, prompt, 
     )
 
 
-def test_rows_that_are_there_twice_or_in_both_sets(run, rows, tmp_path, note_fault):
+def test_rows_repeated_within_or_across_sets(run, rows, tmp_path, note_fault):
     write(tmp_path, *rows, rows[3])
     write(tmp_path, *rows[:2], name="val.jsonl")
     exit_code, said = run("--data.val_path", str(tmp_path / "val.jsonl"), command="check")
@@ -182,7 +182,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(run, rows, own_model, t
     )
 
 
-def test_an_attention_that_is_not_there(run, rows, tmp_path, note_fault):
+def test_an_attention_that_is_not_installed(run, rows, tmp_path, note_fault):
     write(tmp_path, *rows)
     exit_code, error = run("--model.attn_implementation", "flash_attention_2")
     assert exit_code == 2
@@ -268,7 +268,7 @@ def test_a_resume_with_other_steps(run, rows, own_model, tmp_path, monkeypatch, 
     )
 
 
-def test_a_resume_that_splits_the_step_otherwise(run, rows, tmp_path, note_fault):
+def test_a_resume_with_another_split_of_the_step(run, rows, tmp_path, note_fault):
     write(tmp_path, *rows)
     assert run()[0] == 0
     straight = losses(tmp_path / "run")

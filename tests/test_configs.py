@@ -8,9 +8,8 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
+from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule, TransformersGenerator
 from sft_lightning.cli.main import main
-from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -106,7 +105,7 @@ def test_every_setting_is_known_and_arrives(resolve, paths, command):
 
 
 @each_stack
-def test_a_misspelt_setting_is_refused(tmp_path, capsys, paths):
+def test_a_misspelled_setting_is_refused(tmp_path, capsys, paths):
     """So that the test above would see one."""
     text = paths[-1].read_text("utf-8")
     misspelt = {
@@ -213,7 +212,7 @@ def test_the_laptop_run(build):
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
-def test_an_overlay_is_short_and_says_what_it_lies_on(overlay):
+def test_an_overlay_is_short_and_names_its_base(overlay):
     lines = overlay.read_text("utf-8").splitlines()
     assert len(lines) < 15
     assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it goes on top of"
@@ -221,7 +220,7 @@ def test_an_overlay_is_short_and_says_what_it_lies_on(overlay):
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *OVERLAYS], ids=lambda path: path.stem)
-def test_no_key_stands_twice(path):
+def test_no_key_is_repeated(path):
     """YAML would take the last one without a word."""
 
     class Strict(yaml.SafeLoader):
@@ -232,3 +231,24 @@ def test_no_key_stands_twice(path):
 
     with path.open(encoding="utf-8") as file:
         assert yaml.load(file, Strict)
+
+
+@pytest.mark.parametrize("prefix", ["sft_lightning.", ""])
+def test_class_paths_resolve_to_the_short_form(resolve, prefix):
+    """Which is what config.yaml holds."""
+    resolved = resolve(
+        [ROOT / "configs" / "quickstart.yaml"],
+        "--evaluation.grader",
+        f"{prefix}Gsm8kGrader",
+        "--data.template",
+        "sft_lightning.R1Zero",
+        "--trainer.callbacks+=sft_lightning.StepProgress",
+        "--trainer.logger",
+        '{"class_path": "sft_lightning.MetricsCSVLogger", "init_args": {"directory": "logs"}}',
+    )
+    assert resolved[".evaluation.grader.class_path"] == "sft_lightning.Gsm8kGrader"
+    assert resolved[".evaluation.generator.class_path"] == "sft_lightning.TransformersGenerator"
+    assert resolved[".data.template.class_path"] == "sft_lightning.R1Zero"
+    assert resolved[".trainer.logger.class_path"] == "sft_lightning.MetricsCSVLogger"
+    assert [one["class_path"] for one in resolved[".trainer.callbacks"]] == ["sft_lightning.StepProgress"]
+    assert not [value for value in map(str, resolved.values()) if re.search(r"sft_lightning\.[a-z_]+\.", value)]

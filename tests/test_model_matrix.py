@@ -87,7 +87,7 @@ _LINEAR = {**_LINEAR_HEADS, "linear_key_head_dim": 8, "linear_value_head_dim": 8
 
 FAMILIES = {
     "Qwen2": Family("Qwen2Config", "tied head", {**GROUPED, "tie_word_embeddings": True}),
-    "Qwen3": Family("Qwen3Config", "normalised queries and keys", {**GROUPED, "head_dim": 16}),
+    "Qwen3": Family("Qwen3Config", "normalized queries and keys", {**GROUPED, "head_dim": 16}),
     "Llama": Family("LlamaConfig", "untied head", GROUPED),
     "Mistral": Family("MistralConfig", "sliding window", {**GROUPED, "sliding_window": WINDOW}),
     "Gemma 2": Family(
@@ -434,16 +434,16 @@ def render(results: dict[str, Result]) -> str:
     lines = [
         "# Models",
         "",
-        "Which layouts work with which model families, tried on tiny random models of each. This page is written by",
-        "`tests/test_model_matrix.py`; run with `SFT_WRITE_DOCS=1`, the test writes it afresh.",
+        "Which layouts work with which model families, tested on tiny random models. `tests/test_model_matrix.py`",
+        "writes this page when it runs with `SFT_WRITE_DOCS=1`.",
         "",
-        "`layout: auto` takes the last of the layouts named. Where that is `padded`, the reason stands behind it, and",
-        "another layout that is asked for by name is refused with it. A family that is not listed is tried before",
-        "training as all are, on a few tiny examples.",
+        "`layout: auto` takes the last layout of a row. Where that is `padded`, the last column has the reason, and",
+        "the error for another layout names it, too. Families without a row are checked before training as all are,",
+        "on a few tiny examples.",
         "",
-        "The largest difference is the relative one of any gradient tensor in any of the layouts, from the",
-        "family's own code in float64 on one row at a time. A loss in chunks never makes the logits of all",
-        "label positions at once. It is made whole where a family does something unknown to its logits.",
+        "The largest difference is the relative one of any gradient tensor in any of the layouts, against the",
+        "family's own code in float64 on one row at a time. A loss in chunks never computes the logits of all label",
+        "positions at once. It is computed on whole logits where a family transforms them in an unknown way.",
         "",
         "| family | what is special | layouts | loss | largest difference, float32 | float64 | why no other layout |",
         "|---|---|---|---|---|---|---|",

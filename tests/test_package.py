@@ -1,27 +1,68 @@
+import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import sft_lightning
 
 PUBLIC_NAMES = {
+    "__version__",
+    # training
     "SFTDataModule",
     "SFTModule",
-    "SFTDataset",
+    "run_defaults",
     "HFCheckpoint",
     "GenerationEvaluation",
+    "PredictionWriter",
+    "RowLossRecorder",
     "RunReport",
+    "StepProgress",
+    "Throughput",
+    "MetricsCSVLogger",
+    # data
+    "SFTDataset",
+    "Template",
+    "Plain",
+    "R1Zero",
+    # answers and grades
+    "Generation",
+    "Generator",
+    "TransformersGenerator",
+    "OpenAIServerGenerator",
+    "Grade",
+    "Grader",
     "R1ZeroGrader",
+    "AnswerGrader",
+    "Gsm8kGrader",
+    "ExactMatchGrader",
+    "grade_all",
+    "evaluate",
+    "EvaluationResult",
+    "read_samples",
+    "compare",
+    "Comparison",
+    "comparison_table",
+    # reports
+    "write_report",
+    "read_row_losses",
+    "describe_row_losses",
+    # functions of the guide
     "tokenize_prompt_and_output",
     "compute_sft_loss",
     "masked_normalize",
     "compute_entropy",
     "get_response_log_probs",
     "sft_microbatch_train_step",
-    "evaluate",
-    "__version__",
+    # errors
+    "UserError",
+    "NoRowsError",
+    "RunFailedError",
+    "NonFiniteError",
+    "StoppedError",
 }
 
 
@@ -39,12 +80,19 @@ def test_the_public_names_are_those_of_the_documentation():
     assert set(dir(sft_lightning)) >= PUBLIC_NAMES
 
 
+def test_type_checkers_see_the_same_public_names():
+    tree = ast.parse(Path(sft_lightning.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name, alias.asname) for node in block.body for alias in node.names}
+    assert seen == {(f"sft_lightning.{module}", name, name) for name, module in sft_lightning._HOME.items()}
+
+
 @pytest.mark.parametrize("name", sorted(PUBLIC_NAMES - {"__version__"}))
-def test_every_public_name_resolves_to_what_it_says(name):
+def test_every_public_name_resolves_to_its_definition(name):
     value = getattr(sft_lightning, name)
     assert value.__name__ == name
-    assert value.__module__.startswith("sft_lightning.")
-    assert value.__doc__
+    assert value.__module__ == f"sft_lightning.{sft_lightning._HOME[name]}"
+    assert inspect.getdoc(value)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -186,7 +186,7 @@ def test_a_restart_by_a_scheduler_resumes_by_itself(start, command, tmp_path, va
     end = ["--trainer.max_steps", str(int(checkpoint.name.removeprefix("checkpoint-")) + 2)]
     again = start(*LONG, "--overwrite", *end, **{variable: "1"})
     assert again.wait(timeout=120) == 0, again.output.read_text()
-    assert "goes on as with --ckpt_path auto" in again.output.read_text()
+    assert "continues as with --ckpt_path auto" in again.output.read_text()
     assert checkpoint.is_dir()
     note_fault(
         "restart by SLURM or torchrun",
@@ -209,7 +209,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0, process.output.read_text()
     printed = process.output.read_text()
-    assert "started again by torchrun: goes on as with --ckpt_path auto" in printed
+    assert "restarted by torchrun: continues as with --ckpt_path auto" in printed
     assert f"--ckpt_path auto: '{run}/checkpoint-" in printed
     assert steps(run) == list(range(1, 201))
     assert (run / "final" / "model.safetensors").is_file()

@@ -47,12 +47,12 @@ class HFCheckpoint(ModelCheckpoint):
     """Saves ``checkpoint-<step>`` folders that ``from_pretrained`` loads and ``ckpt_path`` resumes, and ``final``.
 
     Args:
-        dirpath: Folder of the run; on the command line output_dir, unless given.
+        dirpath: Folder of the run. On the command line --output_dir sets it.
         every_n_train_steps: Save after every so many optimizer steps, and at the end of training.
         monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best one are kept as best.
         mode: Whether the best is the max or the min of monitor.
         keep_last: Keep the newest so many checkpoints, beside best and last; all of them where it is not given.
-        overwrite: Start a new run in a folder that holds another one, whose files are deleted.
+        overwrite: Delete the run that the folder holds and start a new one. On the command line --overwrite sets it.
     """
 
     FILE_EXTENSION = ""
@@ -79,7 +79,7 @@ class HFCheckpoint(ModelCheckpoint):
         )
         self.keep_last = keep_last
         self.overwrite = overwrite
-        self._every = every_n_train_steps
+        self.every_n_train_steps = every_n_train_steps
         self._last_step_saved = 0
         self._validation_pending = False
         self._step_metrics: dict[str, float] = {}
@@ -167,7 +167,7 @@ class HFCheckpoint(ModelCheckpoint):
             return
         watch = getattr(pl_module, "step_watch", None)
         stops = watch is not None and watch.stop_is_agreed and not is_dry_run(trainer)
-        if (stops or step % self._every == 0) and step != self._last_step_saved:
+        if (stops or step % self.every_n_train_steps == 0) and step != self._last_step_saved:
             self._validation_pending = validation_is_due(trainer)
             self._save_step(trainer)
         if stops:
@@ -256,7 +256,7 @@ class HFCheckpoint(ModelCheckpoint):
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
         size = sum(p.numel() * p.element_size() for p in parameters) + 2 * trained  # AdamW keeps two numbers for each
         require_space(self.run / "final", size)
-        left = -(-(total_optimizer_steps(trainer) - trainer.global_step) // self._every)
+        left = -(-(total_optimizer_steps(trainer) - trainer.global_step) // self.every_n_train_steps)
         if (shortage := describe_shortage(self.run, size, min(left, self.keep_last or left) + 1)) is not None:
             logger.warning("%s", shortage)
 

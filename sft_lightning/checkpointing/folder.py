@@ -9,7 +9,6 @@ checkpoints/sft/
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,18 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.errors import RunFailedError, UserError
-from sft_lightning.system.files import file_digest
+from sft_lightning.system.files import (
+    atomic_folder,
+    file_digest,
+    remove_atomically,
+    symlink_atomically,
+    sync,
+    unfinished,
+)
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.ckpt"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
-_SET_ASIDE = ".replaced"
+_REPLACED = ".replaced"
 # How safetensors and torch say that a file could not be written.
 _DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
-# What is written under a temporary name first.
-_OURS = ("checkpoint-*", "final", "last", "best", "metrics.csv", "run_files.json")
+_WRITTEN_ATOMICALLY = ("checkpoint-*", "final", "last", "best", "config*.yaml", "metrics.csv", "run_files.json")
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
@@ -44,26 +49,21 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
     Raises:
         RunFailedError: If the disk is full, or does not take it for another reason.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     try:
-        write(unfinished)
-        files = {}
-        for path in _files(unfinished):
-            _sync(path)
-            files[path.relative_to(unfinished).as_posix()] = _describe(path)
-        manifest = unfinished / MANIFEST
-        manifest.write_text(json.dumps({**about, "files": files}, indent=2), encoding="utf-8")
-        _sync(manifest)
-        _sync(unfinished)
-        _swap_in(unfinished, folder)
+        with atomic_folder(folder, lambda: _make_way(folder)) as temporary:
+            write(temporary)
+            files = {}
+            for path in _files(temporary):
+                sync(path)
+                files[path.relative_to(temporary).as_posix()] = _describe(path)
+            manifest = temporary / MANIFEST
+            manifest.write_text(json.dumps({**about, "files": files}, indent=2), encoding="utf-8")
+            sync(manifest)
     except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError) or _DISK_ERRORS.search(str(error)):
             raise RunFailedError(f"'{folder}' could not be written: {_reason(error)}; {_before(folder)}") from error
         raise
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
@@ -109,8 +109,8 @@ def verify(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the step folders of a run, oldest first. Puts back what a crash left set aside, ``final`` too."""
-    for aside in [*run.glob(f".checkpoint-*{_SET_ASIDE}"), *run.glob(f".final{_SET_ASIDE}")]:
-        home = run / aside.name.removeprefix(".").removesuffix(_SET_ASIDE)
+    for aside in [*run.glob(f".checkpoint-*{_REPLACED}"), *run.glob(f".final{_REPLACED}")]:
+        home = run / aside.name.removeprefix(".").removesuffix(_REPLACED)
         if home.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
@@ -180,12 +180,8 @@ def _step(folder: Path) -> int:
 
 
 def point(link: Path, target: Path) -> None:
-    """Makes a link in a run folder stand for one of its checkpoints, without a moment in which it stands for none."""
-    unfinished = link.with_name(f".{link.name}.tmp-{os.getpid()}")
-    unfinished.unlink(missing_ok=True)
-    unfinished.symlink_to(target.name, target_is_directory=True)
-    unfinished.replace(link)
-    _sync(link.parent)
+    """Makes a link in a run folder point at one of its checkpoints. At every moment it points at one."""
+    symlink_atomically(link, target.name)
 
 
 def prune(run: Path, keep_last: int) -> None:
@@ -193,19 +189,12 @@ def prune(run: Path, keep_last: int) -> None:
     protected = {(run / name).resolve() for name in ("last", "best")}
     for folder in checkpoints(run)[:-keep_last]:
         if folder.resolve() not in protected:
-            remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Deletes a folder; from the first moment on it no longer passes for a checkpoint."""
-    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+            remove_atomically(folder)
 
 
 def remove_unfinished(run: Path) -> None:
-    """Deletes what processes that died left unfinished in a run folder."""
-    for path in (path for name in _OURS for path in run.glob(f".{name}.tmp-*")):
+    """Deletes what dead processes left unfinished in a run folder. No other process may be writing there."""
+    for path in (path for name in _WRITTEN_ATOMICALLY for path in unfinished(run, name)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -225,23 +214,17 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap_in(unfinished: Path, folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}{_SET_ASIDE}")
-    if folder.exists() and not (folder / MANIFEST).is_file():
+def _make_way(folder: Path) -> bool:
+    """Moves what has the place of a new folder aside: ours until the new one is there, the user's for good."""
+    if (folder / MANIFEST).is_file():
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
+        folder.rename(_set_aside(folder))
+    else:
         kept = next(p for n in count(1) if not (p := folder.with_name(f"{folder.name}.aside-{n}")).exists())
-        logger.warning("'%s' is not of our making; moved to '%s'", folder, kept)
+        logger.warning("'%s' was not written by a run; moved to '%s'", folder, kept)
         folder.rename(kept)
-    if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    unfinished.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_REPLACED}")

@@ -16,6 +16,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.trainer import datamodule_of
 from sft_lightning.models.loading import save_model
 from sft_lightning.system.disk_space import require_space, size_bytes
+from sft_lightning.system.files import remove_atomically
 
 _WEIGHTS_PREFIX = "model."
 
@@ -59,7 +60,7 @@ class HFCheckpointIO(CheckpointIO):
         return {**state, "state_dict": _read_weights(self._trainer, folder)}
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        folders.remove(Path(path))
+        remove_atomically(Path(path))
 
 
 def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> None:

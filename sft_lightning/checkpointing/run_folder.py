@@ -5,9 +5,14 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +22,12 @@ RUN_FILES = "run_files.json"
 def starts_new_run(resumed: str | None, run: Path) -> bool:
     """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
     return resumed is None or Path(resumed).resolve().parent != run.resolve()
+
+
+def run_folder(trainer: "Trainer", output_dir: str | None) -> Path:
+    """Returns the folder of a run: ``output_dir`` if given, else that of the checkpoints, else the Trainer's."""
+    folder = output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+    return Path(folder).expanduser()
 
 
 def prepare_run_folder(run: Path, *, overwrite: bool) -> None:
@@ -43,10 +54,9 @@ def prepare_run_folder(run: Path, *, overwrite: bool) -> None:
 
 def register_file(run: Path, name: str) -> None:
     """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
-    run.mkdir(parents=True, exist_ok=True)
     names = _registered(run)
     if name not in names:
-        _replace_text(run / RUN_FILES, json.dumps([*names, name], indent=2))
+        _write_registered(run, [*names, name])
 
 
 def remove_registered(run: Path, is_stale: Callable[[str], bool]) -> None:
@@ -56,7 +66,7 @@ def remove_registered(run: Path, is_stale: Callable[[str], bool]) -> None:
     for name in stale:
         _unlink(run / name, below=run)
     if stale:
-        _replace_text(run / RUN_FILES, json.dumps([name for name in names if name not in stale], indent=2))
+        _write_registered(run, [name for name in names if name not in stale])
 
 
 def clear(run: Path) -> None:
@@ -88,10 +98,9 @@ def _registered(run: Path) -> list[str]:
         return []
 
 
-def _replace_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def _write_registered(run: Path, names: list[str]) -> None:
+    with write_atomically(run / RUN_FILES) as file:
+        json.dump(names, file, indent=2)
 
 
 def _unlink(path: Path, below: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a user sees of a run: which log lines and warnings stay, and mistakes in one line."""
+"""Filter log lines and warnings, and shorten parser errors to one line."""
 
 import logging
 import re
@@ -11,14 +11,14 @@ _NOISE = ("`weights_only` was not set", "\N{ELECTRIC LIGHT BULB} Tip", "GPU avai
 _NOISY_WARNINGS = (
     "LightningCLI's args parameter",
     ".*LeafSpec",
-    "Couldn't infer the batch indices",  # predictions.jsonl needs none
-    "Total length of `list` across ranks is zero",  # a run without validation data
-    "It is recommended to use `self.log.*sync_dist=True",  # what is logged is the same on all ranks
+    "Couldn't infer the batch indices",  # predictions.jsonl does not need them
+    "Total length of `list` across ranks is zero",  # runs without validation data
+    "It is recommended to use `self.log.*sync_dist=True",  # logged values are equal on all ranks
 )
 
 
 class _CurrentStderr(logging.StreamHandler):
-    """Writes to what sys.stderr is at the moment: a progress bar puts itself in between while it is shown."""
+    """Writes to the current sys.stderr, which a progress bar replaces while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -26,7 +26,7 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 def set_up_logging() -> None:
-    """Leaves on the screen what tells the user something."""
+    """Logs messages without prefixes and hides those that a user cannot act on."""
     handler = _CurrentStderr()
     handler.addFilter(lambda record: not record.getMessage().startswith(_NOISE))
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
@@ -40,7 +40,7 @@ def set_up_logging() -> None:
 
 
 def shorten(message: str) -> str:
-    r"""Returns a message of jsonargparse's as one line: the key, the value and what was expected.
+    r"""Returns a jsonargparse message as one line: the key, the value and what was expected.
 
     Example:
         >>> shorten("Value  <class 'pathlib.Path'> is\n no number")

@@ -1,4 +1,4 @@
-"""The command line. Answers --help and --version, and finds mistakes in the command, before anything heavy loads."""
+"""Dispatch commands. Import heavy packages only after --help, --version and unknown commands are handled."""
 
 import importlib
 import os
@@ -14,25 +14,25 @@ usage: sft-lightning COMMAND [options]
 Supervised fine-tuning of Hugging Face causal language models with PyTorch Lightning.
 
 commands:
-  prepare gsm8k       raw GSM8K rows -> prompt/response/ground_truth
-  prepare quickstart  the embedded data set, with a tiny model and tokenizer made on the spot
-  check               looks at the data before a GPU is busy, with the options of fit
-  selftest            tries layouts, splits and resuming on your model and rows, with the options of fit
-  fit                 train:               sft-lightning fit --config configs/sft_gsm8k.yaml
-  validate            loss and graded answers on data.val_path
-  test                loss and graded answers on data.test_path
-  predict             answers to the prompts of data.test_path, as predictions.jsonl
-  evaluate            graded answers of any model: the baseline and the final measurement
-  compare             two evaluations on the same prompts: what changed, and whether it is more than chance
-  report              a page with the results of a run, finished or not:  sft-lightning report checkpoints/sft
-  replay              each row of a step that was not finite, alone through the model
-  sweep               a fit for each number of training examples, one table and one plot
+  prepare gsm8k       convert raw GSM8K rows to prompt/response/ground_truth
+  prepare quickstart  write the built-in data set, a tiny model and its tokenizer
+  check               check the data of a config before training; takes the options of fit
+  selftest            compare layouts, splits and resuming on your model and rows; takes the options of fit
+  fit                 train:  sft-lightning fit --config configs/sft_gsm8k.yaml
+  validate            compute the loss and grade answers on data.val_path
+  test                compute the loss and grade answers on data.test_path
+  predict             answer the prompts of data.test_path; writes predictions.jsonl
+  evaluate            grade the answers of any model, as a baseline or after training
+  compare             compare two evaluations on the same prompts, with a significance test
+  report              write a page with the results of a run, finished or not
+  replay              run each row of a non-finite step through the model alone
+  sweep               train on several numbers of examples; writes one table and one plot
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
-Exit code: 0 done, 1 the run failed, the data would spoil it or a check of selftest fails, 2 a mistake in the command,
-the config or the data, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint of the last step, 130 ended by Ctrl-C."""
+Exit code: 0 success; 1 a run, check or selftest failed; 2 a mistake in the command, the config or the data;
+75 stopped by SIGTERM or SIGUSR1, with a checkpoint of the last step; 130 stopped by Ctrl-C."""
 
-INTERRUPTED = 128 + 2  # as shells say it of SIGINT
+INTERRUPTED = 128 + 2  # the exit code of shells for SIGINT
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _OWN_COMMANDS = (  # each a file in commands/
@@ -48,14 +48,14 @@ _OWN_COMMANDS = (  # each a file in commands/
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code. The entry point of ``sft-lightning``."""
+    """Runs a command; returns the exit code. This is the entry point of ``sft-lightning``."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         return _run(args)
     except UserError as error:
         return _fail(error, exit_code=2)
     except RunFailedError as error:
-        return 1 if error.everywhere and _is_told_elsewhere() else _fail(error, exit_code=1)
+        return 1 if error.everywhere and _is_reported_elsewhere() else _fail(error, exit_code=1)
     except StoppedError as error:
         return error.code
     except KeyboardInterrupt:
@@ -80,8 +80,8 @@ def _run(args: list[str]) -> int:
     raise UserError(f"unknown command '{command}'; sft-lightning --help lists the commands")
 
 
-def _is_told_elsewhere() -> bool:
-    """Returns whether this is one of several processes of a run, and not the one that speaks for all."""
+def _is_reported_elsewhere() -> bool:
+    """Returns whether another process of the run reports the error: all of them fail with it."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 

@@ -1,4 +1,4 @@
-"""The parser of the commands that need no Trainer."""
+"""Parse the options of commands without a Trainer; report errors as one line."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from sft_lightning.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that raises UserError instead of printing the usage text."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"sft-lightning {command}", description=description)

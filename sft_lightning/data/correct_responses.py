@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sft_lightning.data.records import Record
-from sft_lightning.grading.graders import Grader, grade_all, grader_identity
+from sft_lightning.grading.graders import Grader, grade_all
+from sft_lightning.system.identity import identity
 
 
 class CorrectResponses:
@@ -18,7 +19,7 @@ class CorrectResponses:
 
     @property
     def identity(self) -> str:
-        return grader_identity(self._grader)
+        return identity(self._grader)
 
     def faults(self, records: Sequence[Record]) -> list[str | None]:
         """Returns the failure of each record's response, or None where it is rewarded.

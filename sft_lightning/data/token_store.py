@@ -15,7 +15,6 @@ publishes and all read that one. A folder whose files are not as its meta.json s
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
@@ -37,8 +36,7 @@ from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
 from sft_lightning.data.tokenization import Overlength, tokenize_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
-from sft_lightning.system.files import file_digest, files_digest, value_digest
-from sft_lightning.system.folder_beside import folder_beside, publish
+from sft_lightning.system.files import atomic_folder, file_digest, files_digest, value_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,7 +242,14 @@ def _build(
     files: Sequence[Path],
     fingerprint: Mapping[str, str | int | bool],
 ) -> None:
-    with _write_errors(folder.parent), folder_beside(folder) as temporary:
+    def make_way() -> bool:
+        if _open_whole(folder, files, fingerprint):
+            return False  # another process was first
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it too
+            shutil.rmtree(folder)
+        return True
+
+    with _write_errors(folder.parent), atomic_folder(folder, make_way) as temporary:
         num_rows = _write_rows(temporary, rows, files)
         check_bad_rows(load_report.bad_rows, max_bad_rows)
         if not num_rows:
@@ -252,7 +257,6 @@ def _build(
         if files_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, load_report)
-        _publish(temporary, folder, files, fingerprint)
 
 
 def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Sequence[Path]) -> int:
@@ -330,20 +334,6 @@ def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, A
         return TokenStore(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _publish(temporary: Path, folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> None:
-    while True:
-        try:
-            publish(temporary, folder)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        if _open_whole(folder, files, fingerprint):
-            return  # another process was first
-        with contextlib.suppress(FileNotFoundError):  # where another process removes it, too
-            shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [prompts[index] for index in sorted(prompts)]
 
 
-def compare_samples(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
+def compare(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
     """Returns what changed from one evaluation to another on the same prompts.
 
     Raises:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.result import EvaluationResult
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.grading.graders import Grade, Grader, R1ZeroGrader, grade_all
 
 if TYPE_CHECKING:

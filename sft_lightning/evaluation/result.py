@@ -10,6 +10,7 @@ from typing import Any
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import RATES, by_prompt, rewarded
 from sft_lightning.evaluation.statistics import majority_accuracy, pass_at_k, rate_interval
+from sft_lightning.system.files import write_atomically
 
 # Without these a row of predictions.jsonl cannot be compared with another.
 _NEEDED = ("index", "sample", "prompt", "ground_truth", "format_correct", "answer_correct")
@@ -111,12 +112,12 @@ class EvaluationResult:
         }
 
     def write(self, output_dir: str | Path) -> None:
-        """Writes ``predictions.jsonl``, one sample a line, and ``metrics.json``, each in one piece."""
+        """Writes ``predictions.jsonl``, one sample a line, and ``metrics.json``, each atomically."""
         folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples]
-        write_whole(folder / "predictions.jsonl", "".join(lines))
-        write_whole(folder / "metrics.json", json.dumps(self.metrics(), indent=2) + "\n")
+        with write_atomically(folder / "predictions.jsonl") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
+        with write_atomically(folder / "metrics.json") as file:
+            file.write(json.dumps(self.metrics(), indent=2) + "\n")
 
     def _outcomes(self, name: str) -> list[list[bool]] | None:
         """Returns which samples of each prompt are right, or None where the grader does not tell."""
@@ -180,14 +181,6 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
                 raise UserError(f"{path}:{number}: a sample without {', '.join(missing)}; evaluate again")
             samples.append(sample)
     return samples
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one piece: a reader finds the old one or the new one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    # A lone surrogate is no UTF-8; as a backslash escape it is valid JSON.
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-    unfinished.replace(path)
 
 
 def _mean(values: Iterable[float]) -> float:

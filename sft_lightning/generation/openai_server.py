@@ -1,4 +1,4 @@
-"""A generator that asks a server of the OpenAI protocol: vLLM, SGLang or ``transformers serve``."""
+"""Generate answers with a server of the OpenAI protocol: vLLM, SGLang or ``transformers serve``."""
 
 import hashlib
 import logging
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft_lightning.errors import UserError
+from sft_lightning.generation.base import Generation, SamplingGenerator, answer_numbers
+from sft_lightning.generation.decoding.stopping import cut_at_stop_string
 from sft_lightning.generation.server_client import ServerClient, TemporaryError
-from sft_lightning.generation.transformers_generator import Generation, Generator, check_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ _NUM_PROBE_TOKENS = 4
 _MOST_PROBED_PROMPTS = 4
 
 
-class OpenAIServerGenerator(Generator):
+class OpenAIServerGenerator(SamplingGenerator):
     """Generates with a model that a server holds, through its ``/completions``: one request for each prompt.
 
     The answers are those of the server's model. A model that is being trained here is another one: this generator is
@@ -76,7 +77,14 @@ class OpenAIServerGenerator(Generator):
         api_key_variable: str | None = None,
         extra_fields: dict[str, Any] | None = None,
     ) -> None:
-        check_sampling(max_new_tokens, temperature, top_p, stop_strings)
+        super().__init__(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            greedy=greedy,
+            stop_strings=stop_strings,
+            seed=seed,
+        )
         for name, value, least in (("num_concurrent", num_concurrent, 1), ("num_retries", num_retries, 0)):
             if value < least:
                 raise UserError(f"{name} {value} must be at least {least}")
@@ -87,12 +95,6 @@ class OpenAIServerGenerator(Generator):
             raise UserError(f"extra_fields must not hold {', '.join(refused)}; the generator sees to that itself")
         self.base_url = base_url
         self.model = model
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_p = top_p
-        self.greedy = greedy
-        self.stop_strings = tuple(stop_strings)
-        self.seed = seed
         self.num_concurrent = num_concurrent
         self.num_retries = num_retries
         self.timeout_seconds = timeout_seconds
@@ -119,8 +121,7 @@ class OpenAIServerGenerator(Generator):
         Raises:
             UserError: If the server refuses a prompt, or cannot be reached.
         """
-        numbers = range(len(prompts)) if numbers is None else numbers
-        assert len(numbers) == len(prompts)
+        numbers = answer_numbers(prompts, numbers)
         if not prompts:
             return []
         client = self._client()
@@ -180,9 +181,9 @@ class OpenAIServerGenerator(Generator):
         text = completion.text
         if completion.stop_string in self.stop_strings and completion.stop_string not in text:
             text += completion.stop_string
-        ends = [text.index(stop) + len(stop) for stop in self.stop_strings if stop in text]
-        if ends:
-            return Generation(text[: min(ends)], completion.num_tokens, "stop_string")
+        stopped = cut_at_stop_string(text, self.stop_strings)
+        if stopped is not None:
+            return Generation(stopped, completion.num_tokens, "stop_string")
         return Generation(text, completion.num_tokens, "length" if completion.is_cut else "eos")
 
 

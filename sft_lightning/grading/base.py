@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.errors import UserError
+from sft_lightning.system.identity import public_name
 
-_DEEPEST_SETTING = 5
 _LONGEST_REASON = 300
 
 
@@ -96,47 +96,8 @@ def grade_row(grader: Grader, row: int, response: str, ground_truth: Any) -> Gra
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         place = f"{Path(where.filename).name}, line {where.lineno}"
-        raise UserError(f"grader {_name(type(grader))} failed on row {row}: {reason} ({place})") from error
+        raise UserError(f"grader {public_name(type(grader))} failed on row {row}: {reason} ({place})") from error
     if not isinstance(grade, Grade):
         found = type(grade).__name__
-        raise UserError(f"grader {_name(type(grader))} returned a {found} for row {row}; it must return a Grade")
+        raise UserError(f"grader {public_name(type(grader))} returned a {found} for row {row}; it must return a Grade")
     return grade
-
-
-def grader_identity(grader: Grader) -> str:
-    """Returns a text that is the same for graders of one class with the same settings, in every process.
-
-    Settings are the attributes without an underscore in front. A change of the class's code does not show.
-
-    Example:
-        >>> from sft_lightning.grading.graders import R1ZeroGrader
-        >>> grader_identity(R1ZeroGrader())
-        'sft_lightning.grading.graders.R1ZeroGrader(time_limit_seconds=5.0)'
-    """
-    return _stable(grader, _DEEPEST_SETTING)
-
-
-def _stable(value: Any, depth: int) -> str:
-    """Returns what ``repr`` would, but without addresses and without an order by chance."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return repr(value)
-    if isinstance(value, type) or (hasattr(value, "__qualname__") and hasattr(value, "__module__")):
-        return _name(value)
-    if depth == 0:
-        return _name(type(value))
-    if isinstance(value, dict):
-        return (
-            "{" + ", ".join(sorted(f"{_stable(k, depth - 1)}: {_stable(v, depth - 1)}" for k, v in value.items())) + "}"
-        )
-    if isinstance(value, list | tuple | set | frozenset):
-        items = [_stable(item, depth - 1) for item in value]
-        ordered = items if isinstance(value, list | tuple) else sorted(items)
-        return f"{type(value).__name__}({', '.join(ordered)})"
-    slots = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
-    settings = {**slots, **getattr(value, "__dict__", {})}
-    public = sorted((name, setting) for name, setting in settings.items() if not name.startswith("_"))
-    return f"{_name(type(value))}({', '.join(f'{name}={_stable(one, depth - 1)}' for name, one in public)})"
-
-
-def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"

@@ -12,7 +12,6 @@ from sft_lightning.errors import UserError
 from sft_lightning.grading.base import Grade as Grade
 from sft_lightning.grading.base import Grader as Grader
 from sft_lightning.grading.base import grade_row
-from sft_lightning.grading.base import grader_identity as grader_identity
 from sft_lightning.grading.math_equality import (
     accepted_answers,
     expressions,
@@ -69,7 +68,7 @@ class R1ZeroGrader(Grader):
         format_failure = _format_failure(response)
         failure = None
         if verdict in (Verdict.TIMED_OUT, Verdict.CRASHED):
-            failure = verdict.name.lower()
+            failure = verdict.value
         elif format_failure:
             failure = format_failure
         elif verdict is Verdict.DIFFERENT:
@@ -118,7 +117,7 @@ class AnswerGrader(Grader):
         return Grade(
             format_correct=True,
             answer_correct=verdict is Verdict.EQUAL,
-            failure=failures.get(verdict, verdict.name.lower()),
+            failure=failures.get(verdict, verdict.value),
             timed_out=verdict is Verdict.TIMED_OUT,
             answer=answer,
         )

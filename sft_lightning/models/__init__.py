@@ -1,0 +1,4 @@
+"""Models: loading, precision, attention, compilation and FLOPs.
+
+It may import losses, generation and the rooms below; start with loading.py.
+"""

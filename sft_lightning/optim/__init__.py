@@ -1,0 +1,4 @@
+"""Optimizers and learning-rate schedules.
+
+It may import only errors; start with adamw.py.
+"""

@@ -1,0 +1,4 @@
+"""The quickstart's data set, model and tokenizer, made without downloads.
+
+It may import data and the rooms below; start with arithmetic.py.
+"""

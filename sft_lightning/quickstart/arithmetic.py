@@ -1,4 +1,4 @@
-"""The embedded data set: arithmetic word problems with worked thoughts, made from a seed."""
+"""Generate the quickstart's data set: arithmetic word problems with worked solutions."""
 
 import json
 import operator
@@ -45,7 +45,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One word problem: a story filled in with numbers, two people and the things that are counted."""
+    """One word problem: a story with numbers, two people and the things that are counted."""
 
     story: Story
     numbers: tuple[int, ...]
@@ -55,7 +55,7 @@ class Problem:
 
     @property
     def calculation(self) -> tuple[Story, tuple[int, ...]]:
-        """What is asked, apart from whom and what it is about."""
+        """The story and its numbers, without names and things."""
         return self.story, self.numbers
 
     @property
@@ -66,7 +66,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The worked steps and then ``#### answer``, as GSM8K writes it."""
+        """The worked steps and then ``#### answer``, in the form of GSM8K."""
         results = _running_results(self.story, self.numbers)
         steps = [
             f"{before}{operation}{number}={after}"
@@ -79,7 +79,7 @@ class Problem:
 
 
 def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Returns training and held-out problems, the same for the same arguments.
+    """Returns training and held-out problems; equal arguments give equal problems.
 
     No question occurs twice, and no held-out calculation (a story with its numbers) occurs in training.
     """
@@ -99,7 +99,7 @@ def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[
 def write_arithmetic(output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0) -> None:
     """Writes ``train.jsonl`` and ``heldout.jsonl``: rows of prompt, response and ground_truth in r1_zero form.
 
-    Equal arguments give equal bytes. Files of these names are replaced.
+    Equal arguments give equal bytes. Files with these names are replaced.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _draw_problem(generator: random.Random) -> Problem:
 
 
 def _draw_numbers(generator: random.Random, story: Story) -> tuple[int, ...]:
-    """Returns numbers from 2 to 20, or 2 to 9 in a story that multiplies, with no result on the way below 1."""
+    """Returns numbers from 2 to 20, or to 9 in a story that multiplies; every intermediate result is at least 1."""
     largest = 9 if "*" in story.operations else 20
     while True:
         numbers = tuple(generator.randint(2, largest) for _ in range(len(story.operations) + 1))

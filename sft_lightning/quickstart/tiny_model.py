@@ -1,4 +1,4 @@
-"""A tiny model and its tokenizer, made on the spot: random weights, nothing downloaded."""
+"""Create a tiny model with random weights and train its tokenizer, without downloads."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,14 +16,14 @@ def write_tiny_model(
 ) -> None:
     """Writes a folder with a Qwen2 model of half a million random weights and a tokenizer trained on ``texts``.
 
-    ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it. Equal arguments give equal files, and the global random
-    state is left alone.
+    ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it. Equal arguments give equal files. The global random state
+    does not change.
 
     Args:
-        output_dir: Folder to write into; made where missing, files of the same names are replaced.
-        texts: Text like that which the model is going to see.
-        fixed_texts: Long texts that stand in every prompt. Each becomes one token, so that a short training run does
-            not spend most of its time on them.
+        output_dir: Folder to write into; created if missing. Files with the same names are replaced.
+        texts: Texts like those that the model will see.
+        fixed_texts: Long texts that every prompt contains. Each becomes one token, so that a short run does not spend
+            most of its time on them.
         seed: Seed of the weights.
     """
     tokenizer = train_tokenizer(texts, fixed_texts=fixed_texts)
@@ -51,16 +51,16 @@ def write_tiny_model(
 
 
 def train_tokenizer(texts: Iterable[str], *, fixed_texts: Iterable[str] = ()) -> Qwen2Tokenizer:
-    """Returns a byte-level BPE tokenizer that keeps every digit apart and can encode any text.
+    """Returns a byte-level BPE tokenizer with one token per digit, which encodes any text.
 
-    Decoding gives the text back in Unicode's composed form (NFC), to which every Qwen2 tokenizer brings its input.
+    Decoding returns the text in Unicode's composed form (NFC): every Qwen2 tokenizer normalizes its input to it.
 
     Args:
-        texts: What to learn merges from.
+        texts: Texts to learn merges from.
         fixed_texts: Texts that become one token each.
     """
-    # transformers rebuilds the tokenizer of any Qwen2 folder with Qwen2's own normalizer and pre-tokenizer. One that
-    # was trained with others would come back from AutoTokenizer as a different one.
+    # AutoTokenizer loads the tokenizer of any Qwen2 folder with Qwen2's normalizer and pre-tokenizer. A tokenizer
+    # trained with others would change when it is loaded.
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size=1024, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import RATES, Change, Comparison, PairedRate, compare_samples
+from sft_lightning.evaluation.comparison import RATES, Change, Comparison, PairedRate, compare
 from sft_lightning.evaluation.result import EvaluationResult
 from sft_lightning.reporting.figures import Rate, evaluation_rate
 from sft_lightning.reporting.run_files import Evaluation, RunFiles
@@ -41,7 +41,7 @@ def before_and_after(files: RunFiles) -> BeforeAfter:
     common = {row["index"] for row in before.samples} & {row["index"] for row in after.samples}
     old, new = ([row for row in one.samples if row["index"] in common] for one in (before, after))
     try:
-        comparison = compare_samples(old, new)
+        comparison = compare(old, new)
     except UserError as error:
         return BeforeAfter(None, {}, f"The first and the last evaluation cannot be compared: {error}.")
     changes = {(row["index"], row["sample"]): change for row, change in zip(new, comparison.changes, strict=True)}

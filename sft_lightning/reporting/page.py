@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from sft_lightning.evaluation.result import write_whole
 from sft_lightning.reporting.before_after import before_and_after
 from sft_lightning.reporting.figures import figures
 from sft_lightning.reporting.row_losses_section import row_losses_section
@@ -25,6 +24,7 @@ from sft_lightning.reporting.sections import (
     figures_section,
     result_section,
 )
+from sft_lightning.system.files import write_atomically
 
 PAGE = "report/index.html"
 ENVIRONMENT = "report/environment.json"
@@ -63,8 +63,8 @@ def write_report(run: Path, *, state: str | None = None, with_plots: bool = True
     files = read_run(run)
     contents = Contents(files, before_and_after(files), figures(files), _environment(run))
     page = run / PAGE
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, _page(contents, state or _state(files)))
+    with write_atomically(page) as file:
+        file.write(_page(contents, state or _state(files)))
     if with_plots:
         from sft_lightning.reporting.plots import write_plot
 
@@ -81,9 +81,8 @@ def describe_environment(device: str) -> dict[str, str]:
 
 def record_environment(run: Path, device: str) -> None:
     """Writes ``report/environment.json``, so that a report that is written elsewhere tells where the run ran."""
-    path = run / ENVIRONMENT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(describe_environment(device), indent=2) + "\n", encoding="utf-8")
+    with write_atomically(run / ENVIRONMENT) as file:
+        file.write(json.dumps(describe_environment(device), indent=2) + "\n")
 
 
 def _environment(run: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.reporting.figures import Figure, Lines
+from sft_lightning.system.files import write_atomically
 
 _COLOURS = ("#2a62a6", "#c05a1c", "#4c8a3f", "#8455a8", "#b0892a", "#3f8f95", "#a8476a", "#77736b")
 
@@ -35,7 +36,8 @@ def write_plot(figure: Figure, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     canvas.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    canvas.savefig(path, format="png")
+    with write_atomically(path, "wb") as file:
+        canvas.savefig(file, format="png")
 
 
 def _draw_lines(axes: Any, figure: Any) -> None:

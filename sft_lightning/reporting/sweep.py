@@ -1,12 +1,13 @@
-"""What a run of a sweep came to, read from its folder: steps, validation loss and every evaluation's accuracies."""
+"""Read the results of a sweep from the folders of its runs and tabulate them in Markdown."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import compare_samples
+from sft_lightning.evaluation.comparison import compare
 from sft_lightning.evaluation.result import read_samples
 from sft_lightning.reporting.run_files import RunFiles, read_run
 
@@ -15,7 +16,7 @@ _RATES = ("format_accuracy", "answer_accuracy")
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of the prompts, in [0, 1], with its 95% interval."""
+    """A fraction of the prompts, in [0, 1], with its 95% interval."""
 
     value: float
     low: float
@@ -37,14 +38,14 @@ class SizeResult:
     """A finished run.
 
     Attributes:
-        label: The size as it was asked for: a number, or ``full``.
-        num_examples: Rows it was trained on.
-        folder: Of the run, inside the sweep's.
-        num_steps: Optimizer steps.
-        val_loss: Of its last validation, in nats per label token; None where there was none.
+        label: The size as the user gave it: a number, or ``full``.
+        num_examples: Number of training rows.
+        folder: Folder of the run, inside the sweep's.
+        num_steps: Number of optimizer steps.
+        val_loss: Loss of the last validation, in nats per label token; None without validations.
         evaluations: By step.
-        p_value: Of McNemar's exact test on the answers to the same prompts after the next smaller size; None where
-            there is no such size, or its prompts are others.
+        p_value: p-value of McNemar's exact test against the next smaller size, on the answers to the same prompts;
+            None if there is no such size or its prompts differ.
     """
 
     label: str
@@ -65,12 +66,12 @@ class SizeResult:
         return self.evaluations[0] if self.evaluations[0].step == 0 else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what ``sweep.json`` holds."""
+        """Returns the entry of ``sweep.json``."""
         return asdict(self)
 
 
 def is_finished(run: Path) -> bool:
-    """Returns whether a run came to its end: its final model is the last thing that it writes."""
+    """Returns whether a run is finished: it writes the final model last."""
     return (run / "final" / folders.MANIFEST).is_file()
 
 
@@ -79,7 +80,7 @@ def read_results(sweep: Path, num_examples: dict[str, int]) -> list[SizeResult]:
 
     Args:
         sweep: Folder of the sweep.
-        num_examples: Of each size, by its label; runs that are not finished are passed over.
+        num_examples: Number of examples of each size, by its label; unfinished runs are skipped.
 
     Raises:
         UserError: If a finished run has no evaluation.
@@ -112,10 +113,66 @@ def run_folder(sweep: Path, label: str) -> Path:
     return sweep / f"size-{label}"
 
 
+def size_table(results: Sequence[SizeResult]) -> str:
+    """Returns a row for each size, and one for the model before training if it was evaluated."""
+    rows = [["size", "examples", "steps", "val loss", "format accuracy", "answer accuracy", "p vs smaller"]]
+    if results and (before := results[0].before):
+        rows.append(
+            ["before", "0", "0", "", _rate_cell(before.format_accuracy), _rate_cell(before.answer_accuracy), ""]
+        )
+    for result in results:
+        rows.append(
+            [
+                result.label,
+                str(result.num_examples),
+                str(result.num_steps),
+                "" if result.val_loss is None else f"{result.val_loss:.3f}",
+                _rate_cell(result.last.format_accuracy),
+                _rate_cell(result.last.answer_accuracy),
+                "" if result.p_value is None else _p_value_cell(result.p_value),
+            ]
+        )
+    return _markdown(rows)
+
+
+def step_table(results: Sequence[SizeResult]) -> str:
+    """Returns a row for each evaluation during training."""
+    rows = [["size", "step", "format accuracy", "answer accuracy"]]
+    for result in results:
+        for each in result.evaluations:
+            rows.append(
+                [result.label, str(each.step), _rate_cell(each.format_accuracy), _rate_cell(each.answer_accuracy)]
+            )
+    return _markdown(rows)
+
+
+def report(results: Sequence[SizeResult]) -> str:
+    """Returns the text of ``sweep.md``."""
+    num_prompts = results[0].last.num_prompts if results else 0
+    return "\n".join(
+        [
+            "# Accuracy against the number of training examples",
+            "",
+            f"{num_prompts} prompts; 95% intervals in brackets. Each size is trained on the first rows of the same "
+            "file, so a larger size contains the smaller ones. p: McNemar's exact test against the next smaller size, "
+            "on the answers to the same prompts.",
+            "",
+            size_table(results),
+            "",
+            "![accuracy against size, and during training](sweep.png)",
+            "",
+            "## During training",
+            "",
+            step_table(results),
+            "",
+        ]
+    )
+
+
 def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
     known = [(one.step, one.metrics) for one in files.evaluations if one.step is not None and one.metrics]
     if not known:
-        raise UserError(f"run '{files.folder}' has no evaluation/step-<n>/metrics.json: nothing to compare it by")
+        raise UserError(f"run '{files.folder}' has no evaluation/step-<n>/metrics.json, which the comparison needs")
     return tuple(
         Evaluation(step, metrics["num_examples"], **{name: _rate(metrics, name) for name in _RATES})
         for step, metrics in known
@@ -132,6 +189,23 @@ def _last_samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 def _p_value(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float | None:
     try:
-        return compare_samples(before, after).rates["answer_accuracy"].p_value
+        return compare(before, after).rates["answer_accuracy"].p_value
     except UserError:  # other prompts
         return None
+
+
+def _rate_cell(rate: Rate) -> str:
+    return f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
+
+
+def _p_value_cell(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    ruler = ["-" * (width - 1) + ":" for width in widths]
+    lines = [rows[0], ruler, *rows[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

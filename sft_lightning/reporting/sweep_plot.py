@@ -1,28 +1,28 @@
-"""The picture of a sweep: accuracy against size, and over the optimizer steps of each size."""
+"""Plot the results of a sweep: accuracy against size, and during training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft_lightning.reporting.sweep import SizeResult
+from sft_lightning.system.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"answer_accuracy": "#0b6e99", "format_accuracy": "#c8691c"}
+_COLORS = {"answer_accuracy": "#0b6e99", "format_accuracy": "#c8691c"}
 
 
 def draw(results: Sequence[SizeResult], path: Path) -> None:
-    """Writes the figure of ``plot`` as a PNG, in one piece.
+    """Writes the figure of ``plot`` as a PNG, atomically.
 
     Args:
         results: At least one, smallest first.
         path: The file to write.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    plot(results).savefig(unfinished, format="png")
-    unfinished.replace(path)
+    with write_atomically(path, "wb") as file:
+        plot(results).savefig(file, format="png")
 
 
 def plot(results: Sequence[SizeResult]) -> "Figure":
@@ -30,12 +30,12 @@ def plot(results: Sequence[SizeResult]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: no window system, no figures that stay in memory.
+    # Without pyplot, which needs a window system and keeps figures in memory.
     figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     by_size, by_step = figure.subplots(1, 2, sharey=True)
     for axes in (by_size, by_step):
-        axes.set_xscale("log")  # before ticks are set, which it would take away
+        axes.set_xscale("log")  # before the ticks, which it resets
         axes.set_ylim(-0.03, 1.03)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
@@ -49,13 +49,13 @@ def _draw_sizes(axes: "Axes", results: Sequence[SizeResult]) -> None:
 
     sizes = [result.num_examples for result in results]
     _set_limits(axes, sizes)
-    for name, colour in _COLOURS.items():
+    for name, color in _COLORS.items():
         rates = [getattr(result.last, name) for result in results]
         bars = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
         label = name.replace("_", " ")
-        axes.errorbar(sizes, [rate.value for rate in rates], bars, color=colour, marker="o", capsize=4, label=label)
+        axes.errorbar(sizes, [rate.value for rate in rates], bars, color=color, marker="o", capsize=4, label=label)
         if before := results[0].before:
-            axes.axhline(getattr(before, name).value, color=colour, linestyle=":")
+            axes.axhline(getattr(before, name).value, color=color, linestyle=":")
     if results[0].before:
         axes.plot([], [], color="0.4", linestyle=":", label="before training")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -72,13 +72,13 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
 
     _set_limits(axes, [each.step for result in results for each in result.evaluations if each.step > 0])
     for number, result in enumerate(results):
-        # Step 0 has no place on a logarithmic axis.
+        # A logarithmic axis cannot show step 0.
         points = [each for each in result.evaluations if each.step > 0]
-        colour = colormaps["viridis"](0.9 * number / max(1, len(results) - 1))
+        color = colormaps["viridis"](0.9 * number / max(1, len(results) - 1))
         axes.plot(
             [each.step for each in points],
             [each.answer_accuracy.value for each in points],
-            color=colour,
+            color=color,
             marker="o",
             label=f"{result.num_examples} examples",
         )
@@ -91,6 +91,6 @@ def _draw_steps(axes: "Axes", results: Sequence[SizeResult]) -> None:
 
 
 def _set_limits(axes: "Axes", values: Sequence[int]) -> None:
-    """Before anything is drawn: matplotlib finds no limits for a single value, and warns."""
+    """Sets the limits before anything is drawn: matplotlib cannot derive them from a single value, and warns."""
     if values:
         axes.set_xlim(min(values) / 1.3, max(values) * 1.3)

@@ -1,0 +1,4 @@
+"""Files, disk space, memory and devices.
+
+It may import only errors; start with files.py.
+"""

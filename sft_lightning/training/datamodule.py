@@ -105,6 +105,7 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["template", "grader"], logger=False)
         check_at_least(
             1,
             batch_size=batch_size,
@@ -118,22 +119,21 @@ class SFTDataModule(LightningDataModule):
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
         self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
         self.tokenizer_path = tokenizer_path
+        self.template, self.grader = template, grader or R1ZeroGrader()
         self.reading: dict[str, Any] = {
             "template": None if template == "auto" else template,
             "columns": columns,
             "max_bad_rows": max_bad_rows,
         }
         self.batch_size = batch_size
-        self.max_length = max_length
         self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
-        self.append_eos = append_eos
-        self.row_filter = CorrectResponses(grader or R1ZeroGrader()) if filter_correct else None
+        self.max_length, self.append_eos = max_length, append_eos
+        self.row_filter = CorrectResponses(self.grader) if filter_correct else None
         self.max_train_examples = max_train_examples
         self.loss_normalization: LossNormalization = loss_normalization
         self.normalize_constant = normalize_constant
         self.layout: Literal["auto"] | Layout = layout
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.cache_dir = cache_dir
+        self.pad_to_multiple_of, self.cache_dir = pad_to_multiple_of, cache_dir
         self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None

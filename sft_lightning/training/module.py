@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generator, TransformersGenerator
+from sft_lightning.generation.base import Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,
@@ -68,7 +69,7 @@ class SFTModule(LightningModule):
         on_nonfinite: Whether a step whose loss or gradient is NaN or infinite stops the run, or is left out.
         max_nonfinite_steps: With on_nonfinite skip, leave out so many steps of a run; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
-        resume_override: Go on from a checkpoint with another learning rate or schedule than it was trained with.
+        resume_override: Resume with another learning rate or schedule. On the command line --resume_override sets it.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import run_folder
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.data.records import SkippedRows, read_records
 from sft_lightning.distributed.collectives import all_gather_objects

@@ -24,7 +24,7 @@ def test_messages_become_one_line(message, line):
     assert shorten(message) == line
 
 
-def test_noise_of_lightning_is_not_shown_and_our_own_lines_are():
+def test_noise_of_lightning_is_hidden_and_our_lines_are_shown():
     program = (
         "import logging, warnings; from sft_lightning.cli.console import set_up_logging; set_up_logging();"
         "logging.getLogger('lightning.pytorch').info('GPU available: no');"

@@ -46,7 +46,7 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert saved["data"]["max_length"] == 512
 
 
-def test_a_command_builds_the_parser_of_no_other(monkeypatch, capsys):
+def test_each_command_builds_only_its_own_parser(monkeypatch, capsys):
     parsers = []
     add_arguments = SFTCLI.add_arguments_to_parser
 
@@ -98,7 +98,7 @@ def test_the_saved_config_repeats_the_run(command, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 
-def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, tmp_path, capsys):
+def test_auto_starts_then_resumes_then_reports_the_end(command, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*command, "--ckpt_path", "auto", "--trainer.max_steps", "3"]) == 0
     assert f"--ckpt_path auto: no checkpoint in '{run}', starting fresh" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_auto_starts_fresh_then_goes_on_then_says_that_it_is_finished(command, t
 
 
 @pytest.mark.parametrize("save_every", [2, 100])
-def test_a_run_that_died_at_its_end_is_brought_to_its_end(command, tmp_path, val_file, capsys, save_every):
+def test_a_run_that_died_before_its_end_is_completed(command, tmp_path, val_file, capsys, save_every):
     """Whether its last checkpoint was saved before the last validation or after it."""
     options = [*command, "--data.val_path", val_file, "--evaluation.num_examples", "4"]
     options += ["--checkpoint.every_n_train_steps", str(save_every)]
@@ -138,7 +138,9 @@ def test_a_run_that_died_at_its_end_is_brought_to_its_end(command, tmp_path, val
     capsys.readouterr()
     assert main([*options, "--ckpt_path", "auto"]) == 0
     printed = capsys.readouterr().out
-    assert "the run has finished its 6 optimizer steps, but had died before its end, which is made good" in printed
+    assert (
+        "the run has finished its 6 optimizer steps, but had stopped before its end, which is now complete" in printed
+    )
     assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
     assert without_speed(run) == without_speed(straight)
     for name in ("evaluation/step-6/predictions.jsonl", "evaluation/step-6/metrics.json", "final/model.safetensors"):
@@ -159,7 +161,7 @@ def publish_unless_final(folder, *arguments, publish=checkpoint_folder.publish):
     publish(folder, *arguments)
 
 
-def test_a_run_in_the_way_needs_overwrite_and_loses_only_its_own_files(command, tmp_path, capsys):
+def test_overwrite_deletes_only_the_files_of_the_run(command, tmp_path, capsys):
     assert main(command) == 0
     (tmp_path / "run" / "mine.txt").write_text("mine")
     assert main(command) == 2
@@ -192,7 +194,7 @@ def test_a_home_folder_is_expanded_everywhere(command, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
-def test_bad_data_does_not_cost_the_run_that_would_be_overwritten(command, tmp_path, capsys):
+def test_bad_data_deletes_no_run_that_overwrite_would(command, tmp_path, capsys):
     assert main(command) == 0
     bad = tmp_path / "bad.jsonl"
     bad.write_text("not json\n")
@@ -219,7 +221,7 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     assert "format accuracy" not in printed, "an unfinished evaluation of an earlier step must not pass for the result"
 
 
-def test_filter_correct_grades_with_the_evaluations_grader_unless_it_has_its_own(command, tmp_path, train_file, caplog):
+def test_filter_correct_defaults_to_the_evaluation_grader(command, tmp_path, train_file, caplog):
     rows = [json.loads(line) for line in Path(train_file).read_text().splitlines()]
     for row in rows[:2]:
         row["ground_truth"] = "99"
@@ -231,7 +233,8 @@ def test_filter_correct_grades_with_the_evaluations_grader_unless_it_has_its_own
         run = tmp_path / f"run-{number}"
         assert main([*command, *options, *grader, "--output_dir", str(run), "--trainer.max_steps", "1"]) == 0
         digest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())["digest"]
-        assert f"time_limit_seconds={number}" in digest["the grader of data.filter_correct"]
+        grader = f"sft_lightning.R1ZeroGrader(time_limit_seconds={number}.0)"
+        assert grader in digest["the grader of data.filter_correct"]
         assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["filter_correct"] is True
 
@@ -365,7 +368,7 @@ def test_print_config_works(command, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
+def test_a_killed_run_resumes_bit_equal(command, tmp_path):
     """SIGKILL at three moments; `--ckpt_path auto` takes the newest good checkpoint each time."""
     options = [*command, "--trainer.max_epochs", "6", "--checkpoint.every_n_train_steps", "3"]
     assert main([*options, "--output_dir", str(tmp_path / "straight")]) == 0
@@ -385,7 +388,7 @@ def test_a_killed_run_goes_on_bit_equal(command, tmp_path):
     assert len(ledger(tmp_path / "run")) == 6 * 42
 
 
-def test_parse_fit_gives_what_fit_would_start_with_and_starts_nothing(command, tmp_path, model_folder):
+def test_parse_fit_builds_the_classes_and_starts_nothing(command, tmp_path, model_folder):
     run = tmp_path / "run" / "checkpoint-1"
     run.mkdir(parents=True)
     options = ["--ckpt_path", "last", "--data.seed", "5", "--trainer.logger", "true"]

@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, args, message):
         (NonFiniteError("loss nan"), "1", ""),
     ],
 )
-def test_a_failed_run_is_one_line_and_exit_code_1_told_by_one_process(capsys, monkeypatch, error, local_rank, printed):
+def test_one_process_reports_a_failed_run_with_exit_code_1(capsys, monkeypatch, error, local_rank, printed):
     def fails(args):
         raise error
 

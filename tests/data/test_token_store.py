@@ -551,7 +551,7 @@ def test_who_comes_second_takes_the_store_of_the_first(data, monkeypatch):
     def let_another_be_first(*arguments):
         monkeypatch.setattr(cache, "_write_meta", write_meta)
         load(data)
-        (folder,) = (path for path in (data.parent / "cache").iterdir() if path.suffix != ".tmp")
+        (folder,) = (path for path in (data.parent / "cache").iterdir() if not path.name.startswith("."))
         inodes.append((folder / "tokens.bin").stat().st_ino)
         write_meta(*arguments)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import compare_samples
+from sft_lightning.evaluation.comparison import compare
 from sft_lightning.evaluation.statistics import bootstrap_interval, wilson_interval
 
 
@@ -28,7 +28,7 @@ AFTER = samples([(1, 1), (1, 0), (1, 1), (1, 1), (0, 0), (1, 1)])
 
 
 def test_rates_before_and_after():
-    rates = compare_samples(BEFORE, AFTER).rates
+    rates = compare(BEFORE, AFTER).rates
     assert list(rates) == ["format_accuracy", "answer_accuracy", "mean_reward"]
     answer = rates["answer_accuracy"]
     assert (answer.num_pairs, answer.before, answer.after) == (6, 0.5, pytest.approx(4 / 6))
@@ -44,28 +44,28 @@ def test_rates_before_and_after():
 
 
 def test_what_became_of_each_sample():
-    changes = compare_samples(BEFORE, AFTER).changes
+    changes = compare(BEFORE, AFTER).changes
     assert changes == ["fixed", "still wrong", "fixed", "still right", "broken", "fixed"]
 
 
 def test_the_strict_format_is_compared_where_both_know_it():
-    known = compare_samples(samples([(1, 1)], strict=False), samples([(1, 1)], strict=True))
+    known = compare(samples([(1, 1)], strict=False), samples([(1, 1)], strict=True))
     assert known.rates["strict_format_accuracy"].difference == 1.0
-    unknown = compare_samples(samples([(1, 1)]), samples([(1, 1)], strict=True))
+    unknown = compare(samples([(1, 1)]), samples([(1, 1)], strict=True))
     assert "strict_format_accuracy" not in unknown.rates
 
 
 def test_several_samples_of_a_prompt_count_as_one_prompt():
     before = samples([(1, 0), (1, 0), (1, 1), (1, 0)], num_samples=2)
     after = samples([(1, 1), (1, 1), (1, 1), (1, 0)], num_samples=2)
-    answer = compare_samples(before, after).rates["answer_accuracy"]
+    answer = compare(before, after).rates["answer_accuracy"]
     assert (answer.num_pairs, answer.num_fixed, answer.num_broken, answer.p_value) == (2, 1, 0, 1.0)
     assert (answer.before, answer.after) == (0.25, 0.75)
-    assert compare_samples(before, after).changes == ["fixed", "fixed", "still right", "still wrong"]
+    assert compare(before, after).changes == ["fixed", "fixed", "still right", "still wrong"]
 
 
 def test_more_samples_than_before_are_compared_with_the_first_one():
-    comparison = compare_samples(samples([(1, 0), (1, 1)]), samples([(1, 1), (1, 0), (1, 0), (1, 1)], num_samples=2))
+    comparison = compare(samples([(1, 0), (1, 1)]), samples([(1, 1), (1, 0), (1, 0), (1, 1)], num_samples=2))
     assert comparison.changes == ["fixed", "still wrong", "broken", "still right"]
 
 
@@ -84,4 +84,4 @@ def changed(**fields):
 )
 def test_evaluations_of_other_data_are_refused(before, after, message):
     with pytest.raises(UserError, match=message):
-        compare_samples(before, after)
+        compare(before, after)

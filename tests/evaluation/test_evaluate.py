@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.grading.graders import Grade, Grader
 
 PROMPTS = ["What is 8*9?", "What is 1/2?", "What is 2+2?", "Caf\u00e9?"]

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.errors import UserError
 from sft_lightning.generation import server_client
+from sft_lightning.generation.base import Generation
 from sft_lightning.generation.openai_server import OpenAIServerGenerator
-from sft_lightning.generation.transformers_generator import Generation, TransformersGenerator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generation, TransformersGenerator
+from sft_lightning.generation.base import Generation
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 PROMPTS = [
     "1+1=",

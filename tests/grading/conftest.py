@@ -5,19 +5,19 @@ import subprocess
 
 import pytest
 
-from sft_lightning.grading import math_processes as grading_pool
+from sft_lightning.grading import math_processes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_worker_survives():
     yield
-    grading_pool.close_idle_workers()
+    math_processes.close_idle_workers()
 
 
 @pytest.fixture
 def started(monkeypatch):
     """The grading processes that a test starts. In the end none is alive, and none a zombie."""
-    grading_pool.close_idle_workers()
+    math_processes.close_idle_workers()
     processes = []
 
     class Recorded(subprocess.Popen):
@@ -27,7 +27,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     yield processes
-    grading_pool.close_idle_workers()
+    math_processes.close_idle_workers()
     for process in processes:
         with pytest.raises(ChildProcessError):
             os.waitpid(process.pid, os.WNOHANG)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_lightning.grading import math_processes as grading_pool
+from sft_lightning.grading import math_processes
 from sft_lightning.grading.math_processes import Verdict, close_idle_workers, compare
+from sft_lightning.grading.worker_process import WorkerProcess
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ for line in sys.stdin:
 
 def program(monkeypatch, path, text):
     path.write_text(text)
-    monkeypatch.setattr(grading_pool, "_PROGRAM", path)
+    monkeypatch.setattr(math_processes, "_PROGRAM", path)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_process_killed_at_work_is_a_crash_and_the_next_answer_is_safe(parrot,
     assert compare("same", "same", 5.0) is Verdict.EQUAL
     with ThreadPoolExecutor(1) as threads:
         verdict = threads.submit(compare, "hang", "72", 30.0)
-        while grading_pool._idle_workers:
+        while math_processes._idle_workers:
             time.sleep(0.01)
         time.sleep(0.1)
         parrot[0].send_signal(number)
@@ -86,7 +87,7 @@ def test_a_process_killed_while_idle_is_replaced(parrot):
 
 def test_a_process_that_dies_between_check_and_question_is_a_crash(parrot, monkeypatch):
     assert compare("same", "same", 5.0) is Verdict.EQUAL
-    monkeypatch.setattr(grading_pool._Worker, "is_alive", property(lambda worker: True))
+    monkeypatch.setattr(WorkerProcess, "is_alive", property(lambda worker: True))
     os.kill(parrot[0].pid, signal.SIGKILL)
     os.waitid(os.P_PID, parrot[0].pid, os.WEXITED | os.WNOWAIT)
     assert compare("same", "same", 5.0) is Verdict.CRASHED
@@ -96,7 +97,7 @@ def test_a_process_that_dies_between_check_and_question_is_a_crash(parrot, monke
 def test_a_crash_is_told_apart(tmp_path, monkeypatch, started, last_words):
     program(monkeypatch, tmp_path / "crashing.py", f"import os\nprint('ready', flush=True)\ninput()\n{last_words}\n")
     assert compare("1/2", "0.5", 5.0) is Verdict.CRASHED
-    assert grading_pool._idle_workers == []
+    assert math_processes._idle_workers == []
 
 
 @pytest.mark.parametrize("text", ["raise SystemExit(3)", "print('hello', flush=True)\ninput()", ""])
@@ -123,7 +124,7 @@ def test_an_interrupt_leaves_no_process_with_an_unread_reply(parrot):
         timer.join()
         signal.signal(signal.SIGUSR1, before)
     assert parrot[0].returncode == -signal.SIGKILL
-    assert grading_pool._idle_workers == []
+    assert math_processes._idle_workers == []
     assert compare("one", "other", 5.0) is Verdict.DIFFERENT
 
 
@@ -145,8 +146,8 @@ def test_closing_in_two_threads_at_once(parrot, monkeypatch):
             return number
 
     compare("same", "same", 5.0)
-    worker = grading_pool._take_worker()
-    monkeypatch.setattr(grading_pool, "_idle_workers", TakenByAnother([worker]))
+    worker = math_processes._take_worker()
+    monkeypatch.setattr(math_processes, "_idle_workers", TakenByAnother([worker]))
     close_idle_workers()
     worker.close()
 
@@ -157,7 +158,7 @@ def test_a_fork_starts_processes_of_its_own(parrot):
     if child == 0:
         try:
             signal.alarm(30)
-            is_right = not grading_pool._idle_workers and compare("one", "other", 5.0) is Verdict.DIFFERENT
+            is_right = not math_processes._idle_workers and compare("one", "other", 5.0) is Verdict.DIFFERENT
             close_idle_workers()
             os._exit(0 if is_right and len(parrot) == 2 else 1)
         finally:
@@ -207,9 +208,9 @@ def test_a_script_without_main_guard_beside_torch_threads_leaves_no_process(tmp_
         torch.set_num_threads(2)
         (torch.randn(300, 300) @ torch.randn(300, 300)).sum()
         print("script runs")
-        from sft_lightning.grading import math_processes as grading_pool
-        print(grading_pool.compare("1/2", "0.5", 5.0).value)
-        print(grading_pool._idle_workers[0]._process.pid)
+        from sft_lightning.grading import math_processes
+        print(math_processes.compare("1/2", "0.5", 5.0).value)
+        print(math_processes._idle_workers[0]._process.pid)
         """)
     )
     # Modules of these names in the user's own folder must not reach the grading process.

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sft_lightning.grading import math_worker as grading_worker
+from sft_lightning.grading import math_worker
 from sft_lightning.grading.math_worker import are_equal
 
 TOWER = "9^{9^{9^{9}}}"  # its digits would fill the universe
 
-# answer, ground truth, whether they are equal, all as math_answer.expressions returns them
+# answer, ground truth, whether they are equal, all as math_equality.expressions returns them
 PAIRS = [
     ("B", "C", False),
     ("(B)", "B", True),
@@ -70,7 +70,7 @@ def test_meaningless_answers_are_wrong(answer):
 @contextmanager
 def running_worker(**options):
     process = subprocess.Popen(
-        [sys.executable, "-P", grading_worker.__file__],
+        [sys.executable, "-P", math_worker.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -160,7 +160,7 @@ def test_it_loads_nothing_of_the_program_it_works_for():
 def test_running_out_of_memory_is_the_end_of_the_process_and_of_no_other(tmp_path):
     """Whatever the worker makes of a MemoryError, the address space of 2 GiB is not exceeded."""
     greedy = tmp_path / "greedy.py"
-    folder = Path(grading_worker.__file__).parent
+    folder = Path(math_worker.__file__).parent
     greedy.write_text(
         f"import sys\nsys.path.append({str(folder)!r})\nimport math_worker\n"
         "math_worker.are_equal = lambda answer, truth: len(bytearray(3 * 1024**3)) > 0\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.grading import sandbox as isolated_grading
+from sft_lightning.grading import sandbox
 from sft_lightning.grading.graders import Grade, grade_all
 
 # What somebody's module might hold. A response says what happens to it.
@@ -150,11 +150,11 @@ def test_a_grader_that_cannot_travel_grades_here_and_says_so_once(started, caplo
 
 def test_a_grader_that_no_other_process_can_import_grades_here(graders, started, caplog, tmp_path):
     (tmp_path / "somebodys_graders.py").write_text("raise OSError('no rubric')")
-    isolated_grading._say_once.cache_clear()
+    sandbox._warn_once.cache_clear()
     assert grade_all(graders.Mine(), ["a", "pid"], [1, 1])[1].failure == str(os.getpid())
     assert len(started) == 1
     assert caplog.messages == [
-        "grader Mine runs in this process and without a time limit: another one cannot have it (OSError: no rubric)"
+        "grader Mine runs in this process and without a time limit: another process cannot load it (OSError: no rubric)"
     ]
     with pytest.raises(UserError, match="row 1: ZeroDivisionError"):
         grade_all(graders.Mine(), ["a", "bug"], [1, 1])

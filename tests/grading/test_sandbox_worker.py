@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sft_lightning.grading import sandbox_worker as isolated_grading_worker
+from sft_lightning.grading import sandbox_worker
 from sft_lightning.grading.graders import ExactMatchGrader
 
 GRADER = """
@@ -23,7 +23,7 @@ class Slow:
 @pytest.fixture
 def worker():
     process = subprocess.Popen(
-        [sys.executable, "-P", isolated_grading_worker.__file__],
+        [sys.executable, "-P", sandbox_worker.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

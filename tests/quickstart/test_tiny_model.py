@@ -71,7 +71,7 @@ def test_the_loaded_tokenizer_is_the_trained_one(tokenizer):
         assert tokenizer(text).input_ids == trained(text).input_ids
 
 
-def test_every_character_comes_back(tokenizer):
+def test_every_character_decodes_to_itself(tokenizer):
     # A line each, so that nothing stands beside a character that it could be composed with.
     characters = [
         character
@@ -86,7 +86,7 @@ def test_decomposed_text_comes_back_composed(tokenizer):
     assert tokenizer.decode(tokenizer("cafe\u0301").input_ids) == "caf\u00e9"
 
 
-def test_equal_arguments_give_equal_files_and_leave_the_random_state(folder, tmp_path):
+def test_equal_arguments_give_equal_files_and_keep_the_random_state(folder, tmp_path):
     before = torch.get_rng_state()
     write_tiny_model(tmp_path / "same", TEXTS, fixed_texts=FIXED_TEXTS)
     write_tiny_model(tmp_path / "other", TEXTS, fixed_texts=FIXED_TEXTS, seed=1)

@@ -8,10 +8,10 @@ import pytest
 from lightning.pytorch import Trainer, seed_everything
 
 from sft_lightning import SFTDataModule, SFTModule
+from sft_lightning.cli.commands.prepare import prepare_quickstart
 from sft_lightning.data.formats.base import R1Zero
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import make_problems
-from sft_lightning.quickstart.prepare import prepare_quickstart
 from sft_lightning.reporting.row_losses import describe_row_losses, read_row_losses
 from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 

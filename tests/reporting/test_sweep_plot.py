@@ -12,7 +12,7 @@ def lines(axes):
     return {line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in axes.get_lines()}
 
 
-def test_accuracies_stand_over_the_sizes_with_their_intervals(sweep):
+def test_accuracies_are_plotted_over_sizes_with_intervals(sweep):
     by_size, _ = plot(read_results(sweep, SIZES)).axes
     assert by_size.get_xscale() == "log"
     assert [label.get_text() for label in by_size.get_xticklabels()] == ["100", "4,000"]
@@ -30,7 +30,7 @@ def test_accuracy_during_training_is_a_line_for_each_size(sweep):
     assert lines(by_step) == {"100 examples": [(1, 0.3), (12, 0.4)], "4000 examples": [(50, 1.0)]}
 
 
-def test_the_model_before_training_is_a_dotted_line_where_it_was_evaluated(sweep):
+def test_accuracy_before_training_is_a_dotted_line(sweep):
     results = read_results(sweep, SIZES)
     assert "before training" in lines(plot(results).axes[0])
     first = results[0]
@@ -40,7 +40,7 @@ def test_the_model_before_training_is_a_dotted_line_where_it_was_evaluated(sweep
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("labels", [{"100": 100}, {"full": 4000}, SIZES])
-def test_the_picture_is_written_in_one_piece(sweep, labels):
+def test_the_plot_is_written_atomically(sweep, labels):
     draw(read_results(sweep, labels), sweep / "sweep.png")
     image = matplotlib.image.imread(sweep / "sweep.png")
     assert image.shape == (585, 1430, 4)

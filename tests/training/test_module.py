@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import NonFiniteError, UserError
-from sft_lightning.generation.transformers_generator import Generation, Generator
+from sft_lightning.generation.base import Generation, Generator
 from sft_lightning.training.module import SFTModule
 
 # 42 rows, at most 2 in each of the 4 micro-batches of a step: five steps of 8 rows and a last one of 2.

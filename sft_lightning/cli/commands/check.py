@@ -1,4 +1,4 @@
-"""sft-lightning check: looks at a config's data as fit would read it, before a model is loaded."""
+"""Check the data of a config as fit reads it, before a model is loaded."""
 
 import json
 import logging
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from sft_lightning.diagnostics.check.memory_estimate import Device
 
 _DESCRIPTION = """\
-Looks at the data of a config as fit would read it, without loading weights. Takes every option of fit, too:
-sft-lightning fit --help. Exit code: 0 where nothing would spoil the run, 1 where something would, 2 for a mistake in
-the command or the config."""
+Check the data of a config as fit reads it, without loading weights. Takes every option of fit as well, see
+sft-lightning fit --help. Exit code: 0 if the data is fine, 1 if it would harm the run, 2 for a mistake in the command
+or the config."""
 
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = CommandParser("check", _DESCRIPTION)
     parser.allow_abbrev = False
-    parser.add_argument("--json", action="store_true", help="print one JSON document, with every place, instead")
-    parser.add_argument("--memory_gib", type=float, help="memory of the device that is to train; default: of this one")
+    parser.add_argument("--json", action="store_true", help="print one JSON document that lists every place")
+    parser.add_argument("--memory_gib", type=float, help="memory of the training device; default: of this one")
     options, of_fit = parser.parse_known_args(args)
     if options.memory_gib is not None and not 0 < options.memory_gib < float("inf"):
         raise UserError(f"--memory_gib must be a positive number of GiB, got {options.memory_gib}")
@@ -51,13 +51,13 @@ def _check(of_fit: list[str], memory_gib: float | None) -> "CheckReport":
     hide_progress_bars()
     parsed = parse_fit(of_fit)
     settings = _settings(parsed.config, parsed.built, memory_gib)
-    # What the reader of rows would warn of is in the report.
+    # The report contains what the reader of rows warns about.
     with _only_errors("sft_lightning.data"), Console(stderr=True).status("") as status:
         return check(settings, status.update)
 
 
 def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettings":
-    """Returns what the check needs to know of a config of fit and of the classes that were built from it."""
+    """Returns the settings of the check, from the config of fit and the classes built from it."""
     from sft_lightning.data.batching.plan import StepShape
     from sft_lightning.diagnostics.check.check import CheckSettings
     from sft_lightning.diagnostics.check.rows import RowSettings
@@ -99,7 +99,7 @@ def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettin
 
 
 def _num_replicas(trainer: Any) -> int:
-    """Returns how many devices will share a step, as far as the config says so."""
+    """Returns the number of devices that share a step, as far as the config determines it."""
     devices = trainer.devices
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)

@@ -1,11 +1,11 @@
-"""sft-lightning compare: two evaluations on the same prompts."""
+"""Compare two evaluations on the same prompts."""
 
 from sft_lightning.cli.parser import CommandParser
 
 
 def run(args: list[str]) -> int:
     """Prints and writes the paired comparison; returns the exit code."""
-    parser = CommandParser("compare", "What changed between two evaluations on the same prompts, and by chance or not.")
+    parser = CommandParser("compare", "Compare two evaluations on the same prompts, with a significance test.")
     parser.add_argument("before", help="folder with predictions.jsonl, for example RUN/evaluation/step-0")
     parser.add_argument("after", help="folder with predictions.jsonl of the same prompts")
     parser.add_argument("--output", help="folder for comparison.json; default: AFTER")
@@ -14,11 +14,12 @@ def run(args: list[str]) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    from sft_lightning.evaluation.comparison import compare_samples, comparison_table
-    from sft_lightning.evaluation.result import read_samples, write_whole
+    from sft_lightning.evaluation.comparison import compare, comparison_table
+    from sft_lightning.evaluation.result import read_samples
+    from sft_lightning.system.files import write_atomically
 
     samples = read_samples(options.after)
-    comparison = compare_samples(read_samples(options.before), samples)
+    comparison = compare(read_samples(options.before), samples)
     print(comparison_table(comparison))
     report = {
         "before": options.before,
@@ -30,7 +31,7 @@ def run(args: list[str]) -> int:
         ],
     }
     folder = Path(options.output or options.after)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "comparison.json", json.dumps(report, indent=1) + "\n")
-    print(f"written to {folder / 'comparison.json'}")
+    with write_atomically(folder / "comparison.json") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {folder / 'comparison.json'}")
     return 0

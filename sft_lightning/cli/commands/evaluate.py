@@ -1,4 +1,4 @@
-"""sft-lightning evaluate: graded answers of any model, without a config."""
+"""Generate and grade the answers of any model, without a config."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -12,21 +12,27 @@ if TYPE_CHECKING:
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("evaluate", "Graded answers of a model.")
-    parser.add_argument("--model", help="folder or hub name of a causal language model; with --server its name there")
-    parser.add_argument("--server", help="ask a server of the OpenAI protocol, for example http://127.0.0.1:8000/v1")
+    parser = CommandParser("evaluate", "Generate and grade the answers of a model.")
+    parser.add_argument(
+        "--model", help="folder or hub name of a causal language model; with --server, its name on the server"
+    )
+    parser.add_argument("--server", help="address of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1")
     parser.add_argument("--data", required=True, help="JSONL or Parquet: file, folder or glob")
     parser.add_argument("--output", required=True, help="folder for predictions.jsonl and metrics.json")
     parser.add_argument("--template", default="auto", choices=["auto", "Plain", "R1Zero"], help="default: auto")
-    parser.add_argument("--num_examples", type=int, help="the first so many rows; default: all")
-    parser.add_argument("--num_samples", type=int, default=1, help="answers to each prompt; default: 1")
+    parser.add_argument("--num_examples", type=int, help="number of rows, from the first; default: all")
+    parser.add_argument("--num_samples", type=int, default=1, help="answers per prompt; default: 1")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="default: 1024")
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--top_p", type=float, default=1.0, help="default: 1.0")
-    parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
-    parser.add_argument("--grader", default="R1ZeroGrader", help="its name, or module.Class; default: R1ZeroGrader")
-    parser.add_argument("--batch_tokens", type=int, default=65536, help="tokens of a batch at the most; default: 65536")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed; default: 0")
+    parser.add_argument(
+        "--grader", default="R1ZeroGrader", help="name of a grader, or module.Class; default: R1ZeroGrader"
+    )
+    parser.add_argument(
+        "--batch_tokens", type=int, default=65536, help="largest number of tokens in a batch; default: 65536"
+    )
     options = parser.parse_args(args)
     if options.model is None and options.server is None:
         raise UserError("--model or --server is needed: a model folder or hub name, or the address of a server")
@@ -65,7 +71,7 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     records = [record for record in read_records(options.data, template=template) if record.ground_truth is not None]
     records = records[: options.num_examples]
     if not records:
-        raise UserError(f"--data '{options.data}' has no row with a ground_truth to grade answers by")
+        raise UserError(f"--data '{options.data}' has no row with a ground_truth, which grading needs")
     model, tokenizer = (None, None) if options.server else _load(options.model)
     device = torch.device("cpu") if model is None else model.device
     advice = generation_advice(generator)

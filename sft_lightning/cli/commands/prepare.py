@@ -1,33 +1,32 @@
-"""sft-lightning prepare: writes data to train on."""
+"""Write training data: GSM8K in r1_zero form, or the quickstart's data, model and tokenizer."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from sft_lightning.cli.parser import CommandParser
+from sft_lightning.errors import UserError
+from sft_lightning.system.files import write_atomically
 
 
 def run(args: list[str]) -> int:
     """Runs ``prepare gsm8k`` or ``prepare quickstart``; returns the exit code."""
     parser = CommandParser("prepare", "Write data to train on.")
-    parser.add_argument("source", choices=["gsm8k", "quickstart"], help="what to write")
+    parser.add_argument("source", choices=["gsm8k", "quickstart"], help="data to write")
     source, rest = parser.parse_args(args[:1]).source, args[1:]
     return {"gsm8k": _run_gsm8k, "quickstart": _run_quickstart}[source](rest)
 
 
 def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | None = None) -> int:
-    """Writes GSM8K rows in r1_zero form, one JSON object a line. Returns how many.
+    """Writes GSM8K rows in r1_zero form, one JSON object per line. Returns the number of rows.
 
     Raises:
-        UserError: If a row is no GSM8K row; nothing is left of the output then.
+        UserError: If a row is not a GSM8K row; no output is left then.
     """
     from sft_lightning.data.formats.base import R1Zero
     from sft_lightning.data.records import read_records
 
     num_rows = 0
-    with _written_whole(Path(output_path)) as file:
+    with write_atomically(Path(output_path)) as file:
         for record in read_records(input_path, template=R1Zero(template_path)):
             row = {"prompt": record.prompt, "response": record.response, "ground_truth": record.ground_truth}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -35,11 +34,37 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
     return num_rows
 
 
+def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
+    """Writes ``train.jsonl``, ``heldout.jsonl`` and the folder ``model/``; replaces files with these names.
+
+    Args:
+        output_dir: Folder to write into; created if missing.
+        seed: Seed of the problems and of the model's random weights.
+
+    Raises:
+        UserError: If ``output_dir`` is a file.
+    """
+    from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+    from sft_lightning.quickstart.arithmetic import write_arithmetic
+    from sft_lightning.quickstart.tiny_model import write_tiny_model
+
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output '{folder}' is a file; name a folder to write the quickstart into")
+    write_arithmetic(folder, seed=seed)
+    with (folder / "train.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    # Training tokenizes prompt and response separately, so the tokenizer is trained on them separately.
+    texts = [text for row in rows for text in (row["prompt"], row["response"])]
+    before_question, after_question = R1_ZERO_PROMPT.split("{question}")
+    write_tiny_model(folder / "model", texts, fixed_texts=(before_question.rstrip(" "), after_question), seed=seed)
+
+
 def _run_gsm8k(args: list[str]) -> int:
-    parser = CommandParser("prepare gsm8k", "Raw GSM8K rows -> prompt/response/ground_truth in r1_zero form.")
+    parser = CommandParser("prepare gsm8k", "Convert raw GSM8K rows to prompt/response/ground_truth in r1_zero form.")
     parser.add_argument("--input", required=True, help="rows with question and answer: file, folder or glob")
-    parser.add_argument("--output", required=True, help="the JSONL file to write")
-    parser.add_argument("--template_path", help="text file with {question} in it, instead of the built-in preamble")
+    parser.add_argument("--output", required=True, help="JSONL file to write")
+    parser.add_argument("--template_path", help="text file that contains {question}; default: the built-in prompt")
     options = parser.parse_args(args)
     num_rows = prepare_gsm8k(options.input, options.output, template_path=options.template_path)
     print(f"wrote {num_rows} rows to {options.output}")
@@ -47,25 +72,12 @@ def _run_gsm8k(args: list[str]) -> int:
 
 
 def _run_quickstart(args: list[str]) -> int:
-    parser = CommandParser("prepare quickstart", "The embedded data set, with a tiny model and tokenizer.")
-    parser.add_argument("--output", required=True, help="the folder to write into")
+    parser = CommandParser("prepare quickstart", "Write the built-in data set, a tiny model and its tokenizer.")
+    parser.add_argument("--output", required=True, help="folder to write into")
     output = parser.parse_args(args).output
     from sft_lightning.models.loading import hide_progress_bars
-    from sft_lightning.quickstart.prepare import prepare_quickstart
 
     hide_progress_bars()
     prepare_quickstart(output)
-    print(f"wrote arithmetic problems, a tokenizer and a model to {output}; it starts from random weights")
+    print(f"wrote arithmetic problems, a tokenizer and a model with random weights to {output}")
     return 0
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

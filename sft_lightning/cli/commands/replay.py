@@ -1,4 +1,4 @@
-"""sft-lightning replay: each row of a step that was not finite, alone through the model."""
+"""Run each row of a non-finite step through the model alone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("replay", "Each row of a step that was not finite, alone through the model.")
+    parser = CommandParser("replay", "Run each row of a non-finite step through the model alone.")
     parser.add_argument("folder", help="RUN/nonfinite/step-<n>")
     parser.add_argument("--model", help="folder or hub name; default: the run's last checkpoint before the step")
     options = parser.parse_args(args)
@@ -30,13 +30,13 @@ def run(args: list[str]) -> int:
     print(f"optimizer step {step}: loss {loss}, gradient norm {norm}")
     print(f"model: {path}")
     for name in weights_not_finite(model):
-        print(f"weight {name} holds numbers that are not finite")
+        print(f"weight {name} contains values that are not finite")
     rows = []
     for row in replay_rows(model, examples, layout=about["layout"], precision=about["precision"], pad_token_id=padding):
         rows.append(row)
         print(_describe(row), flush=True)
     for source in about.get("rows_not_found", ()):
-        print(f"{source}  is not saved: its file had changed")
+        print(f"{source}  was not saved: its file had changed")
     print(f"{sum(not row.is_finite for row in rows)} of {len(rows)} rows are not finite alone")
     return 0
 
@@ -47,13 +47,13 @@ def _describe(row: "ReplayedRow") -> str:
 
 
 def _model_of_run(folder: Path, about: Mapping[str, Any]) -> str:
-    """Returns the checkpoint that the run had last, or the model that it began with."""
+    """Returns the run's last checkpoint before the step, or the model it started from."""
     run, checkpoint = folder.resolve().parents[1], about.get("checkpoint")
     if not checkpoint:
         return about["model_path"]
     path = run / checkpoint
     if not path.is_dir():
-        raise UserError(f"the run's last checkpoint before the step, '{path}', is gone: name another with --model")
+        raise UserError(f"the run's last checkpoint before the step, '{path}', is missing: name another with --model")
     return str(path)
 
 

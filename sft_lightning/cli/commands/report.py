@@ -1,4 +1,4 @@
-"""sft-lightning report: the report of a run, or of one evaluation, from what its folder holds."""
+"""Write the report of a run or of one evaluation from the files in its folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from sft_lightning.cli.parser import CommandParser
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("report", "A page with the results of a run, from what its folder holds.")
+    parser = CommandParser("report", "Write a page with the results of a run, from the files in its folder.")
     parser.add_argument("run", help="output_dir of fit, finished or not, or of evaluate")
     folder = Path(parser.parse_args(args).run).expanduser()
     from sft_lightning.evaluation.comparison import LABELS, comparison_table

@@ -1,4 +1,4 @@
-"""sft-lightning selftest: whether layouts, splits and resuming give one result on the user's own model and data."""
+"""Check that layouts, splits and resuming give equal results on the user's model and data."""
 
 import copy
 import logging
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
 _DESCRIPTION = """\
-Runs a few optimizer steps of a config, its own model on the first of its rows, on one device: in every layout and
-several splits of the step against each row alone through the model's own forward, and stopped and resumed against
-straight through. Takes every option of fit, too: sft-lightning fit --help. Prints the largest differences. Nothing is
-left in output_dir. Exit code: 0 where all checks pass, 1 where one fails, 2 for a mistake in the command, the config
-or the data."""
+Run a few optimizer steps of a config on one device, with its model and its first rows. Compares every layout and
+several splits of a step with each row alone through the model's own forward, and a resumed run with an uninterrupted
+one. Takes every option of fit as well, see sft-lightning fit --help. Prints the largest differences and leaves nothing
+in output_dir. Exit code: 0 if all checks pass, 1 if one fails, 2 for a mistake in the command, the config or the
+data."""
 _HALF_ATTENTION = ("flash_attention_2", "flash_attention_3", "varlen")
 
 
@@ -31,9 +31,9 @@ def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = CommandParser("selftest", _DESCRIPTION)
     parser.allow_abbrev = False
-    parser.add_argument("--num_steps", type=int, default=2, help="optimizer steps to compare, the last of them short")
+    parser.add_argument("--num_steps", type=int, default=2, help="optimizer steps to compare; the last one is short")
     parser.add_argument(
-        "--tolerance", type=float, help="allowed difference of gradients, default: 1e-5 in float32, 5e-2 in 16 bits"
+        "--tolerance", type=float, help="allowed difference of gradients; default: 1e-5 in float32, 5e-2 in 16 bits"
     )
     options, of_fit = parser.parse_known_args(args)
     if options.num_steps < 2:
@@ -62,18 +62,18 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
         _quiet(),
         Console(stderr=True).status("") as status,
     ):
-        trial = _trial(parsed.config, parsed.built, num_steps, Path(folder))
-        for each in _precisions(trial):
+        setup = _setup(parsed.config, parsed.built, num_steps, Path(folder))
+        for each in _precisions(setup):
             for outcome in settled(check_gradients(each, tolerance), each, tolerance):
                 outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision}"))
                 status.update(f"{outcome.check}: {outcome.verdict}")
         status.update("save and resume")
-        outcomes.append(check_resume(trial))
+        outcomes.append(check_resume(setup))
     return outcomes
 
 
-def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
-    """Returns what is to be tried of a config of fit and of the classes that were built from it."""
+def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
+    """Returns the setup of the selftest, from the config of fit and the classes built from it."""
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
     if built.data.paths["train"] is None:
@@ -93,17 +93,17 @@ def _trial(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
     )
 
 
-def _precisions(trial: "SelftestSetup") -> "Iterator[SelftestSetup]":
-    """Yields the trial in an exact precision, where differences show, and in its own where that is another."""
-    attention = trial.model.hparams["attn_implementation"]
-    exact = trial.precision if trial.precision in ("32-true", "64-true") else "32-true"
-    model = trial.model
+def _precisions(setup: "SelftestSetup") -> "Iterator[SelftestSetup]":
+    """Yields the setup in an exact precision, which shows small differences, and then in its own if that differs."""
+    attention = setup.model.hparams["attn_implementation"]
+    exact = setup.precision if setup.precision in ("32-true", "64-true") else "32-true"
+    model = setup.model
     if attention in _HALF_ATTENTION:  # these kernels take 16 bits only
         model = copy.deepcopy(model)
         model.hparams["attn_implementation"] = "auto"
-    yield replace(trial, precision=exact, model=model)
-    if exact != trial.precision:
-        yield trial
+    yield replace(setup, precision=exact, model=model)
+    if exact != setup.precision:
+        yield setup
 
 
 def _table(outcomes: "list[Outcome]") -> str:
@@ -121,7 +121,7 @@ def _table(outcomes: "list[Outcome]") -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what a run says from the screen: there are a dozen of them."""
+    """Silences the dozen runs of a selftest."""
     loggers = [logging.getLogger(name) for name in ("sft_lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

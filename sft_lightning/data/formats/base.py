@@ -73,6 +73,7 @@ class R1Zero(Template):
     required_keys = ("question", "answer")
 
     def __init__(self, template_path: str | None = None) -> None:
+        self.template_path = template_path
         self.prompt_text = R1_ZERO_PROMPT if template_path is None else _read_prompt_text(template_path)
 
     @property

@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 StopReason = Literal["stop_string", "eos", "length"]
 
 
+def cut_at_stop_string(text: str, stop_strings: Collection[str]) -> str | None:
+    """Returns a text up to and including the stop string that ends first, or None if it contains none."""
+    ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
+    return text[: min(ends)] if ends else None
+
+
 class StopCondition:
     """Tells from the tokens of an answer whether the last one ended it, and what its text is.
 
@@ -45,7 +51,7 @@ class StopCondition:
             can_end = self._can_end[last] = last in self._eos_token_ids or self._may_complete_a_stop_string(last)
         if can_end:
             # Decoding takes longer than all the rest: only behind the few tokens that can be the last of a stop string.
-            if self._cut(self._decode(tokens[-self._window :])) is not None:
+            if cut_at_stop_string(self._decode(tokens[-self._window :]), self._stop_strings) is not None:
                 return "stop_string"
             if last in self._eos_token_ids:
                 return "eos"
@@ -54,7 +60,8 @@ class StopCondition:
     def text(self, tokens: list[int], reason: StopReason) -> str:
         """Returns the text of an answer that ended: up to and with its stop string, or up to and without EOS."""
         text = self._decode(tokens[:-1] if reason == "eos" else tokens)
-        return text[: self._cut(text)] if reason == "stop_string" else text
+        stopped = cut_at_stop_string(text, self._stop_strings) if reason == "stop_string" else None
+        return text if stopped is None else stopped
 
     def _may_complete_a_stop_string(self, token: int) -> bool:
         """Returns whether a stop string may end inside the token's text, as far as that is known without those before.
@@ -67,11 +74,6 @@ class StopCondition:
         if "\ufffd" in twice or not twice.startswith(alone):
             return True
         return any(stop[-1].isspace() or _ends_inside(stop, text) for stop in self._stop_strings for text in texts)
-
-    def _cut(self, text: str) -> int | None:
-        """Returns where the first stop string ends, or None where there is none."""
-        ends = [text.index(stop) + len(stop) for stop in self._stop_strings if stop in text]
-        return min(ends, default=None)
 
     def _decode(self, tokens: list[int]) -> str:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""GenerationEvaluation: answers the validation prompts with the weights in training, and grades the answers."""
+"""Generate and grade answers to the validation prompts during training."""
 
 import logging
 import re
@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import register_file, remove_registered
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import register_file, remove_registered, run_folder
 from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.errors import UserError
-from sft_lightning.evaluation.comparison import compare_samples, comparison_table
+from sft_lightning.evaluation.comparison import compare, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
-from sft_lightning.generation.transformers_generator import Generator
+from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
@@ -28,21 +27,20 @@ logger = logging.getLogger(__name__)
 class GenerationEvaluation(Callback):
     """Logs ``val/format_accuracy`` and ``val/answer_accuracy`` of generated answers at every validation.
 
-    The same prompts are answered each time, before training, during and after it, each process answering its share,
-    and a table of before and after is printed in the end. Beside the two, ``val/strict_format_accuracy``,
-    ``val/mean_reward``, ``val/response_tokens`` (of an answer) and ``val/response_entropy`` (nats a token) are logged
-    where they are known. Prompts, answers and grades land in ``evaluation/step-<step>`` of the run, those of
-    ``validate`` and ``test`` in ``evaluation/val`` and ``evaluation/test``. A validation in which it is not its turn
-    repeats the last values, so that EarlyStopping on these keys works.
+    The same prompts are answered before, during and after training; each process answers its share, and a table of
+    before and after is printed at the end. Also logged, if known: ``val/strict_format_accuracy``, ``val/mean_reward``,
+    ``val/response_tokens`` (per answer) and ``val/response_entropy`` (nats per token). Prompts, answers and grades are
+    written to ``evaluation/step-<step>`` of the run, those of ``validate`` and ``test`` to ``evaluation/val`` and
+    ``evaluation/test``. A validation without new answers repeats the last values, so that EarlyStopping works.
 
     Args:
-        num_examples: Prompts to answer, the first of the validation set that have a ground truth; 0 turns it off.
-        num_samples: Answers to each prompt; several give pass@k and maj@k.
-        every_n_steps: Answer in a validation only when so many optimizer steps have passed; by default in each one.
-        evaluate_before_training: Also answer with the untrained weights, for the comparison.
-        grader: Judges the answers, by default R1ZeroGrader.
-        generator: Writes the answers, by default TransformersGenerator: sampled at temperature 1, 1024 tokens at most.
-        output_dir: Folder of the run, by default that of the checkpoints.
+        num_examples: Number of prompts, the first of the validation set with a ground truth; 0 disables the evaluation.
+        num_samples: Answers per prompt; more than one gives pass@k and maj@k.
+        every_n_steps: Answer in a validation only if n optimizer steps have passed; by default in every validation.
+        evaluate_before_training: Also answer with the initial weights, for comparison.
+        grader: Grades the answers; by default R1ZeroGrader.
+        generator: Generates the answers; by default TransformersGenerator, at temperature 1 and at most 1024 tokens.
+        output_dir: Folder of the run; by default that of the checkpoints. On the command line --output_dir sets it.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class GenerationEvaluation(Callback):
         self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Read before anything is trained or deleted: a mistake in these rows then costs nothing.
+        # Read before anything is trained or deleted, so that a mistake in these rows costs nothing.
         self._records = {}
         name: Literal["val", "test"] = "test" if stage == "test" else "val"
         if self.num_examples == 0 or is_dry_run(trainer) or stage == "predict":
@@ -82,7 +80,7 @@ class GenerationEvaluation(Callback):
         records = datamodule_of(trainer).evaluation_records(name)
         graded = [record for record in records if record.ground_truth is not None][: self.num_examples]
         if records and not graded:
-            logger.info("no row of the %s set has a ground_truth: answers are not generated and graded", name)
+            logger.info("no row of the %s set has a ground_truth: no answers are generated and graded", name)
         self._records[name] = graded
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +90,7 @@ class GenerationEvaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not is_dry_run(trainer):
-            # Of a run that went on from an earlier step: a report would take the last of them for this run's.
+            # Left by a run from an earlier step; a report would take the last of them for this run's.
             remove_registered(self._run(trainer), partial(_is_beyond, trainer.global_step))
         if self.evaluate_before_training and trainer.global_step == 0 and self._is_on():
             self._before = self._evaluate(trainer, pl_module)
@@ -110,7 +108,7 @@ class GenerationEvaluation(Callback):
             pl_module.log_dict(_rates("test", self._evaluate(trainer, pl_module, "test")))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trained = True  # resuming a finished run comes to no end of training, and has nothing new to tell
+        self._trained = True  # resuming a finished run does not get here and has no new result
         if self._is_on() and (self._latest is None or self._latest["step"] != trainer.global_step):
             self._latest = self._evaluate(trainer, pl_module)
             self._log_outside_hooks(trainer, self._latest)
@@ -122,7 +120,7 @@ class GenerationEvaluation(Callback):
                 self._folder(trainer, "val", trainer.global_step),
             ]
             try:
-                print(comparison_table(compare_samples(*map(read_samples, folders))))
+                print(comparison_table(compare(*map(read_samples, folders))))
             except UserError as error:  # resumed in another folder, or with other prompts
                 print(f"no table of before and after: {error}")
             print(f"model:   {self._run(trainer) / 'final'}")
@@ -145,7 +143,7 @@ class GenerationEvaluation(Callback):
     def _evaluate(
         self, trainer: Trainer, pl_module: LightningModule, name: Literal["val", "test"] = "val"
     ) -> dict[str, Any]:
-        """Returns the step and the rates, equal on all ranks, after each has answered its share of the prompts."""
+        """Returns the step and the rates, equal on all ranks; each rank answers its share of the prompts."""
         logger.info("answering %d prompts of %s after step %d", len(self._records[name]), name, trainer.global_step)
         share = self._answer_share(trainer, pl_module, name)
         rates = answer_metrics(share, trainer.strategy.root_device)
@@ -184,11 +182,11 @@ class GenerationEvaluation(Callback):
         return run_folder(trainer, self.output_dir)
 
     def _folder(self, trainer: Trainer, name: str, step: int) -> Path:
-        # Outside of fit Lightning restores no step: step-0 would be overwritten, the answers before training.
+        # Outside of fit Lightning restores no step, and the answers before training in step-0 would be overwritten.
         return self._run(trainer) / "evaluation" / (f"step-{step}" if trainer.state.fn == "fit" else name)
 
     def _log_outside_hooks(self, trainer: Trainer, result: dict[str, Any]) -> None:
-        # Lightning takes `self.log` in neither of the two hooks that call this.
+        # Lightning does not allow `self.log` in the two hooks that call this.
         for each in trainer.loggers:
             each.log_metrics(_rates("val", result), step=result["step"])
 
@@ -206,6 +204,6 @@ def _rates(stage: str, result: dict[str, Any] | None) -> dict[str, float]:
 def _gathered(samples: list[dict[str, Any]], num_processes: int) -> list[dict[str, Any]]:
     """Returns the samples of all processes, in the order of the prompts."""
     parts = all_gather_objects(samples, num_processes)
-    # Ranks that are not replicas of each other answer the same prompts.
+    # Ranks of one replica answer the same prompts.
     distinct = {(one["index"], one["sample"]): one for part in parts for one in part}
     return [distinct[place] for place in sorted(distinct)]

@@ -1,4 +1,4 @@
-"""PredictionWriter: what ``predict`` generated, as predictions.jsonl."""
+"""Write the answers of ``predict`` to predictions.jsonl."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sft_lightning.distributed.collectives import all_gather_objects
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the rows that ``predict_step`` returned, in file order, one JSON object a line.
+    """Writes the rows that ``predict_step`` returned, in file order, one JSON object per line.
 
     Args:
         output_dir: Folder for ``predictions.jsonl``.

@@ -1,4 +1,4 @@
-"""StepProgress: where a run stands, in optimizer steps."""
+"""Print the progress of a run in optimizer steps."""
 
 import sys
 import time
@@ -20,20 +20,21 @@ from rich.progress import (
 
 from sft_lightning.lightning_compat.trainer import is_optimizer_step, total_optimizer_steps
 
-# A line of all that is logged would be hard to read.
-_IN_THE_REPORT_ONLY = {
+# Logged, but not printed: a line of every metric would be hard to read.
+_NOT_PRINTED = {
     f"val/{name}" for name in ("strict_format_accuracy", "mean_reward", "response_tokens", "response_entropy")
 }
 
 
 class StepProgress(ProgressBar):
-    """Shows step, loss, response tokens a second and time left: a bar on a terminal, a line every n steps elsewhere.
+    """Shows step, loss, response tokens per second and time left: as a bar on a terminal, else as lines.
 
     Args:
-        every_n_steps: Optimizer steps between two lines where there is no terminal.
+        every_n_steps: Optimizer steps between two lines where stderr is not a terminal; by default the Trainer's
+            ``log_every_n_steps``.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
         self._every = every_n_steps
         self._enabled = True
@@ -68,10 +69,10 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not (self._enabled and trainer.is_global_zero and is_optimizer_step(trainer)):
             return
-        step = trainer.global_step
+        step, every = trainer.global_step, self._every or getattr(trainer, "log_every_n_steps", 0) or 10
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=_describe(trainer))
-        elif step % self._every == 0 or step == self._total:
+        elif step % every == 0 or step == self._total:
             per_step = (time.monotonic() - self._started) / (step - self._first_step)
             left = timedelta(seconds=round(per_step * (self._total - step)))
             print(f"step {step}/{self._total}  {_describe(trainer)}  {left} left", file=sys.stderr, flush=True)
@@ -79,7 +80,7 @@ class StepProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
             shown = [name for name in sorted(trainer.callback_metrics) if name.startswith("val/")]
-            shown = [name for name in shown if name not in _IN_THE_REPORT_ONLY]
+            shown = [name for name in shown if name not in _NOT_PRINTED]
             line = "  ".join(f"{name} {float(trainer.callback_metrics[name]):.4g}" for name in shown)
             self.print(f"validation after step {trainer.global_step}: {line}")
 

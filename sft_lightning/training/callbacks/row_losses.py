@@ -1,6 +1,5 @@
-"""RowLossRecorder: the loss of each training row in each epoch, as Parquet."""
+"""Record the loss of each training row in each epoch as Parquet."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,19 +8,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
+from sft_lightning.system.files import unfinished, write_atomically
 
 FOLDER = "ledger"
-# So many micro-batches are kept in memory at the most. A count that all replicas share: they write the same parts.
+# Largest number of micro-batches in memory. All replicas reach it together, so they write the same parts.
 _MICRO_BATCHES_AT_ONCE = 1024
 _PART = re.compile(r"step-(\d+)\.rank-\d+\.parquet")
 
 
 class _Entry(NamedTuple):
-    """The rows of a micro-batch, in an optimizer step. ``sums``: shape [2, B], the nll and the number of labels."""
+    """The rows of a micro-batch in an optimizer step. ``sums``: shape [2, B], nll and number of labels."""
 
     step: int
     sources: tuple[str, ...]
@@ -29,18 +29,17 @@ class _Entry(NamedTuple):
 
 
 class RowLossRecorder(Callback):
-    """Writes the negative log-likelihood of each training row, summed over its labels, once an epoch.
+    """Writes the negative log-likelihood of each training row, summed over its labels, once per epoch.
 
-    It is that of the training step itself, so it costs no forward pass: with the weights of that moment, and with
-    dropout where the model has it. ``evaluation.ledger.read_row_losses`` finds the rows that stand out.
+    The values come from the training step, so they cost no forward pass; they depend on the weights at that step, and
+    on dropout if the model has it. ``reporting.row_losses.read_row_losses`` finds outliers among the rows.
 
-    The run gets ``ledger/epoch-<epoch>/step-<step>.rank-<replica>.parquet``: what that replica saw in the epoch's
-    optimizer steps up to ``step`` and after those of the part before. Columns: ``source`` (file:line), ``epoch`` (from
-    0), ``step`` (from 1: the number that ``checkpoint-<step>`` has when the row was in its last step), ``num_labels``
-    and ``nll_sum`` (float64, nats).
+    Each replica writes files ``ledger/epoch-<epoch>/step-<step>.rank-<replica>.parquet`` with the rows of its optimizer
+    steps up to ``step``, after those of the previous file. Columns: ``source`` (file:line), ``epoch`` (from 0),
+    ``step`` (from 1, as in ``checkpoint-<step>``), ``num_labels`` and ``nll_sum`` (float64, nats).
 
-    A part ends wherever a checkpoint is saved, and stands on disk before the checkpoint does: of a run that is killed
-    and resumed, the ledger has each row of an epoch once.
+    A file ends where a checkpoint is saved, and is on disk before the checkpoint is: after a kill and a resume, each
+    row of an epoch is recorded once.
 
     Args:
         output_dir: Folder of the run, by default that of the checkpoints.
@@ -55,7 +54,7 @@ class RowLossRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._entries, self._num_micro_batches, self._last_whole_step = [], 0, trainer.global_step
         if trainer.is_global_zero and not is_dry_run(trainer):
-            _drop_steps_after(self._run(trainer) / FOLDER, trainer.global_step)
+            _drop_steps_after(run_folder(trainer, self.output_dir) / FOLDER, trainer.global_step)
         trainer.strategy.barrier("RowLossRecorder.on_train_start")
 
     def on_train_batch_end(
@@ -84,17 +83,17 @@ class RowLossRecorder(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             self._write(trainer)
-            # The checkpoint appears after this hook: every replica's rows up to its step are on disk by then.
+            # The checkpoint is written after this hook, when the rows of every replica up to its step are on disk.
             trainer.strategy.barrier("RowLossRecorder.on_save_checkpoint")
 
     def _write(self, trainer: Trainer) -> None:
-        """Writes the rows of whole steps; those of a step that still runs stay, and would be computed again."""
+        """Writes the rows of complete steps and keeps those of the current one, which a resumed run repeats."""
         whole = [entry for entry in self._entries if entry.step <= self._last_whole_step]
         self._entries = self._entries[len(whole) :]
         due, self._num_micro_batches = self._num_micro_batches, 0
         if not due or is_dry_run(trainer):
             return
-        run, epoch = self._run(trainer), trainer.current_epoch
+        run, epoch = run_folder(trainer, self.output_dir), trainer.current_epoch
         num_replicas, replica = replicas(trainer)
         part = f"{FOLDER}/epoch-{epoch}/step-{self._last_whole_step}"
         if trainer.is_global_zero:
@@ -103,13 +102,9 @@ class RowLossRecorder(Callback):
         if whole:
             _write_table(_table(whole, epoch), run / f"{part}.rank-{replica}.parquet")
 
-    def _run(self, trainer: Trainer) -> Path:
-        folder = self.output_dir or getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
-        return Path(folder).expanduser()
-
 
 def _sum_rows(nll: Tensor, batch: MicroBatch) -> Tensor:
-    """Returns for each row the sum of ``nll`` and the number of its labels. Shape [2, B]; the host does not wait."""
+    """Returns for each row the sum of ``nll`` and its number of labels. Shape [2, B]; without a host sync."""
     dtype = torch.float32 if nll.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     values = torch.ones((2, len(nll)), dtype=dtype, device=nll.device)
     values[0] = nll
@@ -136,26 +131,21 @@ def _table(entries: list[_Entry], epoch: int) -> Any:
 def _write_table(table: Any, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with unfinished.open("wb") as file:
+    with write_atomically(path, "wb") as file:
         pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _drop_steps_after(ledger: Path, step: int) -> None:
-    """Leaves what a run that goes on after ``step`` does not write again.
+    """Drops the rows that a run which resumes after ``step`` writes again.
 
-    A part ends where its run saved a checkpoint, so that it goes or stays as a whole, unless the run goes on from a
-    checkpoint of a branch that was given up.
+    A file ends where its run saved a checkpoint, so it is usually kept or deleted whole. It is cut only if the run
+    resumes from a checkpoint that an earlier resume had left behind.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for unfinished in ledger.glob("epoch-*/.step-*.tmp-*"):
-        unfinished.unlink()
+    for path in (path for epoch in ledger.glob("epoch-*") for path in unfinished(epoch, "step-*")):
+        path.unlink()
     for path in ledger.glob("epoch-*/step-*.parquet"):
         match = _PART.fullmatch(path.name)
         if match is None or int(match[1]) <= step:

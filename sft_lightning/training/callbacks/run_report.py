@@ -1,4 +1,4 @@
-"""RunReport: the report of a run, while it runs and after it, however it ends."""
+"""Write the report of a run during training and at its end."""
 
 import logging
 import os
@@ -8,23 +8,22 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sft_lightning.checkpointing.run_folder import register_file
-from sft_lightning.checkpointing.run_folder_of_trainer import run_folder
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.lightning_compat.trainer import is_dry_run
 from sft_lightning.reporting.page import ENVIRONMENT, record_environment, write_report
 from sft_lightning.system.out_of_memory import host_lacks_memory
 
 logger = logging.getLogger(__name__)
 
-# During training it takes at most a twentieth of the time.
+# Limits the reports during training to a twentieth of the time.
 _SECONDS_BETWEEN_PER_SECOND_OF_WRITING = 19
 
 
 class RunReport(Callback):
     """Writes ``report/index.html`` of the run after each validation, at the end and when training fails.
 
-    The figures as PNG files come at the end. A report that cannot be written never stops the training. In a list of
-    callbacks it belongs behind GenerationEvaluation, whose answers it shows.
+    PNG files of the figures are written at the end. A report that cannot be written does not stop the training. In a
+    list of callbacks, place it after GenerationEvaluation, whose answers it shows.
 
     Args:
         output_dir: Folder of the run, by default that of the checkpoints.
@@ -39,7 +38,7 @@ class RunReport(Callback):
         self._is_on, self._not_before = False, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: a fit that is refused because of the run in its folder must not touch that run.
+        # Not earlier: a fit that is refused because its folder holds another run must not change that run.
         self._is_on = trainer.is_global_zero and not is_dry_run(trainer)
         if self._is_on:
             self._write(trainer, "in training")
@@ -54,13 +53,13 @@ class RunReport(Callback):
         self._is_on = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # A host without memory cannot start the threads that read Parquet: to wait for those would be for ever.
+        # A host without memory cannot start the threads that read Parquet, and waiting for them would never end.
         if self._is_on and not host_lacks_memory(exception):
             self._write(trainer, f"stopped by {type(exception).__name__}")
         self._is_on = False
 
     def _write(self, trainer: Trainer, state: str | None) -> Path | None:
-        """Returns the page, or None where it could not be written."""
+        """Returns the path of the page, or None if it could not be written."""
         started = time.monotonic()
         run = run_folder(trainer, self.output_dir)
         try:

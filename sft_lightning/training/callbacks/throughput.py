@@ -1,4 +1,4 @@
-"""Throughput: how many tokens a second the training loop gets through, and what the device makes of its time."""
+"""Log the speed of training: tokens per second, FLOP utilization, padding and memory."""
 
 import logging
 import time
@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.lightning_compat.trainer import is_optimizer_step, replicas
-from sft_lightning.models.flops import ModelFlops, Peak, count_model_flops, num_attended, peak_of
+from sft_lightning.models.flops import ModelFlops, count_model_flops, num_attended
 from sft_lightning.system.out_of_memory import peak_memory_bytes
+from sft_lightning.system.peak_flops import Peak, peak_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ _MATMUL_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float
 
 @dataclass(slots=True)
 class _Work:
-    """What went through the model since the clock was started; all known to the host."""
+    """What the model processed since the clock started; all values are known to the host."""
 
     num_tokens: int = 0
     num_unique_tokens: int = 0
@@ -44,21 +45,21 @@ class _Work:
 
 
 class Throughput(Callback):
-    """Logs once an optimizer step how fast training was since the step before.
+    """Logs the speed of each optimizer step.
 
-    The clock runs through the whole loop, data, optimizer and checkpoints included, and stands still during validation
-    and generation. Rates are those of this process times the number of replicas; the other values are this process's.
+    The clock covers the whole loop, including data, optimizer and checkpoints, and pauses during validation and
+    generation. Rates are those of this process times the number of replicas; other values are those of this process.
 
-    - ``train/tokens_per_second``: input tokens of all rows, padding left out, shared ones counted for every row.
+    - ``train/tokens_per_second``: input tokens of all rows without padding; shared tokens count for every row.
     - ``train/response_tokens_per_second``: tokens that are labels.
-    - ``train/unique_tokens_per_second``: input tokens that were computed, padding left out.
-    - ``train/model_flop_utilization``: the FLOPs that the unique tokens need, over what the device reaches at best.
-      Padding and recomputed activations are no use and count nothing. See :mod:`sft_lightning.models.flops`; not logged
-      for models that its formula does not cover.
+    - ``train/unique_tokens_per_second``: computed input tokens without padding.
+    - ``train/model_flop_utilization``: the FLOPs that the unique tokens need, divided by the peak of the device.
+      Padding and recomputed activations do not count. See :mod:`sft_lightning.models.flops`; not logged for models
+      that its formula does not cover.
     - ``train/padding_waste``: the share of the computed positions that were padding.
     - ``train/sharing_gain``: tokens over unique tokens, 1 where no prompt is shared.
-    - ``train/peak_memory_bytes``: the most memory that tensors took on a CUDA device, or the process elsewhere, since
-      the program started.
+    - ``train/peak_memory_bytes``: peak memory of tensors on a CUDA device, or of the process elsewhere, since the
+      program started.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class Throughput(Callback):
         self._peak = None
 
     def on_train_batch_start(self, *args: Any) -> None:
-        # Not in on_train_start: the callbacks after this one may generate there.
+        # Not in on_train_start, where the callbacks after this one may generate.
         if self._started is None:
             self._restart()
 
@@ -91,12 +92,12 @@ class Throughput(Callback):
     ) -> None:
         self._work.add(batch)
         if is_optimizer_step(trainer):
-            # A GPU runs behind the host, and still needs no synchronising here: the module has just read this step's
-            # loss and gradient norm, so of the step only the optimizer's update is left to run. The same was left of
-            # the step before when the clock was started, so that what is measured is one whole step.
+            # A GPU runs behind the host but needs no synchronization here: the module has just read this step's loss
+            # and gradient norm, so only the optimizer's update is pending. It was pending too when the clock started,
+            # so the interval is one whole step.
             assert self._started is not None
             values = self._values(trainer, pl_module.device, time.monotonic() - self._started)
-            # As tensors in host memory: Lightning would copy a number to the GPU and back, and wait for both.
+            # Tensors in host memory: Lightning would copy a number to the GPU and back, and wait for both.
             pl_module.log_dict({f"train/{name}": torch.tensor(v, dtype=torch.float64) for name, v in values.items()})
             self._restart()
 

@@ -1,7 +1,6 @@
-"""metrics.csv: one file for the whole run, appended across resumes."""
+"""Log metrics to one metrics.csv, which continues across resumes."""
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.system.files import write_atomically
 
 
 class MetricsCSVLogger(Logger):
-    """Writes each logged set of metrics as a row; ``step`` counts the optimizer steps done.
+    """Writes each logged set of metrics as a row; ``step`` is the number of completed optimizer steps.
 
     Args:
-        directory: Folder of the run. The file is ``metrics.csv`` in it.
+        directory: Folder of the run, which gets ``metrics.csv``.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -38,11 +38,11 @@ class MetricsCSVLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Writes nothing: config.yaml beside the file has them."""
+        """Writes nothing: config.yaml contains the hyperparameters."""
 
     @rank_zero_only
     def start_afresh(self) -> None:
-        """Leaves no row: of a run that died before its first checkpoint there may be some."""
+        """Drops all rows, which a run that died before its first checkpoint may have left."""
         self._path.unlink(missing_ok=True)
         self._columns = []
 
@@ -50,12 +50,12 @@ class MetricsCSVLogger(Logger):
     def start_after(
         self, step: int, *, validates_again: bool = False, step_metrics: dict[str, float] | None = None
     ) -> None:
-        """Leaves the rows that a run which resumes after ``step`` does not write again.
+        """Drops the rows that a run which resumes after ``step`` writes again.
 
         Args:
-            step: Optimizer steps done.
-            validates_again: Whether the validation that belongs to that step comes again too.
-            step_metrics: The step's own metrics, for the case that the interrupted run died before it wrote them.
+            step: Completed optimizer steps.
+            validates_again: Whether the run repeats the validation at that step.
+            step_metrics: Metrics of that step, in case the interrupted run died before it wrote them.
         """
 
         def stays(row: dict[str, str]) -> bool:
@@ -89,9 +89,7 @@ class MetricsCSVLogger(Logger):
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         register_file(self._path.parent, self._path.name)
-        unfinished = self._path.with_name(f".{self._path.name}.tmp-{os.getpid()}")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with write_atomically(self._path, newline="") as file:
             writer = csv.DictWriter(file, self._columns or ["step"], restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        unfinished.replace(self._path)

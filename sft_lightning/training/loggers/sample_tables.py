@@ -1,29 +1,29 @@
-"""Sample tables: what was generated and how it was graded, in the loggers that can show it."""
+"""Log tables of generated and graded answers to TensorBoard and W&B."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-# TensorBoard keeps the texts of every evaluation in one file and shows them one below the other.
+# TensorBoard keeps the texts of every evaluation in one file and shows all of them on one page.
 _MOST_TENSORBOARD_ROWS = 20
 _MOST_TENSORBOARD_CHARACTERS = 600
-# What the W&B page still opens in a moment; predictions.jsonl has them all.
+# More rows make the W&B page slow; predictions.jsonl has all of them.
 _MOST_WANDB_ROWS = 1000
 _COLUMNS = ("index", "prompt", "response", "ground_truth", "grade", "failure", "num_tokens")
-# Printable ASCII that neither Markdown nor HTML takes for anything inside the cell of a table.
+# Printable ASCII without a meaning in a table cell of Markdown or HTML.
 _PLAIN_PUNCTUATION = set(" .,;:?'\"=+-/%$()")
 
 
 def log_samples(loggers: Sequence[Logger], name: str, samples: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Gives samples to the loggers that have a place for tables: TensorBoard and W&B. To be called on one rank.
+    """Logs samples to the loggers that support tables: TensorBoard and W&B. Call it on one rank.
 
     Args:
-        loggers: Of the Trainer; those of other kinds get nothing.
-        name: What the table is called, e.g. ``val/samples``.
-        samples: Rows of ``predictions.jsonl``. TensorBoard gets some that are right and some that are wrong, W&B the
-            first thousand.
-        step: Optimizer steps done.
+        loggers: Loggers of the Trainer; other kinds are skipped.
+        name: Name of the table, e.g. ``val/samples``.
+        samples: Rows of ``predictions.jsonl``. TensorBoard gets up to 20 of them, right and wrong, W&B the first
+            thousand.
+        step: Completed optimizer steps.
     """
     if not samples:
         return
@@ -36,9 +36,9 @@ def log_samples(loggers: Sequence[Logger], name: str, samples: Sequence[Mapping[
 
 
 def choose(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """Returns at most so many samples in their order: half of them wrong and half right, where there are enough.
+    """Returns at most ``most`` samples in their order, half of them wrong and half right if there are enough.
 
-    They are taken evenly from each kind, without chance: the same grades give the same choice.
+    They are spaced evenly within each kind, so the same grades give the same choice.
     """
     right = [place for place, sample in enumerate(samples) if _is_right(sample)]
     wrong = [place for place, sample in enumerate(samples) if not _is_right(sample)]
@@ -48,7 +48,7 @@ def choose(samples: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
 
 
 def markdown_table(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the samples as a Markdown table, one a line. Nothing in a text is taken for Markdown or HTML."""
+    """Returns the samples as a Markdown table, one per line. Markdown and HTML in a text are escaped."""
     lines = [" | ".join(name.replace("_", " ") for name in _COLUMNS), " | ".join(["---"] * len(_COLUMNS))]
     lines += [" | ".join(_escape(_shorten(str(cell))) for cell in _cells(sample)) for sample in samples]
     return "\n".join(f"| {line} |" for line in lines)
@@ -64,7 +64,7 @@ def _evenly(places: Sequence[int], number: int) -> list[int]:
 
 
 def _cells(sample: Mapping[str, Any]) -> tuple[int, str, str, str, str, str, int]:
-    """Returns the values of ``_COLUMNS``. Of one type each, whatever a ground truth is: a W&B table wants that."""
+    """Returns the values of ``_COLUMNS``. Each has one type, as a W&B table requires."""
     return (
         int(sample.get("index", 0)),
         _encodable(sample["prompt"]),
@@ -77,12 +77,12 @@ def _cells(sample: Mapping[str, Any]) -> tuple[int, str, str, str, str, str, int
 
 
 def _encodable(text: str) -> str:
-    """Returns the text with lone surrogates, which are no UTF-8 and may come from a JSON file, as escapes."""
+    """Returns the text with lone surrogates escaped: a JSON file may contain them, UTF-8 may not."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def _shorten(text: str) -> str:
-    """Returns the text, or its two ends: a prompt ends with the question, and a response with the answer."""
+    """Returns the text, or its beginning and end if it is long: a prompt ends with the question."""
     if len(text) <= _MOST_TENSORBOARD_CHARACTERS:
         return text
     half = _MOST_TENSORBOARD_CHARACTERS // 2
@@ -100,5 +100,5 @@ def _escape_character(character: str) -> str:
         return character
     if character.isprintable():
         return f"&#{ord(character)};"
-    # A control character has no place in HTML, not even as an entity.
+    # HTML allows no control characters, not even as entities.
     return f"&#92;u{ord(character):04x}"

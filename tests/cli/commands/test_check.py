@@ -35,7 +35,7 @@ def config(model_folder, train_file, val_file, tmp_path, monkeypatch):
     return ["check", "--config", str(path)]
 
 
-def test_a_report_and_the_verdict_are_printed_and_no_run_is_made(config, tmp_path, capsys):
+def test_check_prints_a_report_and_creates_no_run(config, tmp_path, capsys):
     assert main(config) == 0
     printed = capsys.readouterr().out
     assert "42 rows used, EOS supervised in 42 of 42" in printed
@@ -45,12 +45,12 @@ def test_a_report_and_the_verdict_are_printed_and_no_run_is_made(config, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_a_run_in_the_way_does_not_matter(config, tmp_path):
+def test_an_existing_run_does_not_matter(config, tmp_path):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     assert main(config) == 0
 
 
-def test_json_is_all_that_stands_on_stdout(config, capsys):
+def test_stdout_contains_only_json(config, capsys):
     assert main([*config, "--json", "--memory_gib", "80", "--ckpt_path", "auto"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["exit_code"] == report["num_errors"] == 0
@@ -62,7 +62,7 @@ def test_json_is_all_that_stands_on_stdout(config, capsys):
     assert all(place["source"] for finding in report["findings"] for place in finding["places"])
 
 
-def test_overrides_of_fit_and_its_environment_count(config, capsys, monkeypatch):
+def test_options_and_environment_of_fit_apply(config, capsys, monkeypatch):
     monkeypatch.setenv("SFT_FIT__DATA__MAX_LENGTH", "511")
     assert main([*config, "--json", "--data.max_train_examples=7", "--data.append_eos", "false"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -99,7 +99,7 @@ def test_a_mistake_is_one_line_and_exit_2(config, capsys, change):
     assert change[0].rpartition(".")[2].lstrip("-") in error or change[1] in error
 
 
-def test_help_says_where_the_other_options_are(capsys):
+def test_help_refers_to_the_options_of_fit(capsys):
     with pytest.raises(SystemExit) as end:
         main(["check", "--help"])
     assert end.value.code == 0

@@ -48,7 +48,7 @@ def test_the_comparison_is_printed_and_written(before, after, tmp_path, capsys):
     assert lines[3] == "answer   0.400 [0.219 0.613]  0.900 [0.699 0.972]  +0.500 [0.250 0.750]  0.006"
     assert all(len(line) <= 80 for line in lines[:-1])
     assert lines[5] == "20 prompts: 11 fixed, 1 broken"
-    assert lines[-1] == f"written to {tmp_path / 'after' / 'comparison.json'}"
+    assert lines[-1] == f"wrote {tmp_path / 'after' / 'comparison.json'}"
     written = json.loads((tmp_path / "after" / "comparison.json").read_text())
     assert written["rates"]["answer_accuracy"]["p_value"] == 2 * (1 + 12) / 2**12
     assert [row["change"] for row in written["changes"]] == (
@@ -56,7 +56,7 @@ def test_the_comparison_is_printed_and_written(before, after, tmp_path, capsys):
     )
 
 
-def test_it_is_written_elsewhere_on_request(before, after, tmp_path):
+def test_output_names_another_folder(before, after, tmp_path):
     assert main(["compare", before, after, "--output", str(tmp_path / "new")]) == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["comparison.json"]
     assert not (tmp_path / "after" / "comparison.json").exists()

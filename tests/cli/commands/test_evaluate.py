@@ -60,6 +60,14 @@ def test_a_grader_by_class_path(tmp_path, model_folder, val_file, capsys, monkey
     assert "answer accuracy  1.000 [0.439 1.000]  (3 of 3)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["Gsm8kGrader", "sft_lightning.Gsm8kGrader"])
+def test_a_grader_by_its_public_name(tmp_path, model_folder, val_file, name):
+    arguments = ["--model", model_folder, "--data", val_file, "--output", str(tmp_path), "--num_examples", "1"]
+    assert main(["evaluate", *arguments, "--max_new_tokens", "2", "--grader", name]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["num_strict_format_correct"] is None  # which R1ZeroGrader, the default, knows
+
+
 @pytest.mark.parametrize(
     "change",
     [

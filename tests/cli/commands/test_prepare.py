@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
+from transformers import AutoTokenizer
+
+from sft_lightning.cli.commands.prepare import prepare_quickstart
 from sft_lightning.cli.main import main
+from sft_lightning.errors import UserError
 
 
 def test_prepare_gsm8k_writes_prompt_response_and_ground_truth(tmp_path):
@@ -16,7 +21,7 @@ def test_prepare_gsm8k_writes_prompt_response_and_ground_truth(tmp_path):
     assert written["ground_truth"] == "1005"
 
 
-def test_prepare_gsm8k_leaves_nothing_behind_on_a_bad_row(tmp_path, capsys):
+def test_prepare_gsm8k_writes_nothing_on_a_bad_row(tmp_path, capsys):
     source = tmp_path / "raw.jsonl"
     source.write_text('{"question": "a", "answer": "no mark"}\n')
     assert main(["prepare", "gsm8k", "--input", str(source), "--output", str(tmp_path / "sft.jsonl")]) == 2
@@ -29,3 +34,45 @@ def test_prepare_the_whole_of_gsm8k(gsm8k, tmp_path, capsys):
     assert main(["prepare", "gsm8k", "--input", str(gsm8k / "train.jsonl"), "--output", str(output)]) == 0
     assert capsys.readouterr().out == f"wrote 7473 rows to {output}\n"
     assert output.read_text().count("\n") == 7473
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepare") / "data" / "quickstart"
+    prepare_quickstart(folder)
+    return folder
+
+
+def test_the_folder_holds_data_and_model(folder):
+    files = {str(path) for path in contents(folder)}
+    assert {"train.jsonl", "heldout.jsonl", "model/config.json", "model/model.safetensors"} <= files
+    assert {"model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"} <= files
+
+
+def test_the_fixed_text_of_a_prompt_is_two_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
+        prompt = json.loads(line)["prompt"]
+        pieces = [tokenizer.decode([token]) for token in tokenizer(prompt).input_ids]
+        assert "".join(pieces[1:-1]) == prompt.rpartition("User:")[2].removesuffix("\nAssistant: <think>")
+
+
+def test_a_second_call_replaces_its_own_files_only(folder):
+    before = contents(folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "train.jsonl").write_text("damaged")
+    prepare_quickstart(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    assert contents(folder) == before
+
+
+def test_a_file_in_place_of_the_folder_is_kept(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file"):
+        prepare_quickstart(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

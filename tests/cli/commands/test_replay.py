@@ -51,7 +51,7 @@ def test_the_row_is_found_from_the_last_good_checkpoint(stopped, tmp_path, capsy
     assert lines[:4] == [
         f"optimizer step {step}: loss nan, gradient norm nan",
         f"model: {tmp_path}/run/checkpoint-{step - 1}",
-        "weight model.embed_tokens.weight holds numbers that are not finite",
+        "weight model.embed_tokens.weight contains values that are not finite",
         f"{tmp_path}/rows.jsonl:30  loss nan  gradient norm nan  first not finite: activation of model.embed_tokens",
     ]
     assert len(lines) == 4 + 7 + 1
@@ -73,7 +73,7 @@ def test_a_run_may_be_moved_and_another_model_named(stopped, tmp_path, model_fol
     assert out.endswith("0 of 8 rows are not finite alone\n")
 
 
-def test_without_a_checkpoint_it_is_the_model_that_the_run_began_with(stopped, tmp_path, capsys):
+def test_without_a_checkpoint_replay_uses_the_initial_model(stopped, tmp_path, capsys):
     folder = stopped(every_n_train_steps=100)
     capsys.readouterr()
     assert main(["replay", str(folder)]) == 0
@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(stopped, tmp_path, capsys):
     about = json.loads((folder / "about.json").read_text())
     (folder / "about.json").write_text(json.dumps(about | {"checkpoint": "checkpoint-99"}))
     assert main(["replay", str(folder)]) == 2
-    assert "checkpoint-99', is gone: name another with --model" in capsys.readouterr().err
+    assert "checkpoint-99', is missing: name another with --model" in capsys.readouterr().err
     del about["precision"]
     (folder / "about.json").write_text(json.dumps(about))
     assert main(["replay", str(folder)]) == 2

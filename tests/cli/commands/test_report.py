@@ -36,7 +36,7 @@ def test_report_of_an_evaluation_prints_its_rates(tmp_path, capsys):
     assert "There is one evaluation so far: nothing to compare it with." in lines
 
 
-def test_report_refuses_what_is_no_run(tmp_path, capsys):
+def test_report_refuses_a_folder_without_a_run(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "missing"):
         assert main(["report", str(folder)]) == 2
         error = capsys.readouterr().err

@@ -32,7 +32,7 @@ def config(model_folder, train_file, tmp_path, monkeypatch):
     return ["selftest", "--config", str(path)]
 
 
-def test_a_sound_model_passes_and_nothing_is_left(config, tmp_path, capsys):
+def test_a_correct_model_passes_and_no_files_remain(config, tmp_path, capsys):
     assert main(config) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["check", "largest", "difference", "allowed", "where"]
@@ -44,7 +44,7 @@ def test_a_sound_model_passes_and_nothing_is_left(config, tmp_path, capsys):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_fault_is_a_fail_and_exit_code_1(config, tmp_path, capsys, monkeypatch):
+def test_a_failed_check_gives_exit_code_1(config, tmp_path, capsys, monkeypatch):
     forward = Qwen2Model.forward
 
     def mixing(self, *args, **kwargs):
@@ -62,7 +62,7 @@ def test_a_fault_is_a_fail_and_exit_code_1(config, tmp_path, capsys, monkeypatch
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_sixteen_bits_are_tried_beside_float32(config, capsys):
+def test_sixteen_bits_are_checked_after_float32(config, capsys):
     assert main([*config, "--trainer.precision", "bf16-mixed", "--model.attn_implementation", "eager"]) == 0
     printed = capsys.readouterr().out
     assert "\ngradient, packed, 2 x 2, 32-true " in printed
@@ -70,7 +70,7 @@ def test_sixteen_bits_are_tried_beside_float32(config, capsys):
     assert printed.endswith("all 21 checks pass\n")
 
 
-def test_an_own_tolerance(config, capsys):
+def test_a_tolerance_of_the_user(config, capsys):
     assert main([*config, "--tolerance", "1e-12"]) == 1
     assert "  1e-12  FAIL  " in capsys.readouterr().out
 

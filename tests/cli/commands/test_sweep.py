@@ -13,7 +13,15 @@ import yaml
 
 from sft_lightning.checkpointing import folder as checkpoint_folder
 from sft_lightning.cli.commands import sweep as sweep_file
+from sft_lightning.cli.commands.sweep import (
+    check_config,
+    check_options,
+    check_same_config,
+    shared_config,
+    sizes_of,
+)
 from sft_lightning.cli.main import main
+from sft_lightning.errors import UserError
 
 
 @pytest.fixture
@@ -84,7 +92,7 @@ def digest(run):
     return json.loads((run / "last" / "manifest.json").read_text())["digest"]
 
 
-def test_each_size_is_a_run_on_the_first_rows_and_the_tokens_are_made_once(command, trains_here, tmp_path, capsys):
+def test_each_size_trains_on_the_first_rows_and_tokenizes_once(command, trains_here, tmp_path, capsys):
     assert main([*command, "--sizes", "full", "8", "16"]) == 0
     sweep = tmp_path / "sweep"
     assert {path.name for path in sweep.iterdir()} == {
@@ -124,12 +132,12 @@ def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_pat
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8", "16"]
 
 
-def test_a_run_that_fails_ends_the_sweep_with_its_code_and_the_same_command_goes_on(command, fits, tmp_path, capsys):
+def test_a_failed_run_ends_the_sweep_and_the_command_resumes_it(command, fits, tmp_path, capsys):
     words = [*command, "--sizes", "8", "16", "full"]
     fits.codes = {"16": 1}
     assert main(words) == 1
     assert fits == ["8", "16"]
-    assert "sweep: stopped in size 16 (exit code 1); the same command goes on" in capsys.readouterr().err
+    assert "sweep: stopped in size 16 (exit code 1); the same command resumes it" in capsys.readouterr().err
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8"]
     assert (tmp_path / "sweep" / "sweep.png").is_file()
     fits.codes = {"16": "Ctrl-C"}
@@ -143,16 +151,16 @@ def test_another_config_is_refused_by_name(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     for option, value in (("--model.learning_rate", "0.5"), ("--trainer.max_epochs", "3"), ("--data.seed", "3")):
         assert main([*command, "--sizes", "8", option, value]) == 2
-        assert f"was begun with another config: {option[2:]} was" in capsys.readouterr().err
+        assert f"was started with another config: {option[2:]} was" in capsys.readouterr().err
     assert main([*command, "--sizes", "8", "--data.num_workers", "1"]) == 0
     assert fits == ["8"]
 
 
-def test_a_run_of_unknown_origin_is_no_result(command, fits, tmp_path, capsys):
+def test_a_run_of_unknown_origin_is_refused(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     (tmp_path / "sweep" / "sweep.json").unlink()
     assert main([*command, "--sizes", "8"]) == 2
-    assert "size-8' holds a run that this sweep does not know; move it away" in capsys.readouterr().err
+    assert "size-8' holds a run that is not part of this sweep; move it away" in capsys.readouterr().err
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     assert main([*command, "--sizes", "8"]) == 2
     assert "cannot be read as the state of a sweep" in capsys.readouterr().err
@@ -175,14 +183,14 @@ def test_sizes_are_counted_after_filter_correct(command, fits, train_file, tmp_p
     ("options", "message"),
     [
         (["--sizes", "8", "43"], "--sizes 43 is more than the 42 rows that data.train_path has to train on"),
-        (["--sizes", "8", "many"], "--sizes 'many' is no size"),
+        (["--sizes", "8", "many"], "--sizes 'many' is not a size"),
         (["--sizes"], "--sizes: expected at least one argument"),
-        (["--sizes", "8", "--output_dir", "x"], "its own --output_dir"),
+        (["--sizes", "8", "--output_dir", "x"], "sweep sets --output_dir"),
         (["--sizes", "8", "--model.learning_ratee", "1"], "--model.learning_ratee"),
         (["--sizes", "8", "--data.val_path", "null"], "set data.val_path"),
         (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"),
         (["--sizes", "8", "--data.train_path", "null"], "data.train_path is not set"),
-        (["--sizes", "8", "--checkpoint.dirpath=x"], "its own --checkpoint.dirpath"),
+        (["--sizes", "8", "--checkpoint.dirpath=x"], "checkpoint.dirpath cannot be set: remove it"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_trained(command, fits, tmp_path, capsys, options, message):
@@ -190,6 +198,87 @@ def test_a_mistake_is_found_before_anything_is_trained(command, fits, tmp_path, 
     assert message in capsys.readouterr().err
     assert fits == []
     assert not (tmp_path / "sweep").exists()
+
+
+def test_sizes_are_sorted_and_each_comes_once():
+    assert list(sizes_of(["512", "full", "128", "0128"], 7473).items()) == [("128", 128), ("512", 512), ("full", 7473)]
+
+
+def test_the_number_of_all_rows_equals_full():
+    assert sizes_of(["7473", "full"], 7473) == sizes_of(["full", "7473"], 7473) == {"full": 7473}
+    assert sizes_of(["7473"], 7473) == {"7473": 7473}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("abc", "--sizes 'abc' is not a size: give numbers of training examples, at least 1, or full"),
+        ("0", "--sizes '0' is not a size: give numbers of training examples, at least 1, or full"),
+        ("1.5", "--sizes '1.5' is not a size: give numbers of training examples, at least 1, or full"),
+        (
+            "101",
+            "--sizes 101 is more than the 100 rows that data.train_path has to train on; give at most that, or full",
+        ),
+    ],
+)
+def test_an_invalid_size_is_named(word, message):
+    with pytest.raises(UserError) as error:
+        sizes_of(["10", word], 100)
+    assert str(error.value) == message
+
+
+def test_options_that_the_sweep_sets_are_refused():
+    check_options(["--data.batch_size", "8", "--output_dirs=x"])
+    for option in ("--output_dir", "--ckpt_path=auto", "--data.max_train_examples=3", "--overwrite"):
+        with pytest.raises(UserError, match=f"sweep sets {option.partition('=')[0]} for each size: remove it"):
+            check_options(["--data.batch_size", "8", option])
+
+
+CONFIG = {
+    "seed_everything": 42,
+    "output_dir": "a",
+    "checkpoint": {"monitor": None},
+    "evaluation": {"num_examples": 4, "generator": {"init_args": {"greedy": True}}},
+    "data": {"val_path": "v", "max_train_examples": 5, "num_workers": 0, "cache_dir": None, "columns": {}},
+}
+TOKENS = {"data": "d1", "tokenizer": "t1", "max_length": 9}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("evaluation", {"num_examples": 0}, r"evaluation\.num_examples above 0, got v and 0"),
+        ("data", {"val_path": None}, r"set data\.val_path, .* got None and 4"),
+    ],
+)
+def test_a_config_without_graded_answers_is_refused(section, change, message):
+    check_config(CONFIG)
+    with pytest.raises(UserError, match=message):
+        check_config({**CONFIG, section: {**CONFIG[section], **change}})
+
+
+def test_the_shared_config_excludes_settings_of_one_run():
+    assert shared_config(CONFIG, TOKENS) == {
+        "seed_everything": 42,
+        "checkpoint.monitor": None,
+        "evaluation.num_examples": 4,
+        "evaluation.generator.init_args.greedy": True,
+        "data.val_path": "v",
+        "data.columns": {},
+        "the content of data.train_path": "d1",
+        "the tokenizer's content": "t1",
+    }
+
+
+def test_a_difference_is_named():
+    saved = shared_config(CONFIG, TOKENS)
+    check_same_config(saved, shared_config({**CONFIG, "output_dir": "b"}, TOKENS), "s")
+    with pytest.raises(UserError, match=r": the content of data\.train_path was 'd1' and is now 'd2';"):
+        check_same_config(saved, shared_config(CONFIG, {**TOKENS, "data": "d2"}), "s")
+    with pytest.raises(UserError, match="seed_everything was 42 and is now 7; set it back, or give another folder"):
+        check_same_config(saved, {**saved, "seed_everything": 7}, "s")
+    with pytest.raises(UserError, match=r"model\.new was None and is now 1"):
+        check_same_config(saved, {**saved, "model.new": 1}, "s")
 
 
 @pytest.fixture
@@ -213,14 +302,14 @@ def stand_in(tmp_path, monkeypatch):
         ("import sys; assert sys.argv[3:] == ['fit', 'x']", 0),
     ],
 )
-def test_the_exit_code_of_a_fit_is_the_shells(stand_in, line, code):
+def test_the_exit_code_of_a_fit_follows_shells(stand_in, line, code):
     stand_in(line)
     assert sweep_file._fit(["fit", "x"]) == code
 
 
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ends_by_itself", [True, False])
-def test_ctrl_c_waits_for_the_fit_and_ends_one_that_does_not_end(stand_in, tmp_path, monkeypatch, ends_by_itself):
+def test_ctrl_c_waits_for_the_fit_then_ends_it(stand_in, tmp_path, monkeypatch, ends_by_itself):
     monkeypatch.setattr(sweep_file, "_SECONDS_TO_END", 60 if ends_by_itself else 0.2)
     stand_in(
         "import os, pathlib, signal, sys, time\n"
@@ -246,7 +335,7 @@ def test_sigterm_ends_the_fit_too(stand_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_to_the_same_table(command, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_to_the_same_table(command, tmp_path, monkeypatch):
     """SIGKILL of all its processes, in the middle of the second of three trainings."""
     words = [*command, "--sizes", "8", "24", "full", "--trainer.max_epochs", "6"]
     straight = words.copy()

@@ -4,7 +4,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.generation.decoding.stopping import StopCondition
+from sft_lightning.generation.decoding.stopping import StopCondition, cut_at_stop_string
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [("a b", None), ("a</s> b</s>", "a</s>"), ("a END </s>", "a END"), ("</s>", "</s>"), ("", None)],
+)
+def test_text_is_cut_after_the_stop_string_that_ends_first(text, cut):
+    assert cut_at_stop_string(text, ["</s>", "END"]) == cut
 
 
 def end_of(tokenizer, stop_strings, eos_token_ids=(), max_new_tokens=1000):

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import UserError
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.grading.graders import Grade, Grader
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.training.module import SFTModule
@@ -88,7 +89,7 @@ def test_a_fit_is_evaluated_before_during_and_after(
     ]
 
 
-def test_format_and_answer_are_told_apart(make_trainer, make_data, model_folder, train_file, prompts_file, run):
+def test_format_and_answer_are_graded_separately(make_trainer, make_data, model_folder, train_file, prompts_file, run):
     class FormatOfAllAnswerOfOne(Grader):
         def grade(self, response, ground_truth):
             return Grade(format_correct=True, answer_correct=ground_truth == "2", failure=None)
@@ -195,7 +196,9 @@ def test_early_stopping_works_on_the_same_key(make_trainer, make_data, model_fol
     assert trainer.global_step == 4
 
 
-def test_nothing_is_answered_twice_at_the_end(make_trainer, make_data, model_folder, train_file, prompts_file, run):
+def test_the_last_validation_is_not_repeated_at_the_end(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run
+):
     generator = Scripted(0, 1)
     evaluation = GenerationEvaluation(generator=generator, output_dir=str(run))
     make_trainer(evaluation, max_steps=2).fit(SFTModule(model_folder), make_data(train_file, prompts_file))
@@ -210,7 +213,7 @@ def test_nothing_is_answered_twice_at_the_end(make_trainer, make_data, model_fol
         ({}, {"val_check_interval": None}, False),
     ],
 )
-def test_off_it_does_nothing(
+def test_zero_examples_disable_the_evaluation(
     make_trainer,
     make_data,
     model_folder,
@@ -249,7 +252,7 @@ def test_a_resumed_run_remembers_the_values_of_the_first(
     assert table_row(out, "answer")[::3][:2] == ["0.250", "1.000"]
 
 
-def test_going_on_from_an_earlier_step_leaves_no_answers_of_the_later_one(
+def test_resuming_from_an_earlier_step_deletes_later_answers(
     make_trainer, make_data, model_folder, train_file, prompts_file, run
 ):
     def fit(max_steps, **kwargs):
@@ -267,7 +270,7 @@ def test_going_on_from_an_earlier_step_leaves_no_answers_of_the_later_one(
 # validate and test
 
 
-def test_validate_and_test_answer_and_leave_the_answers_before_training_alone(
+def test_validate_and_test_keep_the_answers_before_training(
     make_trainer, make_data, model_folder, train_file, prompts_file, run
 ):
     evaluation = GenerationEvaluation(every_n_steps=100, generator=Scripted(0, 1, 3, 4), output_dir=str(run))

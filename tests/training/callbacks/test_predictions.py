@@ -5,7 +5,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from sft_lightning.generation.transformers_generator import Generation, Generator, TransformersGenerator
+from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.training.callbacks.predictions import PredictionWriter
 from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule
@@ -67,14 +68,14 @@ def write(folder, batches, world_size=1, is_global_zero=True):
     PredictionWriter(str(folder)).write_on_epoch_end(trainer, None, batches, [])
 
 
-def test_text_that_is_no_unicode_is_still_written_as_json(tmp_path):
+def test_lone_surrogates_are_written_as_json(tmp_path):
     write(tmp_path, [[{"response": "half a pair \ud83d"}], [{"response": "line\u2028break"}]])
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["response"] for line in lines[:-1]] == ["half a pair \ud83d", "line\u2028break"]
 
 
 @pytest.mark.parametrize("is_global_zero", [True, False])
-def test_the_rows_of_several_processes_are_put_back_in_order_by_the_first(tmp_path, monkeypatch, is_global_zero):
+def test_rank_zero_writes_the_rows_of_all_ranks_in_order(tmp_path, monkeypatch, is_global_zero):
     """Of five prompts, process 0 answered the first, third and fifth."""
     own = [[{"n": 0}, {"n": 2}], [{"n": 4}]]
 

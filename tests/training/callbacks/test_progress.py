@@ -37,9 +37,7 @@ def lines_of(capsys):
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (10, [6])])
-def test_without_a_terminal_there_is_a_line_every_n_steps_and_at_the_end(
-    model_folder, train_file, capsys, every, steps
-):
+def test_without_a_terminal_a_line_is_printed_every_n_steps(model_folder, train_file, capsys, every, steps):
     fit(model_folder, train_file, Throughput(), StepProgress(every_n_steps=every))
     lines = lines_of(capsys)
     pattern = r"step (\d)/6  loss (5\.\d{4})  [\d,]+ response tokens/s  \d+:\d\d:\d\d left"
@@ -55,7 +53,9 @@ def test_without_a_terminal_there_is_a_line_every_n_steps_and_at_the_end(
         (43200, ["2 days, 0:00:00 left", "1 day, 0:00:00 left", "0:00:00 left"]),
     ],
 )
-def test_the_time_left_is_that_of_the_steps_so_far(model_folder, train_file, capsys, monkeypatch, seconds_a_step, left):
+def test_the_time_left_follows_from_the_steps_so_far(
+    model_folder, train_file, capsys, monkeypatch, seconds_a_step, left
+):
     clock = SimpleNamespace(now=0.0)
 
     class Slow(Callback):
@@ -78,7 +78,7 @@ def test_a_validation_has_a_line_with_its_values(model_folder, train_file, val_f
     assert sum("validation" in each for each in lines) == 2
 
 
-def test_the_sanity_check_says_nothing(model_folder, train_file, val_file, capsys):
+def test_the_sanity_check_prints_nothing(model_folder, train_file, val_file, capsys):
     fit(
         model_folder,
         train_file,
@@ -91,7 +91,7 @@ def test_the_sanity_check_says_nothing(model_folder, train_file, val_file, capsy
     assert not [line for line in lines_of(capsys) if "validation" in line]
 
 
-def test_switched_off_it_says_nothing(model_folder, train_file, val_file, capsys):
+def test_disabled_progress_prints_nothing(model_folder, train_file, val_file, capsys):
     progress = StepProgress(every_n_steps=1)
     progress.disable()
     fit(model_folder, train_file, progress, val_path=val_file, max_steps=1)
@@ -117,7 +117,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_there_is_a_bar_and_no_lines(model_folder, train_file, val_file, monkeypatch):
+def test_a_terminal_shows_a_bar_and_no_lines(model_folder, train_file, val_file, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", Terminal())

@@ -79,7 +79,7 @@ def reference(model_folder, train_file):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (1, 8)])
-def test_each_row_has_the_loss_of_the_weights_it_met(fit, tmp_path, reference, layout, batch_size, accumulate):
+def test_each_row_has_the_loss_at_the_weights_of_its_step(fit, tmp_path, reference, layout, batch_size, accumulate):
     """At learning rate 0 those are the untrained ones. With batch size 1 the last step has six empty micro-batches."""
     sees = Sees()
     fit(
@@ -97,7 +97,7 @@ def test_each_row_has_the_loss_of_the_weights_it_met(fit, tmp_path, reference, l
     assert {path.name for path in parts(tmp_path)} == {"step-6.rank-0.parquet", "step-12.rank-0.parquet"}
 
 
-def test_a_part_is_compressed_and_has_the_columns_that_readers_rely_on(fit, tmp_path):
+def test_a_file_is_compressed_and_has_the_documented_columns(fit, tmp_path):
     fit(callbacks=(RowLossRecorder(str(tmp_path)),), max_epochs=1)
     (path,) = parts(tmp_path)
     assert pq.read_schema(path).equals(SCHEMA)
@@ -158,7 +158,7 @@ def test_a_run_resumed_from_any_step_has_each_row_once(fit, tmp_path, straight, 
 
 @pytest.mark.parametrize("index", range(0, 12, 3))
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_run_that_dies_loses_no_row_before_its_checkpoint(fit, tmp_path, whole, epoch, index):
+def test_a_crash_loses_no_row_before_the_checkpoint(fit, tmp_path, whole, epoch, index):
     saves = {"every_n_train_steps": 4}
     with pytest.raises(RuntimeError, match="killed"):
         fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(), Dies(epoch, index)))
@@ -167,7 +167,7 @@ def test_a_run_that_dies_loses_no_row_before_its_checkpoint(fit, tmp_path, whole
     assert entries(tmp_path) == whole
 
 
-def test_a_run_that_dies_between_the_ledger_and_the_checkpoint_has_each_row_once(fit, tmp_path, whole, monkeypatch):
+def test_rows_are_recorded_once_after_a_crash_before_the_checkpoint(fit, tmp_path, whole, monkeypatch):
     publish = checkpoint_folder.publish
 
     def dies(folder, *rest):
@@ -185,7 +185,7 @@ def test_a_run_that_dies_between_the_ledger_and_the_checkpoint_has_each_row_once
     assert entries(tmp_path) == whole
 
 
-def test_a_part_that_reaches_beyond_the_resumed_step_is_cut_there(fit, tmp_path, whole):
+def test_a_file_is_cut_at_the_resumed_step(fit, tmp_path, whole):
     """When a run goes on from a checkpoint that an earlier attempt has left behind."""
     run = {"callbacks": (RowLossRecorder(),)}
     fit(tmp_path, checkpoint={"every_n_train_steps": 2}, max_steps=6, **run)
@@ -197,7 +197,7 @@ def test_a_part_that_reaches_beyond_the_resumed_step_is_cut_there(fit, tmp_path,
     assert [path.name for path in parts(tmp_path)[:2]] == ["step-2.rank-0.parquet", "step-4.rank-0.parquet"]
 
 
-def test_what_a_killed_process_left_unfinished_goes_and_nothing_else_does(fit, tmp_path):
+def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
     folder = tmp_path / "ledger" / "epoch-0"
     folder.mkdir(parents=True)
     (folder / ".step-4.rank-0.parquet.tmp-1").write_text("half")
@@ -216,7 +216,7 @@ def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_run_without_checkpoints_replaces_the_rows_of_the_one_before(fit, tmp_path):
+def test_a_new_run_replaces_rows_of_a_run_without_checkpoints(fit, tmp_path):
     for _ in range(2):
         fit(callbacks=(RowLossRecorder(),), default_root_dir=tmp_path, max_epochs=1)
     assert len(entries(tmp_path)) == 42
@@ -227,7 +227,7 @@ def test_a_dry_run_leaves_nothing(fit, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_module_is_told_what_it_must_return(tmp_path):
+def test_an_error_says_what_training_step_must_return(tmp_path):
     class Other(LightningModule):
         def __init__(self):
             super().__init__()

@@ -85,7 +85,7 @@ def test_the_report_is_written_before_during_and_after_training(fit, page, run, 
     assert written <= set(files), "--overwrite would leave something behind"
 
 
-def test_reports_take_a_small_part_of_the_time(fit, page, monkeypatch):
+def test_reports_are_skipped_until_the_next_is_due(fit, page, monkeypatch):
     monkeypatch.setattr("sft_lightning.training.callbacks.run_report._SECONDS_BETWEEN_PER_SECOND_OF_WRITING", 1e6)
     pages = Pages(page)
     fit(pages)
@@ -94,7 +94,7 @@ def test_reports_take_a_small_part_of_the_time(fit, page, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("something broke")])
-def test_a_run_that_is_stopped_leaves_its_report(fit, page, error):
+def test_a_stopped_run_writes_its_report(fit, page, error):
     with pytest.raises((type(error), SystemExit)):
         fit(Stop(error))
     text = page.read_text()
@@ -115,7 +115,7 @@ def test_a_report_that_cannot_be_written_stops_nothing(fit, run, caplog, capsys)
     assert "report:" not in capsys.readouterr().out
 
 
-def test_a_fit_that_is_refused_leaves_the_report_of_the_run_in_its_folder(fit, page):
+def test_a_refused_fit_keeps_the_report_of_the_other_run(fit, page):
     fit()
     before = page.read_bytes()
     with pytest.raises(UserError, match="holds another run"):

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoTokenizer
 
-from sft_lightning.models.flops import ModelFlops, Peak
+from sft_lightning.models.flops import ModelFlops
+from sft_lightning.system.peak_flops import Peak
 from sft_lightning.training.callbacks import throughput
 from sft_lightning.training.callbacks.throughput import Throughput
 from sft_lightning.training.module import SFTModule
@@ -84,7 +85,7 @@ def run(model_folder, rows, peaks, make_trainer, make_data):
 
 @pytest.mark.parametrize("micro_batches_between_validations", [1, 2])
 @pytest.mark.parametrize("listed_first", [True, False])
-def test_tokens_are_counted_and_only_training_takes_time(
+def test_tokens_are_counted_and_only_training_is_timed(
     run, rows, clock, listed_first, micro_batches_between_validations
 ):
     callbacks = [Throughput(), Takes(clock)]
@@ -106,7 +107,7 @@ def test_tokens_are_counted_and_only_training_takes_time(
     ]
 
 
-def test_padding_counts_nothing_and_is_told(run, rows, clock):
+def test_padding_does_not_count_and_is_logged(run, rows, clock):
     logged = run(Throughput(), Takes(clock), batch_size=2)
     (one, _), (other, _) = rows[1]
     assert logged.series("train/tokens_per_second") == [(1, (one + other) / 2)]
@@ -121,13 +122,13 @@ def test_an_empty_micro_batch_counts_nothing(run, rows, clock):
     assert logged.series("train/response_tokens_per_second") == [(1, sum(n for _, n in rows[1]) / seconds)]
 
 
-def test_each_step_is_measured_for_itself(run, rows, clock):
+def test_each_step_is_measured_separately(run, rows, clock):
     logged = run(Throughput(), Takes(clock), batch_size=1)
     rates = [rate for _, rate in logged.series("train/tokens_per_second")]
     assert sorted(rates) == sorted(tokens / 2 for tokens, _ in rows[1])
 
 
-def test_replicas_multiply_rates_and_nothing_else(run, rows, clock, monkeypatch):
+def test_replicas_multiply_only_rates(run, rows, clock, monkeypatch):
     alone = run(Throughput(), Takes(clock), batch_size=2)
     monkeypatch.setattr(throughput, "replicas", lambda trainer: (8, 0))
     logged = run(Throughput(), Takes(clock), batch_size=2)
@@ -138,7 +139,7 @@ def test_replicas_multiply_rates_and_nothing_else(run, rows, clock, monkeypatch)
         assert logged.series(f"train/{name}") == alone.series(f"train/{name}")
 
 
-def test_utilization_is_the_flops_of_the_tokens_over_those_of_the_device(run, rows, clock, model_folder):
+def test_utilization_is_flops_of_tokens_over_device_peak(run, rows, clock, model_folder):
     """One row a micro-batch. The costs of this model by hand: see test_flops.py."""
     logged = run(Throughput(), Takes(clock), batch_size=1, accumulate_grad_batches=2)
     vocabulary = json.loads(Path(model_folder, "config.json").read_text())["vocab_size"]
@@ -162,7 +163,7 @@ def test_a_model_without_a_formula_has_no_utilization(run, peaks, clock, monkeyp
     ("precision", "dtype"),
     [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16-true", torch.bfloat16)],
 )
-def test_the_peak_is_that_of_the_training_dtype_and_asked_for_once_a_fit(run, peaks, caplog, precision, dtype):
+def test_the_peak_of_the_training_dtype_is_read_once_per_fit(run, peaks, caplog, precision, dtype):
     callback = Throughput()
     assert not peaks
     with caplog.at_level("INFO", logger="sft_lightning"):

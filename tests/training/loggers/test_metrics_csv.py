@@ -44,7 +44,7 @@ def test_the_epoch_is_no_metric_and_no_step_is_step_zero(logger, file):
     assert lines(file) == ["step,val/loss", "0,3.0"]
 
 
-def test_every_digit_and_what_is_no_number_come_back(logger, file):
+def test_digits_and_other_text_decode_to_themselves(logger, file):
     logger.log_metrics({"a": 1 / 3, "b": math.nan, "c": math.inf}, step=1)
     with file.open(newline="") as stream:
         (row,) = csv.DictReader(stream)
@@ -53,7 +53,7 @@ def test_every_digit_and_what_is_no_number_come_back(logger, file):
     assert float(row["c"]) == math.inf
 
 
-def test_another_process_goes_on_in_the_same_file(logger, file, tmp_path):
+def test_another_process_appends_to_the_same_file(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5, "val/loss": 3.0}, step=1)
     again = MetricsCSVLogger(tmp_path)
     again.log_metrics({"train/loss": 2.0}, step=2)
@@ -74,7 +74,7 @@ def test_a_resumed_run_drops_what_it_will_write_again(logger, file, tmp_path):
 @pytest.mark.parametrize(
     ("validates_again", "kept"), [(False, ["1,,5.0", "2,2.5,", "2,,3.0"]), (True, ["1,,5.0", "2,2.5,"])]
 )
-def test_the_validation_of_the_resumed_step_goes_where_it_comes_again(logger, file, tmp_path, validates_again, kept):
+def test_a_repeated_validation_drops_its_old_row(logger, file, tmp_path, validates_again, kept):
     logger.log_metrics({"val/loss": 5.0}, step=1)
     logger.log_metrics({"train/loss": 2.5}, step=2)
     logger.log_metrics({"val/loss": 3.0}, step=2)
@@ -86,7 +86,7 @@ def test_the_validation_of_the_resumed_step_goes_where_it_comes_again(logger, fi
     assert rows == kept
 
 
-def test_a_fresh_run_keeps_the_measurement_before_training_only(logger, file, tmp_path):
+def test_a_fresh_run_keeps_only_the_row_before_training(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=7)
     logger.log_metrics({"val/answer_accuracy": 0.125}, step=0)
     MetricsCSVLogger(tmp_path).start_after(0, validates_again=False)
@@ -108,7 +108,7 @@ def test_a_file_whose_last_row_is_cut_or_has_no_step_is_read(file, tmp_path, tai
     assert lines(file) == ["step,train/loss,val/loss", "1,2.5,", "2,2.0,"]
 
 
-def test_a_file_that_was_deleted_in_mid_run_is_started_again(logger, file):
+def test_a_file_deleted_during_a_run_is_recreated(logger, file):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     file.unlink()
     logger.log_metrics({"train/loss": 2.0}, step=2)
@@ -123,7 +123,7 @@ def test_a_crash_while_the_file_is_rewritten_leaves_the_old_one(logger, file, mo
     assert lines(file) == ["step,train/loss", "1,2.5"]
 
 
-def test_the_file_belongs_to_the_run_and_goes_with_it(logger, file, tmp_path):
+def test_the_file_is_registered_with_the_run(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     assert json.loads((tmp_path / "run_files.json").read_text()) == ["metrics.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]
@@ -131,7 +131,7 @@ def test_the_file_belongs_to_the_run_and_goes_with_it(logger, file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_is_made(tmp_path):
+def test_the_folder_is_created(tmp_path):
     MetricsCSVLogger(tmp_path / "new" / "run").log_metrics({"train/loss": 2.5}, step=1)
     assert lines(tmp_path / "new" / "run" / "metrics.csv") == ["step,train/loss", "1,2.5"]
 

@@ -73,13 +73,13 @@ class Cells(HTMLParser):
 # Which samples are shown
 
 
-def test_half_of_the_chosen_are_wrong_and_they_come_from_everywhere():
+def test_half_of_the_samples_are_wrong_and_evenly_spaced():
     samples = [sample(i, right=i % 10 != 9) for i in range(100)]  # ten are wrong: 9, 19, ... 99
     assert [s["index"] for s in choose(samples, 4)] == [0, 9, 50, 59]
 
 
 @pytest.mark.parametrize(("num_right", "num_wrong", "shown"), [(30, 3, (17, 3)), (3, 30, (3, 17)), (2, 1, (2, 1))])
-def test_one_kind_fills_up_where_the_other_is_rare(num_right, num_wrong, shown):
+def test_right_samples_fill_up_for_rare_wrong_ones(num_right, num_wrong, shown):
     samples = [sample(i, right=i < num_right) for i in range(num_right + num_wrong)]
     chosen = choose(samples, 20)
     rights = [s["answer_correct"] for s in chosen]
@@ -99,7 +99,7 @@ def test_a_right_answer_in_a_wrong_format_is_wrong():
 # TensorBoard
 
 
-def test_the_table_is_one_for_tensorboard_whatever_the_texts_hold():
+def test_texts_are_escaped_in_the_tensorboard_table():
     plugin_util = pytest.importorskip("tensorboard.plugin_util")
     samples = [sample(i, prompt=text, response=text[::-1], ground_truth=[text]) for i, text in enumerate(HOSTILE)]
     cells = Cells(plugin_util.markdown_to_safe_html(markdown_table(samples)))
@@ -134,7 +134,7 @@ def test_tensorboard_gets_twenty_rows_as_text_at_its_step(tmp_path):
     assert lines[2] == "| 0 | What is 0+1? | 1 | 1 | right |  | 3 |"
 
 
-def test_other_loggers_and_no_samples_are_passed_over(tmp_path):
+def test_other_loggers_and_empty_samples_are_skipped(tmp_path):
     log_samples([CSVLogger(tmp_path)], "val/samples", [sample(0)], 1)
     log_samples([TensorBoardLogger(tmp_path)], "val/samples", [], 1)
     assert list(tmp_path.iterdir()) == []
@@ -232,7 +232,7 @@ def test_wandb_gets_a_table_of_all_samples_up_to_its_limit(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_loggers_get_what_metrics_csv_has_at_the_same_steps(tmp_path, model_folder, train_file, val_file):
+def test_all_loggers_get_equal_metrics_at_equal_steps(tmp_path, model_folder, train_file, val_file):
     pytest.importorskip("wandb")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"

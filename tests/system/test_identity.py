@@ -1,0 +1,89 @@
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+
+import sft_lightning
+from sft_lightning import ExactMatchGrader, R1ZeroGrader
+from sft_lightning.grading.math_processes import Verdict
+from sft_lightning.grading.worker_process import WorkerProcess
+from sft_lightning.system.identity import identity, public_name
+
+EXPORTED = sorted(set(sft_lightning.__all__) - {"__version__"})
+GRADERS = [name for name in EXPORTED if name.endswith("Grader") and name != "Grader"]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_names_are_short(name):
+    assert public_name(getattr(sft_lightning, name)) == f"sft_lightning.{name}"
+
+
+@pytest.mark.parametrize("name", [*GRADERS, "Plain", "R1Zero", "TransformersGenerator"])
+def test_no_identity_holds_a_module_of_the_package(name):
+    text = identity(getattr(sft_lightning, name)())
+    assert text.startswith(f"sft_lightning.{name}(")
+    assert not re.search(r"sft_lightning\.[a-z_]+\.", text)
+
+
+def test_other_classes_have_the_path_of_their_module():
+    assert public_name(Verdict) == "sft_lightning.grading.math_processes.Verdict"
+    assert public_name(WorkerProcess.ask) == "sft_lightning.grading.worker_process.WorkerProcess.ask"
+    assert public_name(inspect.Signature) == "inspect.Signature"
+
+
+def test_a_class_that_borrows_an_exported_name_keeps_its_module():
+    class Borrowed:
+        pass
+
+    Borrowed.__qualname__, Borrowed.__module__ = "R1ZeroGrader", "sft_lightning.somewhere"
+    assert public_name(Borrowed) == "sft_lightning.somewhere.R1ZeroGrader"
+
+
+def returns():
+    """A function as a setting."""
+
+
+def test_identities_name_the_class_and_its_settings():
+    assert identity(ExactMatchGrader()) == "sft_lightning.ExactMatchGrader(ignore_case=False)"
+    assert identity(R1ZeroGrader(2.0)) != identity(R1ZeroGrader(3.0))
+
+
+def test_identities_have_no_addresses_and_no_random_order():
+    class Nested:
+        def __init__(self):
+            self.names = {"b", "a"}
+            self.pairs = {"y": 1, "x": [2, None]}
+            self.function = returns
+            self.inner = ExactMatchGrader(ignore_case=True)
+            self._hidden = object()
+
+    module = Nested.__module__
+    assert identity(Nested()) == (
+        f"{module}.{Nested.__qualname__}(function={module}.returns, "
+        "inner=sft_lightning.ExactMatchGrader(ignore_case=True), "
+        "names=set('a', 'b'), pairs={'x': list(2, None), 'y': 1})"
+    )
+
+
+def test_the_identity_of_a_recursive_object_ends():
+    grader = ExactMatchGrader()
+    grader.itself = grader
+    assert identity(grader).count("ExactMatchGrader") == 6
+
+
+def test_an_identity_is_the_same_in_another_process():
+    program = (
+        "from sft_lightning import R1ZeroGrader\n"
+        "from sft_lightning.system.identity import identity\n"
+        "grader = R1ZeroGrader()\ngrader.tags = {'a', 'b', 'c', 'd'}\nprint(identity(grader))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert texts == {"sft_lightning.R1ZeroGrader(tags=set('a', 'b', 'c', 'd'), time_limit_seconds=5.0)\n"}
