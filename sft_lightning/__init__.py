@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sft_lightning.training.callbacks.progress import StepProgress as StepProgress
     from sft_lightning.training.callbacks.row_losses import RowLossRecorder as RowLossRecorder
     from sft_lightning.training.callbacks.run_report import RunReport as RunReport
+    from sft_lightning.training.callbacks.saved_config import SavedConfig as SavedConfig
     from sft_lightning.training.callbacks.throughput import Throughput as Throughput
     from sft_lightning.training.datamodule import SFTDataModule as SFTDataModule
     from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger as MetricsCSVLogger
@@ -98,6 +99,7 @@ _HOME = {
     "StepProgress": "training.callbacks.progress",
     "RowLossRecorder": "training.callbacks.row_losses",
     "RunReport": "training.callbacks.run_report",
+    "SavedConfig": "training.callbacks.saved_config",
     "Throughput": "training.callbacks.throughput",
     "SFTDataModule": "training.datamodule",
     "MetricsCSVLogger": "training.loggers.metrics_csv",

@@ -20,6 +20,7 @@ PUBLIC_NAMES = {
     "PredictionWriter",
     "RowLossRecorder",
     "RunReport",
+    "SavedConfig",
     "StepProgress",
     "Throughput",
     "MetricsCSVLogger",
