@@ -1,7 +1,7 @@
 """A prototype: attention over segments by FlexAttention, registered with transformers as ``sft_flex``.
 
 Who sees whom in a whole trie takes one number a key: a key is visible to the queries from its own position to the end
-of its segment's subtree, since tree are in depth-first order.
+of its segment's subtree, since segments are in depth-first order.
 """
 
 from collections.abc import Callable
