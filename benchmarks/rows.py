@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.data.tokenization import encode_prompts, encode_responses
 
 GSM8K = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))

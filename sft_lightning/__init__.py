@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sft_lightning.checkpointing.callback import HFCheckpoint as HFCheckpoint
-    from sft_lightning.data.formats.base import Plain as Plain
-    from sft_lightning.data.formats.base import R1Zero as R1Zero
     from sft_lightning.data.formats.base import Template as Template
+    from sft_lightning.data.formats.prompt_response import Plain as Plain
+    from sft_lightning.data.formats.r1_zero import R1Zero as R1Zero
     from sft_lightning.data.records import SFTDataset as SFTDataset
     from sft_lightning.data.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
     from sft_lightning.errors import NonFiniteError as NonFiniteError
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 # modules may move. Resolved on first use (PEP 562): `import sft_lightning` imports neither torch nor lightning.
 _HOME = {
     "HFCheckpoint": "checkpointing.callback",
-    "Plain": "data.formats.base",
-    "R1Zero": "data.formats.base",
+    "Plain": "data.formats.prompt_response",
+    "R1Zero": "data.formats.r1_zero",
     "Template": "data.formats.base",
     "SFTDataset": "data.records",
     "tokenize_prompt_and_output": "data.tokenization",

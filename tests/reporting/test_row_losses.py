@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.cli.commands.prepare import prepare_quickstart
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import make_problems
 from sft_lightning.reporting.row_losses import describe_row_losses, read_row_losses
