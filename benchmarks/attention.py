@@ -19,7 +19,7 @@ from meter import machine
 from rows import DTYPES, Job
 from torch import Tensor
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.attention import segments as segment_attention
 
 BLOCK_TOKENS = (48, 64, 96, 128, 192)
@@ -41,9 +41,9 @@ class Shape:
         own, shared = self.own_tokens, self.shared_tokens
         if not sharing:
             own, shared = own + shared, 0
-        root = [Span(0, shared, -1)] if shared else []
+        root = [Segment(0, shared, -1)] if shared else []
         starts = range(shared, shared + self.num_rows * own, own)
-        return Segments.from_spans([*root, *(Span(start, start + own, len(root) - 1) for start in starts)])
+        return Segments.from_tree([*root, *(Segment(start, start + own, len(root) - 1) for start in starts)])
 
 
 SHAPES = (
@@ -72,7 +72,7 @@ def competitors(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Call
         )
 
     def packed(segments: Segments, block_tokens: int) -> Callable[[], None]:
-        query, key, value = heads(1, segments.spans[-1].end)
+        query, key, value = heads(1, segments.tree[-1].end)
         scale = shape.head_size**-0.5
 
         def run() -> None:

@@ -31,12 +31,12 @@ def seconds_a_step(store: TokenStore, layout: str, batch_size: int, rows_per_ste
     """Returns the median over the steps of an epoch, the first left out: it shuffles the epoch."""
     shape = StepShape(batch_size, rows_per_step // batch_size, 1)
     plan = EpochPlan(
-        *(store.total_lengths, store.label_lengths, store.weights),
+        *(store.input_lengths, store.label_lengths, store.weights),
         shape=shape,
         seed=0,
         epoch=0,
         layout=layout,
-        prompt_of=store.prompt,
+        example_of=store.__getitem__,
     )
     options = {"pad_token_id": 0, "pad_to_multiple_of": None, "layout": layout}
     micro_batches = MicroBatches(store, TrainingShare(plan, 0), plan.num_micro_batches, **options)

@@ -108,12 +108,12 @@ def test_a_gpu_session_runs_on_a_cpu(tmp_path):
 
 
 def test_flex_attention_sees_what_the_spans_say(benchmark):
-    from sft_lightning.data.batch import Segments, Span
+    from sft_lightning.data.batch import Segment, Segments
 
     flex = benchmark("gpu.flex")
     # A root with a child that has a child of its own and a second child, then a row that shares nothing.
-    spans = [Span(0, 3, -1), Span(3, 5, 0), Span(5, 6, 1), Span(6, 8, 0), Span(8, 10, -1)]
-    assert flex.visible_until(Segments.from_spans(spans)).tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
+    tree = [Segment(0, 3, -1), Segment(3, 5, 0), Segment(5, 6, 1), Segment(6, 8, 0), Segment(8, 10, -1)]
+    assert flex.visible_until(Segments.from_tree(tree)).tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
 
 
 def test_the_last_two_steps_of_a_gpu_run_are_not_timed(benchmark):
@@ -170,13 +170,13 @@ def test_flops_are_those_of_a_model_worked_out_by_hand(benchmark):
 
 def test_a_tree_of_spans_is_counted_by_the_keys_its_tokens_see(benchmark):
     from sft_lightning.data.batch import Example
-    from sft_lightning.data.batching.collate import collate_packed
+    from sft_lightning.data.batching.collate import collate
 
     trainer = benchmark("lightning_trainer")
     shared = list(range(20))
     rows = [[*shared, 30, 31, 32], [*shared, 40, 41]]
-    examples = [Example(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
-    batch = collate_packed(examples, [1.0, 1.0], pad_token_id=0, share_prefixes=True)
+    examples = [Example.from_prompt(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
+    batch = collate(examples, [1.0, 1.0], layout="shared_prefix", pad_token_id=0)
     counts = trainer._counts(batch)
     # Inputs leave out each row's last token: 20 shared, then 2 and 1 own. Each sees itself and what stands before it.
     seen = sum(range(1, 21)) + (21 + 22) + 21

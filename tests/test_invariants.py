@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.losses.model_hooks import label_losses
+from sft_lightning.models.loading import load_model
 
 CONSTANT = 7.0
 SPLITS = [(4, 8), (32, 1), (1, 32)]  # of 42 rows in steps of 32: a full step, then a short one of ten rows
@@ -59,12 +63,12 @@ def reference_loss(model, mode, micro_batches):
 
 def dealt(rows, batch_size, accumulate, step, layout, seed=7):
     """Returns the step's rows by micro-batch, as the plan deals them."""
-    totals = torch.tensor([len(ids) for ids, _ in rows]).numpy()
+    inputs = torch.tensor([len(ids) - 1 for ids, _ in rows]).numpy()
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
-    prompts = [np.array(ids[:prompt]) for ids, prompt in rows]
-    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "prompt_of": prompts.__getitem__}
-    plan = EpochPlan(totals, labels, totals * 0.0 + 1.0, **options)
+    examples = [Example.from_prompt(np.array(ids), prompt) for ids, prompt in rows]
+    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "example_of": examples.__getitem__}
+    plan = EpochPlan(inputs, labels, inputs * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]
 
@@ -186,6 +190,92 @@ def test_a_record_weight_changes_no_count(fit, tmp_path, train_file, reference_r
     loss.backward()
     assert run.losses == pytest.approx([float(loss)], rel=1e-6)
     assert_gradients_equal(run.gradients[0], {name: p.grad for name, p in model.named_parameters()})
+
+
+def conversations():
+    """Five rows: two turns, three sequences, a label among shared context, one prompt and response, an unlike one."""
+    tokens = iter(np.random.default_rng(5).integers(3, 200, 400).tolist())
+
+    def take(count):
+        return [next(tokens) for _ in range(count)]
+
+    def sequence(ids, *label_spans):
+        return TokenSequence(np.array(ids, dtype=np.int32), tuple(LabelSpan(*span) for span in label_spans))
+
+    opening, answer, follow_up = take(20), take(18), take(5)
+    dialogue = [*opening, *answer, *follow_up]
+    return [
+        Example((sequence([*dialogue, *take(6)], (20, 38, 0.5), (43, 49)),), "a:1"),
+        Example(
+            (
+                sequence([*opening, *take(7)], (20, 27)),
+                sequence([*dialogue, *take(4)], (43, 47, 0.5)),
+                sequence([*dialogue, *take(17), *take(2), *take(3)], (62, 63), (64, 65, 2.0)),
+            ),
+            "a:2",
+        ),
+        Example((sequence([*opening, *answer, *take(9)], (10, 12, 0.5), (30, 47)),), "a:3"),
+        Example.from_prompt(np.array([*opening, *take(3)], dtype=np.int32), 20, "a:4"),
+        Example((sequence(take(9), (1, 2), (4, 5), (6, 7), (8, 9, 0.0)), sequence(take(2), (1, 2))), "a:5"),
+    ]
+
+
+def conversation_loss(model, mode, micro_batches):
+    """The loss of a step by the table of DESIGN 5, each sequence alone; a span's weight changes no count."""
+    total, num_rows = 0.0, sum(map(len, micro_batches))
+    num_labels = sum(example.num_labels for examples in micro_batches for example in examples)
+    for examples in micro_batches:
+        for example in examples:
+            count = {
+                "token": num_labels,
+                "sequence": num_rows * example.num_labels,
+                "constant": num_rows * CONSTANT,
+                "micro_batch": len(micro_batches) * sum(each.num_labels for each in examples),
+            }[mode]
+            for tokens, label_spans in example.sequences:
+                ids = torch.from_numpy(tokens.astype(np.int64))
+                log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
+                for start, end, weight in label_spans:
+                    for place in range(start, end):
+                        total = total - weight * log_probabilities[place - 1, ids[place]] / count
+    return total
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conversations_have_the_gradient_of_each_sequence_alone(gpt2_folder, layout, mode):
+    examples = conversations()
+    lengths = np.array([sum(len(one.tokens) - 1 for one in example.sequences) for example in examples])
+    labels = np.array([example.num_labels for example in examples])
+    plan = EpochPlan(
+        *(lengths, labels, np.ones(5)),
+        shape=StepShape(3, 2, 1),
+        seed=7,
+        epoch=0,
+        normalization=mode,
+        normalize_constant=CONSTANT,
+        layout=layout,
+        example_of=examples.__getitem__,
+    )
+    model = load_model(gpt2_folder, dtype=torch.float64).eval()
+    loss, dealt_rows, num_shared = 0.0, [], 0
+    for index in range(2):
+        planned = plan.micro_batch(0, index)
+        dealt_rows.append([examples[row] for row in planned.examples])
+        batch = collate(dealt_rows[-1], planned.label_weights, layout=layout, pad_token_id=0)
+        num_shared += batch.num_tokens - batch.num_unique_tokens
+        part = label_losses(model, batch).weighted_sum
+        part.backward()
+        loss += part.item()
+    assert sorted(row.source for rows in dealt_rows for row in rows) == ["a:1", "a:2", "a:3", "a:4", "a:5"]
+    assert all(dealt_rows)
+    assert (num_shared > 0) == (layout == "shared_prefix")
+    reference = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float64)
+    expected = conversation_loss(reference, mode, dealt_rows)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradients_equal(gradients, {n: p.grad for n, p in reference.named_parameters()}, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

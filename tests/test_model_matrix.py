@@ -25,8 +25,8 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from sft_lightning.data.batch import Example, MicroBatch, collate_padded
-from sft_lightning.data.batching.collate import collate_packed
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import label_losses, makes_logits_in_chunks
 from sft_lightning.models.attention.selection import choose_attention
@@ -196,19 +196,15 @@ def rows() -> list[Example]:
     prompts = [preamble + take(count) for count in (17, 20, 4, 9)] + [take(1)]
     responses = [(0, 9), (1, 6), (2, 12), (0, 1), (3, 3), (0, 4), (4, 14), (1, 2)]
     return [
-        Example(np.array(prompts[prompt] + take(count), dtype=np.int32), len(prompts[prompt]), f"row {number}")
+        Example.from_prompt(
+            np.array(prompts[prompt] + take(count), dtype=np.int32), len(prompts[prompt]), f"row {number}"
+        )
         for number, (prompt, count) in enumerate(responses)
     ]
 
 
 ROWS = rows()
 LABEL_WEIGHTS = np.linspace(0.5, 1.5, len(ROWS)) / sum(example.num_labels for example in ROWS)
-
-
-def collate(layout: str) -> MicroBatch:
-    if layout == "padded":
-        return collate_padded(ROWS, LABEL_WEIGHTS, pad_token_id=0)
-    return collate_packed(ROWS, LABEL_WEIGHTS, pad_token_id=0, share_prefixes=layout == "shared_prefix")
 
 
 class InFloat64(TorchFunctionMode):
@@ -246,17 +242,19 @@ def reference(folder: str) -> tuple[float, dict[str, torch.Tensor]]:
     loss = torch.zeros((), dtype=torch.float64)
     with InFloat64():
         for example, weight in zip(ROWS, LABEL_WEIGHTS, strict=True):
-            ids = torch.from_numpy(example.tokens.astype(np.int64))
-            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, example.prompt_length - 1 :]
+            (sequence,) = example.sequences
+            ((start, _, _),) = sequence.label_spans
+            ids = torch.from_numpy(sequence.tokens.astype(np.int64))
+            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, start - 1 :]
             assert logits.dtype == torch.float64
-            loss = loss + weight * F.cross_entropy(logits, ids[example.prompt_length :], reduction="sum")
+            loss = loss + weight * F.cross_entropy(logits, ids[start:], reduction="sum")
         loss.backward()
     return loss.item(), gradients_of(model)
 
 
 def loss_and_gradients(model, layout: str) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = label_losses(model, collate(layout)).weighted_sum
+    loss = label_losses(model, collate(ROWS, LABEL_WEIGHTS, layout=layout, pad_token_id=0)).weighted_sum
     loss.backward()
     return loss.item(), gradients_of(model)
 

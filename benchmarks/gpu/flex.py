@@ -1,7 +1,7 @@
 """A prototype: attention over segments by FlexAttention, registered with transformers as ``sft_flex``.
 
 Who sees whom in a whole trie takes one number a key: a key is visible to the queries from its own position to the end
-of its segment's subtree, since spans are in depth-first order.
+of its segment's subtree, since segments are in depth-first order.
 """
 
 from collections.abc import Callable
@@ -74,11 +74,13 @@ class FlexAttention(RegisteredAttention):
 
 def visible_until(segments: Segments) -> Tensor:
     """Returns for each key the position behind the last query that sees it. Shape [T], int32."""
-    ends = [span.end for span in segments.spans]
-    for index, span in reversed(list(enumerate(segments.spans))):
-        if span.parent >= 0:
-            ends[span.parent] = max(ends[span.parent], ends[index])
-    return torch.from_numpy(np.repeat(ends, [span.end - span.start for span in segments.spans]).astype(np.int32))
+    ends = [segment.end for segment in segments.tree]
+    for index, segment in reversed(list(enumerate(segments.tree))):
+        if segment.parent >= 0:
+            ends[segment.parent] = max(ends[segment.parent], ends[index])
+    return torch.from_numpy(
+        np.repeat(ends, [segment.end - segment.start for segment in segments.tree]).astype(np.int32)
+    )
 
 
 def register() -> None:

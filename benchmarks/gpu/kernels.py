@@ -14,7 +14,7 @@ from gpu.session import Session
 from torch import Tensor, nn
 from transformers import AttentionInterface, Qwen2Config
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import segments as segment_attention
 from sft_lightning.models.attention.kernels import CUDA_KERNELS
@@ -63,14 +63,14 @@ def choose(session: Session, choice: Any) -> str:
         return str(error)
 
 
-def gsm8k_like_spans(num_rows: int, seed: int, scale: float) -> list[Span]:
+def gsm8k_like_tree(num_rows: int, seed: int, scale: float) -> list[Segment]:
     """Returns a preamble of 83 tokens with ``num_rows`` children of GSM8K's lengths."""
     draw = np.random.default_rng(seed)
-    spans = [Span(0, max(2, int(83 * scale)), -1)]
+    tree = [Segment(0, max(2, int(83 * scale)), -1)]
     for _ in range(num_rows):
         length = max(2, int(np.exp(draw.normal(5.05, 0.35)) * scale))
-        spans.append(Span(spans[-1].end, spans[-1].end + length, 0))
-    return spans
+        tree.append(Segment(tree[-1].end, tree[-1].end + length, 0))
+    return tree
 
 
 class Kernels:
@@ -82,14 +82,14 @@ class Kernels:
         self._scale = self._head_size**-0.5
         torch.manual_seed(0)
         scale = 0.1 if session.tiny else 1.0
-        spans = gsm8k_like_spans(session.size(12), 0, scale)
+        tree = gsm8k_like_tree(session.size(12), 0, scale)
         # A child of a single token two levels down.
-        end, last = spans[-1].end, len(spans) - 1
-        self._segments = _filled_up([*spans, Span(end, end + 1, last)]).to(torch.device(session.device))
-        self._heads = self._random_heads(self._segments.spans[-1].end)
+        end, last = tree[-1].end, len(tree) - 1
+        self._segments = _filled_up([*tree, Segment(end, end + 1, last)]).to(torch.device(session.device))
+        self._heads = self._random_heads(self._segments.tree[-1].end)
         self._direction = torch.randn(self._heads[0].shape, device=session.device).transpose(1, 2)
-        spans = gsm8k_like_spans(session.size(32), 1, scale)
-        self._wide = _filled_up(spans).to(torch.device(session.device))
+        tree = gsm8k_like_tree(session.size(32), 1, scale)
+        self._wide = _filled_up(tree).to(torch.device(session.device))
 
     def errors(self, name: str, window: int | None) -> dict[str, Any]:
         """Returns relative errors of output and gradients against float64, and whether two runs give the same bits."""
@@ -106,7 +106,7 @@ class Kernels:
 
     def layer_milliseconds(self, name: str) -> dict[str, float]:
         """Returns the time of one layer's attention, forward and backward, for a micro-batch of 32 rows."""
-        heads = self._random_heads(self._wide.spans[-1].end)
+        heads = self._random_heads(self._wide.tree[-1].end)
 
         def layer() -> None:
             output = self._attend(name, heads, self._wide, None)
@@ -114,7 +114,7 @@ class Kernels:
 
         first = self._milliseconds(layer)
         later = [self._milliseconds(layer) for _ in range(4)]
-        return {"tokens": self._wide.spans[-1].end, "first_ms": first, "ms": statistics.median(later)}
+        return {"tokens": self._wide.tree[-1].end, "first_ms": first, "ms": statistics.median(later)}
 
     def new_shapes(self) -> dict[str, list[float]]:
         """Returns milliseconds of padded rows of lengths not seen before, and of a decoded token behind as many."""
@@ -157,10 +157,10 @@ class Kernels:
         return round(1e3 * (time.perf_counter() - begun), 3)
 
 
-def _filled_up(spans: list[Span]) -> Segments:
+def _filled_up(tree: list[Segment]) -> Segments:
     """Returns the segments with one more row up to a multiple of 128 tokens, which FlexAttention needs."""
-    end = spans[-1].end
-    return Segments.from_spans([*spans, Span(end, end + 128 - end % 128, -1)])
+    end = tree[-1].end
+    return Segments.from_tree([*tree, Segment(end, end + 128 - end % 128, -1)])
 
 
 def _with_gradients(output: Tensor, heads: list[Tensor], direction: Tensor) -> list[Tensor]:

@@ -1,9 +1,13 @@
-"""The token store: a data set's tokens on disk, memory-mapped, made once for its bytes, tokenizer and options.
+"""Keep a data set's tokens on disk, memory-mapped, made once for its bytes, tokenizer and options.
 
     <cache_dir>/<key>/
-        tokens.bin   int32, the tokens of all rows end to end
-        rows.bin     a _ROW for each row
-        meta.json    sizes and digests, fingerprint and what was left out; written last
+        tokens.bin   int32, the tokens of all sequences end to end
+        rows.bin     a _SEQUENCE for each sequence, row by row
+        spans.bin    a _SPAN for each label span, sequence by sequence
+        meta.json    format, sizes and digests, fingerprint and load report; written last
+
+A sequence's first ``shared`` tokens are those of the row's previous sequence, and are not stored again: the context of
+a conversation's turns grows, and would otherwise be stored once for each of them.
 
 A store is written into a folder beside its place and renamed. Of processes that race for it, the first to finish
 publishes and all read that one. A folder whose files are not as its meta.json says is made again.
@@ -16,13 +20,15 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
+from sft_lightning.data.batching.prefix_trie import num_common_tokens
 from sft_lightning.data.filters import filter_records
 from sft_lightning.data.formats.base import Record, template_identity
 from sft_lightning.data.load_report import LoadReport, check_bad_rows
@@ -38,23 +44,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_AT_ONCE = 1024
-_ARRAYS = ("tokens.bin", "rows.bin")
-_ROW = np.dtype(
-    [("start", "<i8"), ("line", "<i8"), ("weight", "<f8"), ("file", "<i4"), ("length", "<i4"), ("prompt_length", "<i4")]
+_ARRAYS = ("tokens.bin", "rows.bin", "spans.bin")
+# start: of its stored tokens in tokens.bin; line, row, weight, file: of its row; length: with the shared tokens.
+_SEQUENCE = np.dtype(
+    [
+        *(("start", "<i8"), ("line", "<i8"), ("first_span", "<i8"), ("row", "<i8"), ("weight", "<f8")),
+        *(("file", "<i4"), ("length", "<i4"), ("shared", "<i4"), ("num_spans", "<i4")),
+    ]
 )
+_SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
+# The same records for a single one of them, which numpy takes several times as long to read.
+_ONE_SEQUENCE, _ONE_SPAN = struct.Struct("<4qd4i"), struct.Struct("<2if")
 
 
 class TokenStore:
-    """The tokenised rows of a data set, memory-mapped. Pickling one costs no more than its path.
+    """The tokenized rows of a data set, memory-mapped. Pickling one costs no more than its path.
 
     Attributes:
         fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
         load_report: What the data set holds beside the rows of the store; a view of the first rows has it, too.
-        total_lengths: Shape [N], int64, prompt and response tokens of each row.
-        label_lengths: Shape [N], int64, response tokens of each row.
+        total_lengths: Shape [N], int64, tokens of each row, over all its sequences.
+        label_lengths: Shape [N], int64, label tokens of each row.
         weights: Shape [N], float64.
+        longest_sequence: Tokens of the longest sequence.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path], num_rows: int | None = None) -> None:
@@ -64,24 +78,60 @@ class TokenStore:
         self.load_report = LoadReport.from_dict(meta["load_report"], dict(zip(meta["files"], files, strict=True)))
         self._folder = folder
         self._files = files
-        # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
-        self._tokens = np.memmap(folder / "tokens.bin", dtype="<i4", mode="r").view(np.ndarray)
-        self._rows = np.memmap(folder / "rows.bin", dtype=_ROW, mode="r").view(np.ndarray)[:num_rows]
-        self.total_lengths = self._rows["length"].astype(np.int64)
-        self.label_lengths = self.total_lengths - self._rows["prompt_length"]
-        self.weights = self._rows["weight"].astype(np.float64)
+        self._file_names = [str(file) for file in files]
+        self._tokens = _map(folder / "tokens.bin", np.dtype("<i4"))
+        sequences, spans = _map(folder / "rows.bin", _SEQUENCE), _map(folder / "spans.bin", _SPAN)
+        # Where each row's sequences begin, and where the last row's end; None where every row has one sequence.
+        self._row_starts: np.ndarray | None = None
+        num_sequences = num_rows
+        if sequences["row"][-1] + 1 < len(sequences):
+            starts = np.flatnonzero(np.diff(sequences["row"], prepend=-1, append=-1))
+            self._row_starts = starts if num_rows is None else starts[: num_rows + 1]
+            num_sequences = self._row_starts[-1]
+        sequences = sequences[:num_sequences]
+        spans = spans[: sequences["first_span"][-1] + sequences["num_spans"][-1]]
+        first_sequences = slice(None) if self._row_starts is None else self._row_starts[:-1]
+        first_spans = slice(None) if len(spans) == len(sequences) else sequences["first_span"]
+        self.total_lengths = _sums(sequences["length"], first_sequences)
+        self.label_lengths = _sums(_sums(spans["end"] - spans["start"], first_spans), first_sequences)
+        self.weights = sequences["weight"][first_sequences].astype(np.float64)
+        self.longest_sequence = int(sequences["length"].max())
+        self._sequences, self._spans = sequences.view("u1").data, spans.view("u1").data
+        self._indices = range(len(self.weights))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        start, line, _, file, length, prompt_length = self._rows[index].item()
-        return Example(self._tokens[start : start + length], prompt_length, f"{self._files[file]}:{line}")
+        index = self._indices[index]
+        if self._row_starts is None:
+            sequence, source = self._read(index)
+            return Example((sequence,), source)
+        sequences: list[TokenSequence] = []
+        for number in range(*self._row_starts[index : index + 2].tolist()):
+            sequence, source = self._read(number, sequences[-1] if sequences else None)
+            sequences.append(sequence)
+        return Example(tuple(sequences), source)
 
-    def prompt(self, index: int) -> np.ndarray:
-        """Returns the prompt tokens of a row. Shape [prompt length], int32."""
-        start, *_, prompt_length = self._rows[index].item()
-        return self._tokens[start : start + prompt_length]
+    def _read(self, number: int, previous: TokenSequence | None = None) -> tuple[TokenSequence, str]:
+        """Returns a sequence, which may begin as its row's previous one does, and the row's ``file:line``."""
+        record = _ONE_SEQUENCE.unpack_from(self._sequences, _ONE_SEQUENCE.size * number)
+        start, line, first_span, _, _, file, length, num_shared, num_spans = record
+        tokens = self._tokens[start : start + length - num_shared]
+        if num_shared:
+            assert previous is not None
+            tokens = np.concatenate([previous.tokens[:num_shared], tokens])
+        first, size = _ONE_SPAN.size * first_span, _ONE_SPAN.size * num_spans
+        if num_spans == 1:  # three times as fast as what follows
+            spans: tuple[LabelSpan, ...] = (LabelSpan._make(_ONE_SPAN.unpack_from(self._spans, first)),)
+        else:
+            spans = tuple(map(LabelSpan._make, _ONE_SPAN.iter_unpack(self._spans[first : first + size])))
+        return TokenSequence(tokens, spans), f"{self._file_names[file]}:{line}"
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """Tokens of each row that go into the model: all but the last of each sequence. Shape [N], int64."""
+        return self.total_lengths - (1 if self._row_starts is None else np.diff(self._row_starts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self._folder, self._files, len(self))
@@ -153,7 +203,7 @@ def _report_skipped_rows(settings: DataSettings, store: TokenStore) -> None:
 
 def _build(
     folder: Path,
-    rows: Iterator[tuple[Record, list[int], list[int]]],
+    rows: Iterator[tuple[Record, Example]],
     load_report: LoadReport,
     settings: DataSettings,
     *,
@@ -177,24 +227,44 @@ def _build(
         _write_meta(temporary, files, fingerprint, load_report)
 
 
-def _write_rows(folder: Path, rows: Iterator[tuple[Record, list[int], list[int]]], files: Sequence[Path]) -> int:
+def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Sequence[Path]) -> int:
     file_numbers = {str(file): number for number, file in enumerate(files)}
-    num_rows = start = 0
-    with (folder / "tokens.bin").open("wb") as tokens_file, (folder / "rows.bin").open("wb") as rows_file:
+    num_rows = start = first_span = 0
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((folder / name).open("wb")) for name in _ARRAYS]
         while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-            table = []
-            for record, prompt, response in chunk:
+            tokens: list[np.ndarray] = []
+            sequences: list[tuple[float, ...]] = []
+            spans: list[LabelSpan] = []
+            for row, (record, example) in enumerate(chunk, start=num_rows):
                 file, _, line = record.source.rpartition(":")
-                length = len(prompt) + len(response)
-                table.append((start, int(line), record.weight, file_numbers[file], length, len(prompt)))
-                start += length
-            tokens = itertools.chain.from_iterable(ids for _, *both in chunk for ids in both)
-            rows_file.write(np.array(table, dtype=_ROW).tobytes())
-            tokens_file.write(np.fromiter(tokens, dtype="<i4").tobytes())
+                previous = None
+                for sequence in example.sequences:
+                    shared = 0 if previous is None else num_common_tokens(previous, sequence.tokens)
+                    place = (start, int(line), first_span, row, record.weight, file_numbers[file])
+                    sequences.append((*place, len(sequence.tokens), shared, len(sequence.label_spans)))
+                    tokens.append(sequence.tokens[shared:])
+                    spans += sequence.label_spans
+                    start += len(sequence.tokens) - shared
+                    first_span += len(sequence.label_spans)
+                    previous = sequence.tokens
+            contents = np.concatenate(tokens), np.array(sequences, dtype=_SEQUENCE), np.array(spans, dtype=_SPAN)
+            for file_of_array, content in zip(opened, contents, strict=True):
+                file_of_array.write(content.tobytes())
             num_rows += len(chunk)
-        _sync(tokens_file)
-        _sync(rows_file)
+        for file_of_array in opened:
+            _sync(file_of_array)
     return num_rows
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    # A view as ndarray, because taking a slice of a memmap itself costs several times as much.
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _sums(values: np.ndarray, firsts: np.ndarray | slice) -> np.ndarray:
+    """Returns the sums of the runs of values that begin at ``firsts``; each value, where that is a slice. Int64."""
+    return values.astype(np.int64) if isinstance(firsts, slice) else np.add.reduceat(values, firsts, dtype=np.int64)
 
 
 def _write_meta(
@@ -202,6 +272,7 @@ def _write_meta(
 ) -> None:
     account = dataclasses.asdict(load_report)
     meta = {
+        "format": _FORMAT,
         "sizes": {name: (folder / name).stat().st_size for name in _ARRAYS},
         "digests": _digests(folder, account),
         "fingerprint": fingerprint,
@@ -222,12 +293,12 @@ def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, A
     """Returns the store in a folder, None if there is none or it is not as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["fingerprint"] != fingerprint:
+        if meta["format"] != _FORMAT or meta["fingerprint"] != fingerprint:
             return None
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        if "digests" in meta and meta["digests"] != _digests(folder, meta["load_report"]):
-            return None  # in stores of earlier versions there are none
+        if meta["digests"] != _digests(folder, meta["load_report"]):
+            return None
         return TokenStore(folder, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sft_lightning.data.batch import Example
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.settings import DataSettings
@@ -96,8 +98,8 @@ def tokenize_records(
     tokenizer: "PreTrainedTokenizerBase",
     settings: DataSettings,
     load_report: LoadReport,
-) -> Iterator[tuple[Record, list[int], list[int]]]:
-    """Yields each record of at most ``max_length`` tokens with its prompt ids and its response ids.
+) -> Iterator[tuple[Record, Example]]:
+    """Yields each record of at most ``max_length`` tokens with its tokens, of which the response's are labels.
 
     Args:
         records: Read in chunks, so that memory stays flat.
@@ -122,7 +124,8 @@ def tokenize_records(
                 load_report.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
                 continue
             load_report.truncated_prompts += len(kept) < len(prompt)
-            yield record, kept, response
+            tokens = np.array(kept + response, dtype=np.int32)
+            yield record, Example.from_prompt(tokens, len(kept), record.source)
     if settings.overlength == "error" and load_report.overlength_rows.count:
         raise UserError(
             f"rows over data.max_length {max_length} ({load_report.overlength_rows.count}): "

@@ -85,5 +85,5 @@ def _random_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     rows = np.random.default_rng(0).integers(0, vocabulary_size, (_NUM_ROWS, num_tokens)).astype(np.int32)
     rows[:, : MIN_SHARED_TOKENS + 1] = rows[0, : MIN_SHARED_TOKENS + 1]
-    examples = [Example(row, num_tokens - 2, f"random row {number}") for number, row in enumerate(rows)]
+    examples = [Example.from_prompt(row, num_tokens - 2, f"random row {number}") for number, row in enumerate(rows)]
     return collate(examples, np.ones(_NUM_ROWS), layout=layout, pad_token_id=0)

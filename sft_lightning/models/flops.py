@@ -67,10 +67,10 @@ def num_attended(batch: MicroBatch) -> int:
     Padding does not count.
     """
     if batch.segments is None:
-        return sum(length * (length + 1) // 2 for length in batch.row_lengths)
+        return sum(length * (length + 1) // 2 for length in batch.sequence_lengths)
     num_keys: list[int] = []  # of a segment's last token: its ancestors' tokens and the segment's own
     pairs = 0
-    for start, end, parent in batch.segments.spans:
+    for start, end, parent in batch.segments.tree:
         if start >= batch.num_unique_tokens:
             break  # padding, which is one segment at the end
         inherited = num_keys[parent] if parent >= 0 else 0

@@ -167,7 +167,7 @@ def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
     tokens = np.random.default_rng(0).integers(0, vocabulary_size, (4, _NUM_COMMON)).astype(np.int32)
     common, *rest = tokens
     return [
-        Example(
+        Example.from_prompt(
             np.concatenate([common[:num_shared], own[: num_own + num_labels]]),
             num_shared + num_own,
             f"example {number}",
@@ -177,13 +177,13 @@ def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
 
 
 def _own_losses(model: "PreTrainedModel", examples: list[Example]) -> Tensor:
-    """Returns each label's loss by the model's unmodified forward, a row at a time. Shape [M], float32."""
+    """Returns each label's loss by the model's unmodified forward, a sequence at a time. Shape [M], float32."""
     losses = []
     with torch.no_grad():
-        for example in examples:
-            ids = torch.from_numpy(example.tokens.astype(np.int64)).to(model.device)
+        for tokens, label_spans in (sequence for example in examples for sequence in example.sequences):
+            ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
             logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
-            losses.append(token_nll(logits[example.prompt_length - 1 :], ids[example.prompt_length :]))
+            losses += [token_nll(logits[start - 1 : end - 1], ids[start:end]) for start, end, _ in label_spans]
     return torch.cat(losses)
 
 

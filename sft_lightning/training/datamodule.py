@@ -259,7 +259,7 @@ class SFTDataModule(LightningDataModule):
     def _epoch_plan(self, epoch: int) -> EpochPlan:
         store = self.training_tokens
         return EpochPlan(
-            store.total_lengths,
+            store.input_lengths,
             store.label_lengths,
             store.weights,
             shape=self._step_shape,
@@ -269,7 +269,7 @@ class SFTDataModule(LightningDataModule):
             normalize_constant=self.normalize_constant,
             max_micro_batches=self._max_micro_batches,
             layout=self._layout,
-            prompt_of=store.prompt,
+            example_of=store.__getitem__,
         )
 
     def _open_training_epoch(self) -> tuple[MicroBatches, int]:

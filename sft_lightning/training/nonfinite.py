@@ -8,12 +8,10 @@ RUN/nonfinite/step-12/
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 from lightning.pytorch import Trainer
 
 from sft_lightning.checkpointing.run_folder import register_file, run_folder
@@ -226,13 +224,10 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
     path = folder / ROWS
     settings = DataSettings.of_saved_rows(path, about)
     tokenized = tokenize_records(read_records(settings), tokenizer, settings, LoadReport())
-    examples = {
-        record.source: Example(np.array([*prompt, *response], dtype=np.int32), len(prompt), record.source)
-        for record, prompt, response in tokenized
-    }
+    examples = {record.source: example for record, example in tokenized}
     names = [json.loads(line).get("source", "") for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        replace(examples[place], source=name)
+        examples[place]._replace(source=name)
         for number, name in enumerate(names, start=1)
         if (place := f"{path}:{number}") in examples
     ]

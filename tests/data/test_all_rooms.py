@@ -19,7 +19,7 @@ from sft_lightning.data.tokenization import tokenize_prompt_and_output
 
 PAD, EOS = 1, 0
 CONSTANT = 2.5
-STEMS = ("", "a preamble that is long enough to be worth a span of its own, for it has more tokens than that: ", "Q")
+STEMS = ("", "a preamble that is long enough to be worth a segment of its own, for it has more tokens than that: ", "Q")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 filled_texts = texts.filter(lambda text: text.strip())
 rows = st.lists(
@@ -58,7 +58,7 @@ def expected_rows(written, tokenizer):
 
 def micro_batches_of(store, shape, layout, mode, multiple, epoch):
     plan = EpochPlan(
-        store.total_lengths,
+        store.input_lengths,
         store.label_lengths,
         store.weights,
         shape=shape,
@@ -67,7 +67,7 @@ def micro_batches_of(store, shape, layout, mode, multiple, epoch):
         normalization=mode,
         normalize_constant=CONSTANT,
         layout=layout,
-        prompt_of=store.prompt,
+        example_of=store.__getitem__,
     )
     options = {"pad_token_id": PAD, "pad_to_multiple_of": multiple, "layout": layout}
     loaders = [
@@ -80,7 +80,7 @@ def micro_batches_of(store, shape, layout, mode, multiple, epoch):
 def rows_in(batch):
     """Yields (line, input ids, prompt length, labels, loss weights) of each row, read off the batch's own positions.
 
-    In a padded batch row i is row i of the input; in a packed one a row is the chain of spans that its labels end in.
+    In a padded batch row i is row i of the input; in a packed one a row is the chain of tree that its labels end in.
     """
     width = batch.input_ids.shape[1]
     for row, source in enumerate(batch.sources):
@@ -90,13 +90,13 @@ def rows_in(batch):
             assert {position // width for position in positions} == {row}
             chain = list(range(row * width, positions[-1] + 1))
         else:
-            chain, spans = [], batch.segments.spans
-            inside = next(number for number, span in enumerate(spans) if span.start <= positions[-1] < span.end)
+            chain, tree = [], batch.segments.tree
+            inside = next(number for number, segment in enumerate(tree) if segment.start <= positions[-1] < segment.end)
             last = positions[-1]
             while inside >= 0:
-                chain = [*range(spans[inside].start, last + 1), *chain]
-                inside = spans[inside].parent
-                last = spans[inside].end - 1
+                chain = [*range(tree[inside].start, last + 1), *chain]
+                inside = tree[inside].parent
+                last = tree[inside].end - 1
             assert batch.position_ids[0, chain].tolist() == list(range(len(chain)))
         ids = batch.input_ids.flatten()[chain].tolist()
         weights = set(batch.loss_weights[mine].tolist())
@@ -129,8 +129,9 @@ def test_every_row_is_in_an_epoch_once_with_its_weight(tokenizer, epoch):
         settings = DataSettings(path, max_length=1000, cache_dir=Path(folder) / "cache")
         stores = [load_or_build_tokens(settings, tokenizer) for _ in range(2)]  # built, then read from the cache
         for store in stores:
-            assert [(e.tokens.tolist(), e.prompt_length) for e in map(store.__getitem__, range(len(store)))] == [
-                (ids, prompt_length) for ids, prompt_length, _ in expected
+            found = [store[index].sequences for index in range(len(store))]
+            assert [(sequence.tokens.tolist(), sequence.label_spans) for (sequence,) in found] == [
+                (ids, ((prompt_length, len(ids), 1.0),)) for ids, prompt_length, _ in expected
             ]
             assert store.weights.tolist() == [weight for *_, weight in expected]
         replicas = micro_batches_of(stores[1], shape, layout, mode, multiple, number)

@@ -9,17 +9,24 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data import token_store as cache
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
+from sft_lightning.data.formats.base import Record
 from sft_lightning.data.formats.r1_zero import R1Zero
+from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import file_digest
 
 EOS = 0
 VOCABULARY = {"</s>": EOS, "one": 1, "two": 2, "plus": 3, "is": 4, "three": 5}
@@ -55,7 +62,18 @@ def load(path, *, tokenizer=TOKENIZER, **options):
 
 
 def rows_of(store):
-    return [(example.tokens.tolist(), example.prompt_length, example.source) for example in store]
+    """[(tokens, prompt tokens, source)] of a store whose rows are a prompt and its response."""
+    rows = []
+    for example in store:
+        (sequence,) = example.sequences
+        assert sequence.label_spans == ((len(sequence.prefix), len(sequence.tokens), 1.0),)
+        rows.append((sequence.tokens.tolist(), len(sequence.prefix), example.source))
+    return rows
+
+
+def tokens_of(example):
+    (sequence,) = example.sequences
+    return sequence.tokens.tolist()
 
 
 def stores_in(folder):
@@ -79,7 +97,7 @@ def test_rows_lengths_and_weights(data):
         ([2, 2, EOS], 1, f"{data}:2"),
         ([1, 3, 1, 3, 1, 5, EOS], 5, f"{data}:3"),
     ]
-    assert store[0].tokens.dtype == np.int32
+    assert store[0].sequences[0].tokens.dtype == np.int32
     assert store[-1].source == f"{data}:3"
     for array, values, dtype in (
         (store.total_lengths, [6, 3, 7], np.int64),
@@ -96,7 +114,7 @@ def test_an_index_outside_is_an_index_error(data):
 
 
 def test_without_eos(data):
-    assert load(data, append_eos=False)[1].tokens.tolist() == [2, 2]
+    assert tokens_of(load(data, append_eos=False)[1]) == [2, 2]
 
 
 def test_the_first_rows_are_a_view(data):
@@ -140,11 +158,128 @@ def test_several_files_each_with_its_template_and_lines(tmp_path):
     write_rows(folder / "a.jsonl", [{"question": "one", "answer": "two #### 3"}])
     store = load(folder)
     assert [example.source for example in store] == [f"{folder}/a.jsonl:1", f"{folder}/b.jsonl:1"]
-    assert store[1].tokens.tolist() == [1, 3, 2, 4, 5, EOS]
+    assert tokens_of(store[1]) == [1, 3, 2, 4, 5, EOS]
     assert [name.partition("/")[0] for name in store.fingerprint["template"].split(", ")] == [
         "sft_lightning.Plain",
         "sft_lightning.R1Zero",
     ]
+
+
+# Rows of several sequences and label spans
+
+
+def sequence(tokens, *label_spans):
+    return TokenSequence(np.array(tokens, dtype=np.int32), tuple(LabelSpan(*span) for span in label_spans))
+
+
+CONVERSATIONS = [
+    Example((sequence([7, 8, 9, 1], (1, 2), (3, 4, 0.5)),), "data.jsonl:1"),
+    # The second sequence begins with three tokens of the first, and the third is the second and goes on.
+    Example(
+        (
+            sequence([1, 2, 3, 4, 5], (3, 5)),
+            sequence([1, 2, 3, 6, 7], (4, 5, 0.25)),
+            sequence([1, 2, 3, 6, 7, 8], (1, 2), (3, 4, 0.0), (5, 6)),
+        ),
+        "data.jsonl:5",
+    ),
+    Example((sequence([5, 5], (1, 2)), sequence([6, 6], (1, 2))), "data.jsonl:6"),
+]
+CONVERSATION_WEIGHTS = [1.0, 0.5, 3.0]
+
+
+def store_of(folder, examples, weights):
+    rows = [
+        (Record("prompt", "response", weight=weight, source=example.source), example)
+        for example, weight in zip(examples, weights, strict=True)
+    ]
+    files = [Path(examples[0].source.rpartition(":")[0])]
+    assert cache._write_rows(folder, iter(rows), files) == len(rows)
+    cache._write_meta(folder, files, {}, LoadReport())
+    return TokenStore(folder, files)
+
+
+def content(examples):
+    return [
+        ([(tokens.tolist(), label_spans) for tokens, label_spans in example.sequences], example.source)
+        for example in examples
+    ]
+
+
+def test_a_store_keeps_every_sequence_and_span_of_a_row(tmp_path):
+    store = store_of(tmp_path, CONVERSATIONS, CONVERSATION_WEIGHTS)
+    assert content(store) == content(CONVERSATIONS)
+    assert content([store[-1]]) == content(CONVERSATIONS[-1:])
+    assert {one.tokens.dtype for example in store for one in example.sequences} == {np.dtype(np.int32)}
+    with pytest.raises(IndexError):
+        store[3]
+
+
+def test_lengths_and_weights_are_of_rows_over_all_their_sequences(tmp_path):
+    store = store_of(tmp_path, CONVERSATIONS, CONVERSATION_WEIGHTS)
+    for array, values, dtype in (
+        (store.total_lengths, [4, 16, 4], np.int64),
+        (store.input_lengths, [3, 13, 2], np.int64),
+        (store.label_lengths, [2, 6, 2], np.int64),
+        (store.weights, CONVERSATION_WEIGHTS, np.float64),
+    ):
+        assert array.tolist() == values
+        assert array.dtype == dtype
+    assert store.longest_sequence == 6
+
+
+def test_the_first_rows_have_all_their_sequences(tmp_path):
+    store = store_of(tmp_path, CONVERSATIONS, CONVERSATION_WEIGHTS)
+    for view in (store.first(2), pickle.loads(pickle.dumps(store.first(2)))):
+        assert content(view) == content(CONVERSATIONS[:2])
+        assert (view.total_lengths.tolist(), view.label_lengths.tolist()) == ([4, 16], [2, 6])
+        assert (view.input_lengths.tolist(), view.weights.tolist()) == ([3, 13], [1.0, 0.5])
+        with pytest.raises(IndexError):
+            view[2]
+    assert content(store.first(1)) == content(CONVERSATIONS[:1])
+
+
+def test_tokens_that_a_sequence_repeats_are_stored_once(tmp_path):
+    store_of(tmp_path, CONVERSATIONS, CONVERSATION_WEIGHTS)
+    tokens = np.fromfile(tmp_path / "tokens.bin", dtype="<i4").tolist()
+    assert tokens == [7, 8, 9, 1, 1, 2, 3, 4, 5, 6, 7, 8, 5, 5, 6, 6]
+    # start, line, first span, row, weight, file, length, shared tokens, spans
+    rows = np.fromfile(tmp_path / "rows.bin", dtype="<i8, <i8, <i8, <i8, <f8, <i4, <i4, <i4, <i4").tolist()
+    assert rows == [
+        (0, 1, 0, 0, 1.0, 0, 4, 0, 2),
+        (4, 5, 2, 1, 0.5, 0, 5, 0, 1),
+        (9, 5, 3, 1, 0.5, 0, 5, 3, 1),
+        (11, 5, 4, 1, 0.5, 0, 6, 5, 3),
+        (12, 6, 7, 2, 3.0, 0, 2, 0, 1),
+        (14, 6, 8, 2, 3.0, 0, 2, 0, 1),
+    ]
+    spans = np.fromfile(tmp_path / "spans.bin", dtype="<i4, <i4, <f4").tolist()
+    assert spans[:4] == [(1, 2, 1.0), (3, 4, 0.5), (3, 5, 1.0), (4, 5, 0.25)]
+
+
+def test_a_prompt_with_its_response_takes_68_bytes_beside_its_tokens(data):
+    store = load(data)
+    (folder,) = (data.parent / "cache").iterdir()
+    assert sum((folder / name).stat().st_size for name in ("rows.bin", "spans.bin")) == 68 * len(store)
+    assert (folder / "tokens.bin").stat().st_size == 4 * int(store.total_lengths.sum())
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_a_store_gives_back_any_conversations(conversations, labels_of, data):
+    examples = data.draw(conversations)
+    weights = [1 / 2**row for row in range(len(examples))]
+    with TemporaryDirectory() as folder:
+        store = store_of(Path(folder), examples, weights)
+        num_rows = data.draw(st.integers(1, len(examples)))
+        for view in (store, store.first(num_rows)):
+            found = list(view)
+            assert content(found) == content(examples[: len(view)])
+            assert labels_of(found, view.weights.tolist()) == labels_of(examples[: len(view)], weights[: len(view)])
+            assert view.label_lengths.tolist() == [example.num_labels for example in found]
+            lengths = [[len(one.tokens) for one in example.sequences] for example in found]
+            assert view.total_lengths.tolist() == [sum(each) for each in lengths]
+            assert view.input_lengths.tolist() == [sum(each) - len(each) for each in lengths]
 
 
 # What is left out
@@ -182,7 +317,7 @@ def test_a_hit_forgives_no_more_bad_rows_than_a_build(data):
 
 def test_truncated_prompts(data):
     store = load(data, max_length=4, overlength="truncate_prompt")
-    assert [example.tokens.tolist() for example in store] == [[2, 4, 5, EOS], [2, 2, EOS], [3, 1, 5, EOS]]
+    assert [tokens_of(example) for example in store] == [[2, 4, 5, EOS], [2, 2, EOS], [3, 1, 5, EOS]]
     assert store.report["truncated_prompts"] == 2
 
 
@@ -262,24 +397,14 @@ def test_a_store_made_without_a_filter_keeps_its_place_and_one_with_has_its_own(
     write_rows(data, FILTERED_ROWS)
     plain = load(data)
     (folder,) = (data.parent / "cache").iterdir()
-    # The key as it was before there were filters.
-    key = hashlib.sha256(json.dumps([1, plain.fingerprint], sort_keys=True).encode()).hexdigest()[:32]
+    # The key without a word of filters: the format and the fingerprint.
+    key = hashlib.sha256(json.dumps([2, plain.fingerprint], sort_keys=True).encode()).hexdigest()[:32]
     assert folder.name == key
     assert "filter" not in plain.fingerprint
     filtered = load(data, filter=NoTwos())
     assert filtered.fingerprint == {**plain.fingerprint, "filter": "no twos"}
     assert (len(plain), len(filtered)) == (5, 3)
     assert len(stores_in(data.parent / "cache")) == 2
-
-
-def test_a_store_made_before_there_were_filters_is_read(data, monkeypatch):
-    store = load(data, max_length=6)
-    (folder,) = (data.parent / "cache").iterdir()
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["load_report"]["ungraded_rows"], meta["load_report"]["rejected_rows"], meta["digests"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    forbid_tokenising(monkeypatch)
-    assert load(data, max_length=6).report == store.report
 
 
 def test_a_filter_that_leaves_nothing_is_an_error_that_says_why(data):
@@ -345,10 +470,10 @@ def test_another_text_in_a_template_makes_another_store(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("plus {question}")
     assert load(file).fingerprint["template"] != load(file, template=R1Zero(str(own))).fingerprint["template"]
-    assert load(file, template=R1Zero(str(own)))[0].tokens.tolist()[:2] == [3, 1]
+    assert tokens_of(load(file, template=R1Zero(str(own)))[0])[:2] == [3, 1]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "spans.bin", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut short", "gone"])
 def test_a_damaged_store_is_made_again(data, name, damage):
     rows = rows_of(load(data))
@@ -359,7 +484,32 @@ def test_a_damaged_store_is_made_again(data, name, damage):
         os.truncate(folder / name, (folder / name).stat().st_size - 1)
     assert rows_of(load(data)) == rows
     assert stores_in(data.parent / "cache") == [folder.name]
-    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "rows.bin", "tokens.bin"]
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "rows.bin", "spans.bin", "tokens.bin"]
+
+
+def test_a_store_of_another_format_is_made_again(data):
+    rows = rows_of(load(data))
+    (folder,) = (data.parent / "cache").iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["format"] == 2
+    (folder / "meta.json").write_text(json.dumps({**meta, "format": 1}))
+    assert rows_of(load(data)) == rows
+    assert json.loads((folder / "meta.json").read_text()) == meta
+
+
+def test_a_store_of_format_1_at_the_same_place_is_made_again(data):
+    rows = rows_of(load(data))
+    (folder,) = (data.parent / "cache").iterdir()
+    # Format 1: no spans.bin, 36 bytes a row in rows.bin, and a meta.json that is true of both files.
+    (folder / "spans.bin").unlink()
+    (folder / "rows.bin").write_bytes(bytes(36 * len(rows)))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["format"], meta["sizes"]["spans.bin"], meta["digests"]["spans.bin"]
+    meta["sizes"]["rows.bin"] = 36 * len(rows)
+    meta["digests"]["rows.bin"] = file_digest(folder / "rows.bin")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert rows_of(load(data)) == rows
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "rows.bin", "spans.bin", "tokens.bin"]
 
 
 def test_a_build_that_dies_leaves_nothing_behind(data, monkeypatch):
@@ -481,5 +631,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, row_filter):
 def test_a_store_can_be_deleted_while_it_is_open(data):
     store = load(data)
     shutil.rmtree(data.parent / "cache")
-    assert store[0].tokens.tolist() == [1, 3, 2, 4, 5, EOS]
+    assert tokens_of(store[0]) == [1, 3, 2, 4, 5, EOS]
     assert isinstance(store, TokenStore)

@@ -41,7 +41,11 @@ def load(data, tokenizer, tmp_path):
 
 
 def content(store):
-    return [(store[row].tokens.tobytes(), store[row].prompt_length, store[row].source) for row in range(len(store))]
+    rows = []
+    for example in store:
+        (sequence,) = example.sequences
+        rows.append((sequence.tokens.tobytes(), sequence.label_spans, example.source))
+    return rows
 
 
 def run(function, *arguments):
@@ -63,7 +67,7 @@ def test_processes_that_race_end_with_one_whole_store(load, tmp_path, note_fault
     (key,) = (tmp_path / "cache").iterdir()
     num_tries = 5
     for _ in range(num_tries):
-        for name in ("tokens.bin", "rows.bin", "meta.json"):
+        for name in ("tokens.bin", "rows.bin", "spans.bin", "meta.json"):
             (key / name).unlink()
         barrier, results = FORK.Barrier(2), FORK.Queue()
         processes = [run(report, load, barrier, results) for _ in range(2)]
@@ -116,10 +120,10 @@ def test_a_store_in_which_any_byte_changed_is_made_again(load, tmp_path, note_fa
     rng = random.Random(1)
     num_tries = 40
     for number in range(num_tries):
-        path = key / ("tokens.bin", "rows.bin", "meta.json")[number % 3]
+        path = key / ("tokens.bin", "rows.bin", "spans.bin", "meta.json")[number % 4]
         altered = bytearray(path.read_bytes())
         place = rng.randrange(len(altered))
-        if number % 4 == 3:
+        if number % 5 == 3:
             del altered[place:]
         else:
             altered[place] ^= 1 << rng.randrange(8)
@@ -129,7 +133,7 @@ def test_a_store_in_which_any_byte_changed_is_made_again(load, tmp_path, note_fa
         assert store.weights.tolist() == weights
     note_fault(
         "token cache altered or cut short",
-        provoked="a bit of tokens.bin, rows.bin or meta.json flipped, or the file cut, at random places",
+        provoked="a bit of tokens.bin, rows.bin, spans.bin or meta.json flipped, or the file cut, at random places",
         outcome="made again",
         tries=num_tries,
     )

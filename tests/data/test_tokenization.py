@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -201,7 +202,17 @@ def test_prompts_and_outputs_must_pair_up(prompts, outputs):
 
 def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
     settings = DataSettings("rows.jsonl", max_length=99, overlength="error", append_eos=append_eos)
-    return tokenize_records(iter(records), tokenizer, settings, LoadReport())
+    return map(prompt_and_response, tokenize_records(iter(records), tokenizer, settings, LoadReport()))
+
+
+def prompt_and_response(row):
+    """A row's record, the ids of its prompt and those of its response."""
+    record, example = row
+    (sequence,) = example.sequences
+    assert example.source == record.source
+    assert sequence.tokens.dtype == np.int32
+    assert sequence.label_spans == ((len(sequence.prefix), len(sequence.tokens), 1.0),)
+    return record, sequence.prefix.tolist(), sequence.tokens[len(sequence.prefix) :].tolist()
 
 
 def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
@@ -262,7 +273,7 @@ SHORT = Record("one", "is", source="a:2")
 
 def tokenised(records, tokenizer, max_length, overlength):
     load_report, settings = LoadReport(), DataSettings("rows.jsonl", max_length=max_length, overlength=overlength)
-    rows = tokenize_records(iter(records), tokenizer, settings, load_report)
+    rows = map(prompt_and_response, tokenize_records(iter(records), tokenizer, settings, load_report))
     return [(record.source, prompt, response) for record, prompt, response in rows], load_report
 
 
@@ -324,7 +335,7 @@ def test_text_without_tokens_is_a_bad_row():
     ]
     settings = DataSettings("rows.jsonl", max_length=9, append_eos=False)
     rows = tokenize_records(iter(records), tokenizer, settings, load_report)
-    assert [record.source for record, _, _ in rows] == ["a:3"]
+    assert [record.source for record, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
         ("a:1", "the tokenizer makes no token of the response"),
         ("a:2", "the tokenizer makes no token of the prompt"),

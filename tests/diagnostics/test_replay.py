@@ -13,7 +13,8 @@ from sft_lightning.models.loading import load_model
 from sft_lightning.models.precision import Precision
 
 ROWS = [
-    Example(np.array(tokens, dtype=np.int32), 3, f"a:{n}") for n, tokens in enumerate(([5, 6, 7, 8, 9], [5, 6, 7, 4]))
+    Example.from_prompt(np.array(tokens, dtype=np.int32), 3, f"a:{n}")
+    for n, tokens in enumerate(([5, 6, 7, 8, 9], [5, 6, 7, 4]))
 ]
 OPTIONS = {"precision": Precision.named("32-true"), "pad_token_id": 0}
 
@@ -29,7 +30,7 @@ def test_loss_and_gradient_norm_are_those_of_the_row_alone_without_dropout(model
     rows = list(replay_rows(model, ROWS, layout=layout, **OPTIONS))
     assert [row.source for row in rows] == ["a:0", "a:1"]
     for row, example in zip(rows, ROWS, strict=True):
-        tokens = torch.tensor(example.tokens[None].astype(np.int64))
+        tokens = torch.tensor(example.sequences[0].tokens[None].astype(np.int64))
         reference.zero_grad()
         loss = torch.nn.functional.cross_entropy(reference(tokens).logits[0, 2:-1], tokens[0, 3:])
         loss.backward()

@@ -19,7 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.losses.functional import compute_entropy
 from sft_lightning.losses.model_hooks import (
     install_label_loss,
@@ -63,15 +64,15 @@ def make_model(name="llama"):
 def make_batch():
     """Rows of 5, 3 and 6 tokens: 4, 2 and 5 inputs padded to 5, so positions 1 2 3, 5 6, and 12 13 14 predict."""
     rows = [((11, 12, 13, 14, 15), 2), ((21, 22, 23), 1), ((31, 32, 33, 34, 35, 36), 3)]
-    examples = [Example(np.array(tokens, dtype=np.int32), num_prompt) for tokens, num_prompt in rows]
-    batch = collate_padded(examples, np.array([0.5, 0.25, 0.125]), pad_token_id=0)
+    examples = [Example.from_prompt(np.array(tokens, dtype=np.int32), num_prompt) for tokens, num_prompt in rows]
+    batch = collate(examples, np.array([0.5, 0.25, 0.125]), layout="padded", pad_token_id=0)
     assert batch.label_positions.tolist() == POSITIONS
     return batch
 
 
 def plain_logits(model, batch):
     """The logits that predict the labels, by the model's own forward. Shape [M, V]."""
-    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.row_lengths)[:, None]
+    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.sequence_lengths)[:, None]
     return model(input_ids=batch.input_ids, attention_mask=mask.long()).logits.flatten(0, 1)[POSITIONS]
 
 

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from sft_lightning import SFTModule
-from sft_lightning.data.batch import Example, collate_padded, empty_micro_batch
-from sft_lightning.data.batching.collate import collate_packed
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate, empty_micro_batch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.losses.model_hooks import label_losses
@@ -35,11 +35,8 @@ def batch_of(layout, num_rows, rng):
         return empty_micro_batch(0, 0)
     common = rng.integers(0, 300, 40)
     own = [rng.integers(0, 300, length) for length in rng.integers(5, 60, num_rows)]
-    examples = [Example(np.concatenate([common, tokens]).astype(np.int32), 42) for tokens in own]
-    weights = np.full(num_rows, 0.1)
-    if layout == "padded":
-        return collate_padded(examples, weights, pad_token_id=0)
-    return collate_packed(examples, weights, pad_token_id=0, share_prefixes=layout == "shared_prefix")
+    examples = [Example.from_prompt(np.concatenate([common, tokens]).astype(np.int32), 42) for tokens in own]
+    return collate(examples, np.full(num_rows, 0.1), layout=layout, pad_token_id=0)
 
 
 def loss_and_gradients(model, batch):

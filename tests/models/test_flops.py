@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.flops import ModelFlops, count_model_flops, num_attended
 
 # What a model costs
@@ -68,29 +68,29 @@ def test_models_that_no_formula_covers_are_not_counted():
 # What attention runs over
 
 
-def batch(*row_lengths, spans=None, num_unique_tokens=None):
+def batch(*sequence_lengths, tree=None, num_unique_tokens=None):
     return SimpleNamespace(
-        row_lengths=row_lengths,
-        num_unique_tokens=sum(row_lengths) if num_unique_tokens is None else num_unique_tokens,
-        segments=spans and Segments.from_spans(spans),
+        sequence_lengths=sequence_lengths,
+        num_unique_tokens=sum(sequence_lengths) if num_unique_tokens is None else num_unique_tokens,
+        segments=tree and Segments.from_tree(tree),
     )
 
 
 def test_packed_rows_attend_within_themselves():
-    spans = [Span(0, 3, -1), Span(3, 5, -1)]
-    assert num_attended(batch(3, 2, spans=spans)) == (1 + 2 + 3) + (1 + 2)
+    tree = [Segment(0, 3, -1), Segment(3, 5, -1)]
+    assert num_attended(batch(3, 2, tree=tree)) == (1 + 2 + 3) + (1 + 2)
 
 
 def test_a_shared_prefix_counts_once():
     """A prefix of 3, below it a prompt of 2 with responses of 1 and 2 below that, and a row of 4."""
-    spans = [Span(0, 3, -1), Span(3, 5, 0), Span(5, 6, 1), Span(6, 8, 1), Span(8, 12, 0)]
+    tree = [Segment(0, 3, -1), Segment(3, 5, 0), Segment(5, 6, 1), Segment(6, 8, 1), Segment(8, 12, 0)]
     expected = (1 + 2 + 3) + (4 + 5) + 6 + (6 + 7) + (4 + 5 + 6 + 7)
-    assert num_attended(batch(6, 7, 7, num_unique_tokens=12, spans=spans)) == expected
+    assert num_attended(batch(6, 7, 7, num_unique_tokens=12, tree=tree)) == expected
 
 
 def test_padding_after_packed_rows_does_not_count():
-    spans = [Span(0, 3, -1), Span(3, 8, -1)]
-    assert num_attended(batch(3, spans=spans)) == 6
+    tree = [Segment(0, 3, -1), Segment(3, 8, -1)]
+    assert num_attended(batch(3, tree=tree)) == 6
 
 
 def test_padded_rows_attend_within_themselves():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Mamba2Config, MambaConfig, Qwen2ForCausalLM
 
-from sft_lightning.data.batch import Example, Segments, collate_padded
-from sft_lightning.data.batching.collate import collate_packed
+from sft_lightning.data.batch import Example, Segments
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import install_label_loss, label_losses, makes_logits_in_chunks
 from sft_lightning.models.attention import segments as segment_attention
@@ -41,8 +41,8 @@ def attend_to_the_whole_row(query, key, value, segments, *, scale, **options):
 
 
 def attend_without_ancestors(query, key, value, segments, **options):
-    alone = [span._replace(parent=-1) for span in segments.spans]
-    return ATTEND(query, key, value, Segments.from_spans(alone), **options)
+    alone = [segment._replace(parent=-1) for segment in segments.tree]
+    return ATTEND(query, key, value, Segments.from_tree(alone), **options)
 
 
 def attend_with_a_quarter_of_the_gradient(query, key, value, segments, **options):
@@ -209,7 +209,7 @@ def rows():
     common = tokens[:20]
     lengths = ((4, 7), (4, 3), (9, 1))
     return [
-        Example(np.concatenate([common, tokens[20 + 20 * row :][: own + labels]]), 20 + own, f"row {row}")
+        Example.from_prompt(np.concatenate([common, tokens[20 + 20 * row :][: own + labels]]), 20 + own, f"row {row}")
         for row, (own, labels) in enumerate(lengths)
     ]
 
@@ -218,9 +218,11 @@ def test_logits_scaled_behind_the_head_are_found_and_the_gradient_is_that_of_the
     weight = 1 / 11
     own = Qwen2ForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
     for example in rows():
-        ids = torch.from_numpy(example.tokens.astype(np.int64))
-        logits = 1.5 * own(ids[None, :-1]).logits[0, example.prompt_length - 1 :]
-        (weight * F.cross_entropy(logits, ids[example.prompt_length :], reduction="sum")).backward()
+        (sequence,) = example.sequences
+        ((start, _, _),) = sequence.label_spans
+        ids = torch.from_numpy(sequence.tokens.astype(np.int64))
+        logits = 1.5 * own(ids[None, :-1]).logits[0, start - 1 :]
+        (weight * F.cross_entropy(logits, ids[start:], reduction="sum")).backward()
     expected = {name: parameter.grad for name, parameter in own.named_parameters()}
 
     model = load_as(WithScaledLogits, model_folder)
@@ -231,10 +233,7 @@ def test_logits_scaled_behind_the_head_are_found_and_the_gradient_is_that_of_the
     assert any("the model's own logits" in record.getMessage() for record in caplog.records)
     for layout in LAYOUTS:
         model.zero_grad()
-        if layout == "padded":
-            batch = collate_padded(rows(), [weight] * 3, pad_token_id=1)
-        else:
-            batch = collate_packed(rows(), [weight] * 3, pad_token_id=1, share_prefixes=layout == "shared_prefix")
+        batch = collate(rows(), [weight] * 3, layout=layout, pad_token_id=1)
         label_losses(model, batch).weighted_sum.backward()
         total = torch.nn.utils.get_total_norm(expected.values())
         for name, parameter in model.named_parameters():

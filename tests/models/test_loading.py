@@ -22,7 +22,8 @@ from transformers import (
     ViTConfig,
 )
 
-from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import label_losses
@@ -70,7 +71,7 @@ def make_model(name="llama"):
 
 
 def example(*tokens, prompt_length):
-    return Example(np.array(tokens, dtype=np.int32), prompt_length)
+    return Example.from_prompt(np.array(tokens, dtype=np.int32), prompt_length)
 
 
 def make_batch():
@@ -80,7 +81,7 @@ def make_batch():
         example(21, 22, 23, prompt_length=1),
         example(31, 32, 33, 34, 35, 36, prompt_length=3),
     ]
-    batch = collate_padded(rows, np.ones(3), pad_token_id=0)
+    batch = collate(rows, np.ones(3), layout="padded", pad_token_id=0)
     assert batch.label_positions.tolist() == [1, 2, 3, 5, 6, 12, 13, 14]
     return batch
 

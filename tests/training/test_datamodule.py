@@ -131,7 +131,7 @@ def test_rows_are_tokens_of_prompt_and_response_with_eos(fit, train_file, tokeni
     rows = [json.loads(line) for line in Path(train_file).read_text().splitlines()]
     for batch in module.epochs[0]:
         for row, line in enumerate(lines(batch)):
-            width = batch.row_lengths[row]
+            width = batch.sequence_lengths[row]
             labels = batch.labels[batch.label_rows == row].tolist()
             assert tokenizer.decode(labels) == rows[line - 1]["response"] + "<|endoftext|>"
             assert (
@@ -143,7 +143,7 @@ def test_rows_are_padded_to_a_multiple_with_the_pad_token(fit, tokenizer):
     module, _, _ = fit({"pad_to_multiple_of": 64})
     for batch in module.epochs[0]:
         assert batch.input_ids.shape[1] % 64 == 0
-        for row, width in zip(batch.input_ids, batch.row_lengths, strict=True):
+        for row, width in zip(batch.input_ids, batch.sequence_lengths, strict=True):
             assert set(row[width:].tolist()) <= {tokenizer.pad_token_id}
 
 
@@ -332,7 +332,7 @@ def test_validation_has_every_row_once_with_weight_one(make, batch_size):
     assert all_lines(module.validated) == list(range(1, 12))
     assert len(module.validated) == -(-11 // batch_size)
     assert all((batch.loss_weights == 1).all() for batch in module.validated)
-    longest = [max(batch.row_lengths) for batch in module.validated]
+    longest = [max(batch.sequence_lengths) for batch in module.validated]
     assert longest == sorted(longest, reverse=True)
 
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_lightning.checkpointing import folder as checkpoint_folder
 from sft_lightning.checkpointing import run_folder
 from sft_lightning.checkpointing.run_folder import RUN_FILES
-from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.records import read_records
 from sft_lightning.data.settings import DataSettings
@@ -37,8 +38,8 @@ from sft_lightning.training.step import MicroBatchLosses
 
 
 def micro_batch(*lines):
-    examples = [Example(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
-    return collate_padded(examples, [1.0] * len(examples), pad_token_id=0)
+    examples = [Example.from_prompt(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
+    return collate(examples, [1.0] * len(examples), layout="padded", pad_token_id=0)
 
 
 def losses(*values):
@@ -57,7 +58,7 @@ def test_a_row_is_finite_when_the_losses_of_all_its_labels_are():
 
 
 def test_dummy_rows_of_empty_micro_batches_are_never_named():
-    empty = collate_padded([], [], pad_token_id=0)
+    empty = collate([], [], layout="padded", pad_token_id=0)
     assert rows_of_step([MicroBatchLosses(losses(float("nan")), empty)]) == []
 
 
@@ -120,8 +121,9 @@ def test_saved_rows_are_training_data_and_registered_with_the_run(tmp_path, toke
     first, second = read_examples(folder, tokenizer, options)
     assert (first.source, second.source) == ("a:1", "a:2")
     prompt, response = tokenizer("say 2:").input_ids, tokenizer(" 2").input_ids
-    assert second.tokens.tolist() == [*prompt, *response, tokenizer.eos_token_id]
-    assert second.prompt_length == len(prompt)
+    (sequence,) = second.sequences
+    assert sequence.tokens.tolist() == [*prompt, *response, tokenizer.eos_token_id]
+    assert sequence.label_spans == ((len(prompt), len(prompt) + len(response) + 1, 1.0),)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 7}'])

@@ -213,7 +213,7 @@ def test_outside_of_fit_there_is_nothing_to_lose():
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_the_micro_batch_is_described(layout):
-    examples = [Example(np.arange(n, dtype=np.int32), 2, f"a:{n}") for n in (5, 9)]
+    examples = [Example.from_prompt(np.arange(n, dtype=np.int32), 2, f"a:{n}") for n in (5, 9)]
     batch = collate(examples, [1.0, 1.0], layout=layout, pad_token_id=0)
     with pytest.raises(RunFailedError) as raised, step_oom_advice(stand_in("fit"), "the forward pass", batch):
         raise MemoryError

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sft_lightning.data.batch import Example, collate_padded
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
 from sft_lightning.losses.base import LabelLosses
 from sft_lightning.training.step import MicroBatchLosses, StepAccumulator, StepStats, name_sources, step_sums
 
 
 def micro_batch(*lines):
-    examples = [Example(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
-    return collate_padded(examples, [1.0] * len(examples), pad_token_id=0)
+    examples = [Example.from_prompt(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
+    return collate(examples, [1.0] * len(examples), layout="padded", pad_token_id=0)
 
 
 def losses(nll, *, correct, entropy=None):
@@ -27,7 +28,7 @@ DUMMY = losses([100.0], correct=[True], entropy=[100.0])._replace(weighted_sum=t
 
 
 def test_sums_of_a_step_leave_out_the_dummies_of_empty_micro_batches():
-    empty = collate_padded([], [], pad_token_id=0)
+    empty = collate([], [], layout="padded", pad_token_id=0)
     parts = [(FIRST, micro_batch(1, 2)), (SECOND, micro_batch(3)), (DUMMY, empty)]
     sums = step_sums([MicroBatchLosses(*part) for part in parts])
     assert sums.tolist() == [12.0, 3.0, 9.0, 6.0]  # 0.5 * (10 + 14); three are right; 3 + 6 nats; six labels

@@ -1,4 +1,4 @@
-"""Dealing: which rows of an optimizer step go through the model together when they are packed."""
+"""Balance the packed micro-batches of an optimizer step: which rows go through the model together."""
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
@@ -6,71 +6,101 @@ from itertools import pairwise
 
 import numpy as np
 
-from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS, build_trie, sort_prompts, split_runs
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS, build_trie, sort_prefixes, split_runs
 
 
-def balance_groups(
-    total_lengths: np.ndarray, num_groups: int, prompts: Sequence[np.ndarray] | None = None
-) -> list[np.ndarray]:
-    """Returns the rows of a step as groups that cost about the same.
+def balance_groups(num_inputs: Sequence[int], num_groups: int) -> list[np.ndarray]:
+    """Returns the rows of a step as groups with about the same number of input tokens.
 
-    Longest processing time first (Graham, 1969): the costliest piece goes to the group that has the least so far. So no
-    two groups differ by more than the costliest piece. Without prompts, a piece is a row and costs its input tokens.
-
-    With prompts, a piece is a bundle of rows that share ``MIN_SHARED_TOKENS`` more than all rows of the step do, and
-    costs its input tokens behind what all rows share, each one once. A bundle that costs as much as several average
-    groups is cut into as many pieces. Where two pieces of one bundle meet in a group they share again, and the group is
-    cheaper than was reckoned.
+    Longest processing time first (Graham, 1969): the costliest row goes to the group that has the least so far. So no
+    two groups differ by more than the costliest row.
 
     Args:
-        total_lengths: Shape [R], tokens of each row, at least 2.
+        num_inputs: Input tokens of each row.
         num_groups: Groups to make.
-        prompts: The prompt tokens of each row, shape [prompt length] each: they are shared within a group.
 
     Returns:
-        ``num_groups`` arrays, int64, of indices into the rows: every row once, the group with the most unique tokens
-        first, none empty unless there are fewer rows than groups.
+        ``num_groups`` arrays, int64, of indices into the rows: every row once, the costliest group first, none empty
+        unless there are fewer rows than groups.
     """
-    input_lengths = (np.asarray(total_lengths) - 1).tolist()
-    assert input_lengths, "a step without rows"
-    num_filled = min(num_groups, len(input_lengths))
-    if prompts is None:
-        groups = _spread(input_lengths, num_filled)
-        costs = [sum(input_lengths[row] for row in group) for group in groups]
-    else:
-        groups, costs = _balance_bundles(input_lengths, num_filled, prompts)
-    costliest_first = sorted(range(num_filled), key=lambda group: -costs[group])
-    filled = [np.array(groups[group], dtype=np.int64) for group in costliest_first]
-    return filled + [np.empty(0, dtype=np.int64)] * (num_groups - num_filled)
+    groups = _spread(num_inputs, min(num_groups, len(num_inputs)))
+    costs = [sum(num_inputs[row] for row in group) for group in groups]
+    return _costliest_first(groups, costs, num_groups)
 
 
-def _balance_bundles(
-    input_lengths: Sequence[int], num_groups: int, prompts: Sequence[np.ndarray]
-) -> tuple[list[list[int]], list[int]]:
-    """Returns groups that keep rows with a common prompt together, and the unique tokens of each."""
-    order, common = sort_prompts(prompts)
-    pieces, costs = _cut_bundles([input_lengths[row] for row in order], common, num_groups)
-    groups, unique_tokens = [], []
-    for indices in _spread(costs, num_groups):
-        places = sorted(place for index in indices for place in pieces[index])
-        rows = [order[place] for place in places]
-        # Rows that are no neighbours have in common what all rows between them have.
-        between = np.minimum.reduceat(common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
-        nodes, _ = build_trie(rows, between, input_lengths)
-        groups.append(rows)
-        unique_tokens.append(sum(node.end - node.first for node in nodes))
-    return groups, unique_tokens
+def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list[np.ndarray]:
+    """Returns the rows of a step as groups that cost about the same where common prefixes are computed once.
+
+    Like :func:`balance_groups`, but of bundles: rows that share ``MIN_SHARED_TOKENS`` more than all rows of the step
+    do. A bundle costs its input tokens behind what all rows share, each one once. A bundle that costs as much as
+    several average groups is cut into as many pieces. Where two pieces of one bundle meet in a group they share again,
+    and the group is cheaper than estimated.
+
+    Args:
+        examples: The rows.
+        num_groups: Groups to make.
+
+    Returns:
+        As :func:`balance_groups` does; a group costs its unique input tokens.
+    """
+    trie = _StepTrie(examples)
+    order = sorted(range(len(examples)), key=lambda row: trie.places[row])
+    common = trie.common([trie.places[row][0] for row in order])
+    num_filled = min(num_groups, len(examples))
+    pieces, costs = _cut_bundles([trie.num_unique_inputs([row]) for row in order], common, num_filled)
+    groups = [[order[place] for index in indices for place in pieces[index]] for indices in _spread(costs, num_filled)]
+    return _costliest_first(groups, [trie.num_unique_inputs(group) for group in groups], num_groups)
 
 
-def _cut_bundles(input_lengths: Sequence[int], common: Sequence[int], num_groups: int) -> tuple[list[range], list[int]]:
-    """Returns pieces of the sorted rows, and what they cost. See :func:`deal`."""
+class _StepTrie:
+    """The sequences of a step in sorted order, from which the trie of any of its rows follows.
+
+    Attributes:
+        places: For each row, where its sequences are in that order, ascending.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        sequences = [(row, sequence) for row, example in enumerate(examples) for sequence in example.sequences]
+        order, self._common = sort_prefixes([sequence.prefix for _, sequence in sequences])
+        self._num_inputs = []
+        self.places: list[list[int]] = [[] for _ in examples]
+        for place, index in enumerate(order):
+            row, sequence = sequences[index]
+            self._num_inputs.append(len(sequence.tokens) - 1)
+            self.places[row].append(place)
+
+    def common(self, places: Sequence[int]) -> list[int]:
+        """Returns how many tokens the sequences at neighboring ones of some ascending places have in common."""
+        # Sequences that are not adjacent have in common what all sequences between them have.
+        return np.minimum.reduceat(self._common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
+
+    def num_unique_inputs(self, rows: Sequence[int]) -> int:
+        """Returns the input tokens of some rows, shared ones counted once."""
+        places = [place for row in rows for place in self.places[row]]
+        if len(places) == 1:
+            return self._num_inputs[places[0]]
+        places.sort()
+        nodes, _ = build_trie(places, self.common(places), self._num_inputs)
+        return sum(node.end - node.first for node in nodes)
+
+
+def _costliest_first(groups: Sequence[list[int]], costs: Sequence[int], num_groups: int) -> list[np.ndarray]:
+    """Returns the groups by falling cost, and empty ones behind them until there are ``num_groups``."""
+    order = sorted(range(len(groups)), key=lambda group: -costs[group])
+    filled = [np.array(groups[group], dtype=np.int64) for group in order]
+    return filled + [np.empty(0, dtype=np.int64)] * (num_groups - len(filled))
+
+
+def _cut_bundles(num_inputs: Sequence[int], common: Sequence[int], num_groups: int) -> tuple[list[range], list[int]]:
+    """Returns pieces of the sorted rows, and what they cost. See :func:`balance_sharing_groups`."""
     by_all = min(common, default=0)
-    bundles = split_runs(common, 0, len(input_lengths), by_all + MIN_SHARED_TOKENS)
-    # What a row adds where it stands behind the one before it.
-    added = [length - shared for length, shared in zip(input_lengths, [by_all, *common], strict=True)]
+    bundles = split_runs(common, 0, len(num_inputs), by_all + MIN_SHARED_TOKENS)
+    # What a row adds to the one before it.
+    added = [length - shared for length, shared in zip(num_inputs, [by_all, *common], strict=True)]
 
     def cost(start: int, stop: int) -> int:
-        return input_lengths[start] - by_all + sum(added[start + 1 : stop])
+        return num_inputs[start] - by_all + sum(added[start + 1 : stop])
 
     costs = [cost(start, stop) for start, stop in bundles]
     average = max(sum(costs), 1) / num_groups
@@ -86,7 +116,7 @@ def _cut_bundles(input_lengths: Sequence[int], common: Sequence[int], num_groups
             pieces.append(range(start, stop))
             continue
         # Without what the first row shares with the second, since every piece pays for that again.
-        own = [input_lengths[start] - common[start], *added[start + 1 : stop]]
+        own = [num_inputs[start] - common[start], *added[start + 1 : stop]]
         pieces += [range(start + first, start + behind) for first, behind in _cut(own, number)]
     return pieces, [cost(piece.start, piece.stop) for piece in pieces]
 

@@ -1,12 +1,12 @@
-"""The plan of an epoch: which examples are in which optimizer step, and who computes them. Pure, on numpy arrays.
+"""Plan an epoch: which examples are in which optimizer step, and which replica computes them. Pure, on numpy arrays.
 
     epoch      shuffled by (seed, epoch), cut into steps of `examples_per_step`
     step k     the k-th cut: its members follow from (seed, epoch, examples_per_step) alone
     replica r  its share of the step, as `num_micro_batches` micro-batches, one after the other
     row        an example, with the weight that each of its labels has in the step's loss
 
-The loss of a step is ``sum(weight * nll)`` over its labels, so how rows are dealt to replicas and micro-batches changes
-the speed and nothing else (the mode ``micro_batch`` excepted).
+The loss of a step is ``sum(weight * nll)`` over its labels, so how rows are distributed over replicas and micro-batches
+changes the speed and nothing else (the mode ``micro_batch`` excepted).
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from sft_lightning.data.batch import Layout
-from sft_lightning.data.batching.balancing import balance_groups
+from sft_lightning.data.batch import Example, Layout
+from sft_lightning.data.batching.balancing import balance_groups, balance_sharing_groups
 
 LossNormalization = Literal["token", "sequence", "constant", "micro_batch"]
 
@@ -27,8 +27,8 @@ class PlannedMicroBatch:
     """Rows that go through the model together.
 
     Attributes:
-        examples: Shape [B], int64, indices of examples; empty where a step has fewer rows than micro-batches.
-        label_weights: Shape [B], float64, the loss weight of each label of the row.
+        examples: Shape [rows], int64, indices of examples; empty where a step has fewer rows than micro-batches.
+        label_weights: Shape [rows], float64, the loss weight of each label of the row, before that of its span.
         rng_seed: Seeds the model's random numbers (dropout), so that they follow from the plan alone.
     """
 
@@ -39,7 +39,7 @@ class PlannedMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How a step is cut up. ``batch_size`` rows are in one micro-batch: at the most when padded, else on average."""
+    """How a step is split. ``batch_size`` rows are in one micro-batch: at most when padded, else on average."""
 
     batch_size: int
     num_micro_batches: int
@@ -54,22 +54,22 @@ class EpochPlan:
     """The optimizer steps of one epoch.
 
     Args:
-        total_lengths: Shape [N], tokens of each example.
-        label_lengths: Shape [N], label tokens of each example.
+        input_lengths: Shape [N], input tokens of each example, over all its sequences.
+        label_lengths: Shape [N], label tokens of each example, over all its sequences. Span weights change no count.
         example_weights: Shape [N], float64, the records' own weights.
-        shape: How a step is cut up.
+        shape: How a step is split.
         seed: Of the run.
         epoch: From 0.
         normalization: Chooses the label weights, see :func:`label_weights`.
         normalize_constant: The constant C of the mode ``constant``.
-        max_micro_batches: Trainer's ``limit_train_batches``: each replica computes this many in the epoch at the most.
-        layout: Of the micro-batches; decides how a step's rows are dealt, and never which they are.
-        prompt_of: Returns the prompt tokens of an example, shape [prompt length]; needed for ``shared_prefix``.
+        max_micro_batches: Trainer's ``limit_train_batches``: each replica computes at most this many in the epoch.
+        layout: Of the micro-batches; decides how a step's rows are distributed, and never which they are.
+        example_of: Returns an example by its index; needed for ``shared_prefix``, whose cost depends on the tokens.
     """
 
     def __init__(
         self,
-        total_lengths: np.ndarray,
+        input_lengths: np.ndarray,
         label_lengths: np.ndarray,
         example_weights: np.ndarray,
         *,
@@ -80,12 +80,12 @@ class EpochPlan:
         normalize_constant: float = 1.0,
         max_micro_batches: int | None = None,
         layout: Layout = "padded",
-        prompt_of: Callable[[int], np.ndarray] | None = None,
+        example_of: Callable[[int], Example] | None = None,
     ) -> None:
-        assert layout != "shared_prefix" or prompt_of is not None
-        assert len(total_lengths) == len(label_lengths) == len(example_weights) > 0
+        assert layout != "shared_prefix" or example_of is not None
+        assert len(input_lengths) == len(label_lengths) == len(example_weights) > 0
         assert label_lengths.min() > 0, "a row without labels reached the plan"
-        self._total_lengths = total_lengths
+        self._input_lengths = input_lengths
         self._label_lengths = label_lengths
         self._example_weights = example_weights
         self._shape = shape
@@ -94,15 +94,15 @@ class EpochPlan:
         self._normalization: LossNormalization = normalization
         self._normalize_constant = normalize_constant
         self._layout = layout
-        self._prompt_of = prompt_of
+        self._example_of = example_of
         self._cached_groups: tuple[int, list[np.ndarray]] | None = None
         self.num_examples, self.num_steps, self.num_micro_batches = epoch_size(
-            len(total_lengths), shape, max_micro_batches
+            len(input_lengths), shape, max_micro_batches
         )
 
     @cached_property
     def _order(self) -> np.ndarray:
-        return shuffled(len(self._total_lengths), self._seed, self._epoch)[: self.num_examples]
+        return shuffled(len(self._input_lengths), self._seed, self._epoch)[: self.num_examples]
 
     def step_examples(self, step: int) -> np.ndarray:
         """Returns the examples of a step. Shape [examples], int64."""
@@ -137,17 +137,18 @@ class EpochPlan:
         return self._cached_groups[1]
 
     def _groups(self, rows: np.ndarray, num_groups: int) -> list[np.ndarray]:
-        lengths = self._total_lengths[rows]
+        lengths = self._input_lengths[rows]
         if self._layout == "padded":
             # By length: rows of a kind share a micro-batch, so that little is padded.
             rows = rows[np.argsort(lengths, kind="stable")]
             groups = np.array_split(rows, min(num_groups, len(rows)))[::-1]
             return groups + [rows[:0]] * (num_groups - len(groups))
-        prompts = None
         if self._layout == "shared_prefix":
-            assert self._prompt_of is not None
-            prompts = [self._prompt_of(int(row)) for row in rows]
-        return [rows[group] for group in balance_groups(lengths, num_groups, prompts)]
+            assert self._example_of is not None
+            groups = balance_sharing_groups([self._example_of(row) for row in rows.tolist()], num_groups)
+        else:
+            groups = balance_groups(lengths.tolist(), num_groups)
+        return [rows[group] for group in groups]
 
 
 def epoch_size(num_examples: int, shape: StepShape, max_micro_batches: int | None = None) -> tuple[int, int, int]:

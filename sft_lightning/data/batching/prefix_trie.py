@@ -1,7 +1,7 @@
-"""The trie of a micro-batch's prompts: which tokens are worth standing once, and in which order.
+"""The trie of a micro-batch's sequences: which common tokens are computed once, and in which order.
 
-A branch holds tokens that the rows above it have in common, or what a row has for itself. Rows are known by number, and
-a trie is made from what neighbours have in common, so that no token is looked at twice.
+A node holds tokens that the sequences below it have in common, or what a sequence has for itself. Sequences are known
+by number, and a trie is built from what neighbors in sorted order have in common, so that no token is compared twice.
 """
 
 from collections.abc import Sequence
@@ -10,28 +10,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A branch costs one more attention call in every layer, which fewer shared tokens do not earn back.
+# A node costs one more attention call in every layer, which fewer shared tokens do not earn back.
 MIN_SHARED_TOKENS = 16
 
 
 class TrieNode(NamedTuple):
-    """A span before it has its place: tokens ``row[first:end]`` below another branch."""
+    """A segment that has no position yet: tokens ``first`` to ``end`` of a sequence, below another node."""
 
-    row: int
+    sequence: int
     first: int
     end: int
     parent: int
 
 
-def sort_prompts(prompts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """Returns the rows with common beginnings side by side, and how many prompt tokens neighbours have in common."""
-    # Bytes do not sort as the numbers do, but they too put what begins alike side by side.
-    keys = [prompt.tobytes() for prompt in prompts]
-    order = sorted(range(len(prompts)), key=keys.__getitem__)
-    return order, [_num_common(prompts[row], prompts[following]) for row, following in pairwise(order)]
+def sort_prefixes(prefixes: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Returns the sequences ordered so that common beginnings are adjacent, and the tokens that neighbors share."""
+    # Bytes do not sort as the numbers do, but they too put equal beginnings side by side.
+    keys = [prefix.tobytes() for prefix in prefixes]
+    order = sorted(range(len(prefixes)), key=keys.__getitem__)
+    return order, [num_common_tokens(prefixes[one], prefixes[other]) for one, other in pairwise(order)]
 
 
-def _num_common(one: np.ndarray, other: np.ndarray) -> int:
+def num_common_tokens(one: np.ndarray, other: np.ndarray) -> int:
+    """Returns the length of the common beginning of two arrays, neither of them empty."""
     length = min(len(one), len(other))
     differs = one[:length] != other[:length]
     first = int(differs.argmax())
@@ -39,30 +40,30 @@ def _num_common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def build_trie(
-    order: Sequence[int], common: Sequence[int], input_lengths: Sequence[int]
+    order: Sequence[int], common: Sequence[int], num_inputs: Sequence[int]
 ) -> tuple[list[TrieNode], list[int]]:
-    """Returns the branches of the trie depth-first, and for each row the branch of its last input token.
+    """Returns the nodes of the trie depth-first, and for each sequence the node of its last input token.
 
     Args:
-        order: The rows, those with common tokens side by side.
-        common: Shape [len(order) - 1], tokens that neighbours have in common.
-        input_lengths: Of all rows, by their number.
+        order: The sequences, those with common tokens side by side.
+        common: Shape [len(order) - 1], tokens that neighbors have in common.
+        num_inputs: Input tokens of all sequences, by their number.
     """
     nodes: list[TrieNode] = []
-    last_nodes = [-1] * len(input_lengths)
-    # No recursion: nested prompts may make a trie deeper than Python's stack.
+    last_nodes = [-1] * len(num_inputs)
+    # No recursion: nested prefixes may make a trie deeper than Python's stack.
     waiting = [(start, stop, 0, -1) for start, stop in reversed(split_runs(common, 0, len(order), MIN_SHARED_TOKENS))]
     while waiting:
         start, stop, depth, parent = waiting.pop()
-        row = order[start]
+        sequence = order[start]
         is_leaf = stop - start == 1
-        end = input_lengths[row] if is_leaf else min(common[start : stop - 1])
-        # A leaf is empty where one label follows a prompt that is shared as a whole: the branch above predicts it.
+        end = num_inputs[sequence] if is_leaf else min(common[start : stop - 1])
+        # A leaf is empty where a single label follows a shared prefix: the node above predicts it.
         if end > depth:
-            nodes.append(TrieNode(row, depth, end, parent))
+            nodes.append(TrieNode(sequence, depth, end, parent))
             parent = len(nodes) - 1
         if is_leaf:
-            last_nodes[row] = parent
+            last_nodes[sequence] = parent
         else:
             runs = split_runs(common, start, stop, end + MIN_SHARED_TOKENS)
             waiting += [(first, behind, end, parent) for first, behind in reversed(runs)]
@@ -70,6 +71,6 @@ def build_trie(
 
 
 def split_runs(common: Sequence[int], start: int, stop: int, least: int) -> list[tuple[int, int]]:
-    """Returns the rows from ``start`` to ``stop`` cut between neighbours that have less than ``least`` in common."""
+    """Returns the sequences from ``start`` to ``stop`` cut between neighbors with less than ``least`` in common."""
     cuts = [place + 1 for place in range(start, stop - 1) if common[place] < least]
     return list(pairwise([start, *cuts, stop]))

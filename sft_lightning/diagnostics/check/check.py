@@ -177,7 +177,7 @@ def check(settings: CheckSettings, progress: Callable[[str], None] = lambda mess
             pad_to_multiple_of=settings.pad_to_multiple_of,
         )
         if (shape := ModelShape.of(model)) is not None:
-            findings += check_positions(shape, int(train.total_lengths.max()))
+            findings += check_positions(shape, train.longest_sequence)
             memory = _memory(settings, shape, next(each for each in layouts if each.layout == layout))
             findings += check_memory(memory)
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))

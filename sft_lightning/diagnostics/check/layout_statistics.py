@@ -79,14 +79,14 @@ def measure_layouts(
     results = []
     for layout in get_args(Layout):
         plan = EpochPlan(
-            store.total_lengths,
+            store.input_lengths,
             store.label_lengths,
             store.weights,
             shape=shape,
             seed=seed,
             epoch=0,
             layout=layout,
-            prompt_of=store.prompt,
+            example_of=store.__getitem__,
         )
         shares = [
             MicroBatches(

@@ -226,11 +226,12 @@ class RowAccount:
         if checked.settings.overlength != "truncate_prompt":
             return
         # A row with a cut prompt has exactly the allowed length.
-        full = [row for row in rows if len(row.example.tokens) == checked.settings.max_length]
+        full = [row for row in rows if len(row.example.sequences[0].tokens) == checked.settings.max_length]
         prompts = encode_prompts(checked.tokenizer, [row.record.prompt for row in full])
         for (record, example), prompt in zip(full, prompts, strict=True):
-            if len(prompt) > example.prompt_length:
-                reason = f"{len(prompt)} tokens, {example.prompt_length} left"
+            num_kept = len(example.sequences[0].prefix)
+            if len(prompt) > num_kept:
+                reason = f"{len(prompt)} tokens, {num_kept} left"
                 self.truncated_rows.append(Place(record.source, reason=reason))
 
 

@@ -36,11 +36,11 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row as the model is trained on it.
+    """A row as the model is trained on it, by the last label span of its last sequence.
 
     Attributes:
-        prompt: Tokens without loss.
-        response: Tokens with loss, without the EOS at the end.
+        prompt: Tokens before the span.
+        response: Tokens of the span, without the EOS at the end.
         eos: Text of the supervised EOS at the end; None if there is none.
     """
 
@@ -70,8 +70,8 @@ def draw_samples(rows: TokenStore, tokenizer: "PreTrainedTokenizerBase", seed: i
 
 
 def _sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Sample:
-    tokens = example.tokens.tolist()
-    prompt, response = tokens[: example.prompt_length], tokens[example.prompt_length :]
+    sequence = example.sequences[-1]
+    prompt, response = sequence.prefix.tolist(), sequence.tokens[len(sequence.prefix) :].tolist()
     has_eos = response[-1] == tokenizer.eos_token_id
     return Sample(
         source=example.source,

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from sft_lightning.data.batch import TokenSequence
 from sft_lightning.data.tokenization import encode_prompts, encode_responses
 from sft_lightning.diagnostics.check.findings import Finding, Place, counted
 from sft_lightning.diagnostics.check.rows import Row
@@ -43,15 +42,14 @@ class TokenBoundaries:
         """Adds rows, in file order."""
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         for record, example in rows:
-            tokens, start = example.tokens, example.prompt_length
             self.num_rows += 1
-            if tokens[-1] == eos:
+            if example.sequences[-1].tokens[-1] == eos:
                 self.num_eos_supervised += 1
             else:
                 self._without_eos.append(Place(record.source))
-            if eos is not None and np.count_nonzero(tokens[start:-1] == eos):
+            if eos is not None and any(_has_inner_eos(sequence, eos) for sequence in example.sequences):
                 self._inner_eos.append(Place(record.source))
-            if bos is not None and tokens[0] == bos and (tokens[1] == bos or (bos != eos and tokens[start] == bos)):
+            if bos is not None and any(_has_two_bos(sequence, bos, eos) for sequence in example.sequences):
                 self._double_bos.append(Place(record.source))
         self._look_for_merges(rows)
 
@@ -138,3 +136,12 @@ class TokenBoundaries:
             " + ".join(repr(self._tokenizer.decode([token])) for token in ids[first : len(ids) - behind][:4])
             for ids in (apart, joint)
         )  # type: ignore[return-value]
+
+
+def _has_inner_eos(sequence: TokenSequence, eos: int) -> bool:
+    return any(eos in sequence.tokens[start : end - 1] for start, end, _ in sequence.label_spans)
+
+
+def _has_two_bos(sequence: TokenSequence, bos: int, eos: int | None) -> bool:
+    tokens, start = sequence.tokens, sequence.label_spans[0].start
+    return bool(tokens[0] == bos and (tokens[1] == bos or (bos != eos and tokens[start] == bos)))

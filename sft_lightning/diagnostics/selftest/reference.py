@@ -34,7 +34,7 @@ class Weighting:
     constant: float
 
     def weight(self, rows: Sequence[Example], row: Example) -> float:
-        """Returns the weight of one of the row's labels, record weights left aside."""
+        """Returns the weight of one of the row's labels, without the record's and the span's own weights."""
         if self.normalization == "token":
             return 1.0 / sum(each.num_labels for each in rows)
         if self.normalization == "sequence":
@@ -63,7 +63,8 @@ def reference_step(
     for example, record_weight in rows:
         with precision():
             nll = own_losses(model, example)
-            part = weighting.weight(examples, example) * record_weight * nll.sum()
+            weighted = (nll * _span_weights(example).to(nll)).sum()
+            part = weighting.weight(examples, example) * record_weight * weighted
         part.backward()
         loss += float(part.detach())
     sources = tuple(sorted(example.source for example in examples))
@@ -74,11 +75,21 @@ def reference_step(
 
 def own_losses(model: "PreTrainedModel", example: Example) -> Tensor:
     """Returns the loss of each label of a row by the model's own logits. Shape [M], at least float32."""
-    ids = torch.as_tensor(example.tokens.astype("int64"), device=model.device)
-    logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, example.prompt_length - 1 :]
-    return F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[example.prompt_length :], reduction="none"
-    )
+    losses = []
+    for tokens, label_spans in example.sequences:
+        ids = torch.as_tensor(tokens.astype("int64"), device=model.device)
+        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+        for start, end, _ in label_spans:
+            predicting = logits[start - 1 : end - 1].to(torch.promote_types(logits.dtype, torch.float32))
+            losses.append(F.cross_entropy(predicting, ids[start:end], reduction="none"))
+    return torch.cat(losses)
+
+
+def _span_weights(example: Example) -> Tensor:
+    """Returns the weight of each label's span. Shape [M], float64."""
+    spans = [span for sequence in example.sequences for span in sequence.label_spans]
+    weights = torch.tensor([span.weight for span in spans], dtype=torch.float64)
+    return weights.repeat_interleave(torch.tensor([span.end - span.start for span in spans]))
 
 
 def chunked_loss_difference(

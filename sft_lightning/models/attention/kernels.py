@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 
 # The best first.
 CUDA_KERNELS = ("flash_attention_3", "flash_attention_2", "varlen")
@@ -100,7 +100,7 @@ def try_kernel(kernel: str, *, num_heads: int, num_key_heads: int, head_size: in
     Raises:
         Exception: Whatever importing or running the kernel raises here.
     """
-    segments = Segments.from_spans([Span(0, 3, -1), Span(3, 5, 0)]).to(torch.device(device))
+    segments = Segments.from_tree([Segment(0, 3, -1), Segment(3, 5, 0)]).to(torch.device(device))
     heads = [
         torch.ones(1, count, 5, head_size, device=device, dtype=torch.bfloat16, requires_grad=True)
         for count in (num_heads, num_key_heads, num_key_heads)

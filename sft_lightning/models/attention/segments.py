@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 
 # A causal block wastes half of its own scores; a small block spends its time between matrix products. On two cores, 64
 # to 128 tokens are equally fast for segments of 64 to 1,024 tokens.
 _BLOCK_TOKENS = 96
 
 
-@torch.compiler.disable  # a graph would be valid for these spans only
+@torch.compiler.disable  # a graph would be valid for these segments only
 def attend(
     query: Tensor,
     key: Tensor,
@@ -59,7 +59,7 @@ def attend(
         # Small matrix products are hardly faster in bfloat16, and the operations between them are slower.
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device_type, enabled=False):
-            return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
+            return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.tree, scale).to(dtype)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     parts = [
         _attend_segment(
@@ -71,7 +71,7 @@ def attend(
             window_tokens=window_tokens,
             softcap=softcap,
         )
-        for segment in _blocks(segments.spans, segments.max_queries)  # long enough to split no segment
+        for segment in _blocks(segments.tree, segments.max_queries)  # long enough to split no segment
     ]
     return torch.cat(parts, dim=2)
 
@@ -118,19 +118,19 @@ class _InBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: tuple[Segment, ...], scale: float) -> Tensor:
         (_, num_heads, num_tokens, head_size), num_groups = query.shape, key.shape[1]
         shared_by = num_heads // num_groups
         query = _side_by_side(query, num_groups) * scale
         both = torch.cat([key, value])
         output = query.new_empty(num_tokens, num_groups, shared_by, head_size)
-        for block in _blocks(spans, _BLOCK_TOKENS):
+        for block in _blocks(tree, _BLOCK_TOKENS):
             keys, values = block.seen(both)
             weights = block.weights(query[:, block.rows(shared_by)], keys, shared_by)
             output[block.start : block.end] = torch.bmm(weights, values).unflatten(1, (-1, shared_by)).transpose(0, 1)
         output = output.view(1, num_tokens, num_heads, head_size).transpose(1, 2)
         ctx.save_for_backward(query, both, output)
-        ctx.spans, ctx.scale, ctx.shared_by = spans, scale, shared_by
+        ctx.tree, ctx.scale, ctx.shared_by = tree, scale, shared_by
         return output
 
     @staticmethod
@@ -143,7 +143,7 @@ class _InBlocks(torch.autograd.Function):
             means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
             grad_output = _side_by_side(grad_output, num_groups)
             grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
-            for block in _blocks(ctx.spans, _BLOCK_TOKENS):
+            for block in _blocks(ctx.tree, _BLOCK_TOKENS):
                 rows = block.rows(shared_by)
                 seen = block.seen(both)
                 keys, values = seen
@@ -190,11 +190,11 @@ class _Block(NamedTuple):
 
 
 @lru_cache(maxsize=4)  # the forward and backward passes of all layers need the same
-def _blocks(spans: tuple[Span, ...], max_tokens: int) -> list[_Block]:
+def _blocks(tree: tuple[Segment, ...], max_tokens: int) -> list[_Block]:
     """Returns the row's queries in blocks of at most ``max_tokens``."""
     blocks = []
     chains: list[tuple[tuple[int, int], ...]] = []  # of each segment: its ancestors and itself
-    for start, end, parent in spans:
+    for start, end, parent in tree:
         above = chains[parent] if parent >= 0 else ()
         chains.append((*above, (start, end)))
         num_blocks = -(-(end - start) // max_tokens)

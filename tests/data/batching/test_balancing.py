@@ -3,38 +3,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.data.batching import prefix_trie as trie
-from sft_lightning.data.batching.balancing import balance_groups
-from sft_lightning.data.batching.collate import collate_packed
+from sft_lightning.data.batching.balancing import balance_groups, balance_sharing_groups
+from sft_lightning.data.batching.collate import collate
 
 PREAMBLE = list(range(101, 117))
 
 
 def example(prompt, response):
-    return Example(np.array([*prompt, *response], dtype=np.int32), len(prompt))
+    return Example.from_prompt(np.array([*prompt, *response], dtype=np.int32), len(prompt))
+
+
+def input_tokens(one):
+    return sum(len(sequence.tokens) - 1 for sequence in one.sequences)
 
 
 def unique_tokens(examples, share=True):
     """What a group of rows costs when it is packed."""
     if not examples:
         return 0
-    return collate_packed(examples, [1.0] * len(examples), pad_token_id=0, share_prefixes=share).num_unique_tokens
+    layout = "shared_prefix" if share else "packed"
+    return collate(examples, [1.0] * len(examples), layout=layout, pad_token_id=0).num_unique_tokens
 
 
-def input_tokens(examples, group):
-    return sum(len(examples[row].tokens) - 1 for row in group)
+def input_tokens_of(examples, group):
+    return sum(input_tokens(examples[row]) for row in group)
 
 
 def dealt(examples, num_groups, share=True):
-    lengths = np.array([len(one.tokens) for one in examples])
-    prompts = [one.tokens[: one.prompt_length] for one in examples]
-    return balance_groups(lengths, num_groups, prompts if share else None)
+    if share:
+        return balance_sharing_groups(examples, num_groups)
+    return balance_groups([input_tokens(one) for one in examples], num_groups)
 
 
 def test_rows_are_dealt_longest_first_to_who_has_least():
     # Inputs 9 8 4 4 3 2: 9 and 8 and 4 begin a group each, 4 joins 4, 3 joins the first eight and 2 the other.
-    groups = balance_groups(np.array([5, 10, 3, 5, 9, 4]), 3)
+    groups = balance_groups([4, 9, 2, 4, 8, 3], 3)
     assert [sorted(group.tolist()) for group in groups] == [[4, 5], [0, 2, 3], [1]]
 
 
@@ -115,8 +120,8 @@ def test_every_row_is_dealt_once_and_no_group_is_empty_without_need(families, sh
 @settings(deadline=None)
 def test_groups_differ_by_no_more_than_the_longest_row(families, data, num_groups):
     examples = data.draw(families)
-    costs = [input_tokens(examples, group) for group in dealt(examples, num_groups, share=False)]
-    assert max(costs) - min(costs) <= max(len(one.tokens) - 1 for one in examples)
+    costs = [input_tokens_of(examples, group) for group in dealt(examples, num_groups, share=False)]
+    assert max(costs) - min(costs) <= max(map(input_tokens, examples))
 
 
 @given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 99))
@@ -125,13 +130,51 @@ def test_groups_of_single_questions_differ_by_no_more_than_the_longest_own_part(
     rng = np.random.default_rng(seed)
     rows = [example([*PREAMBLE, 200 + row], [1] * rng.integers(1, 60)) for row in range(num_rows)]
     groups = [group for group in dealt(rows, num_groups) if len(group)]
-    own = [sum(len(rows[row].tokens) - 1 - 16 for row in group) for group in groups]
-    assert max(own) - min(own) <= max(len(one.tokens) - 1 - 16 for one in rows)
+    own = [sum(input_tokens(rows[row]) - 16 for row in group) for group in groups]
+    assert max(own) - min(own) <= max(map(input_tokens, rows)) - 16
 
 
 def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
     longest = np.arange(1, 1501, dtype=np.int32)
-    prompts = [longest[:length] for length in range(1, 1501)]
-    (group,) = balance_groups(np.arange(2, 1502), 1, prompts)
+    rows = [example(longest[:length], [1]) for length in range(1, 1501)]
+    (group,) = balance_sharing_groups(rows, 1)
     assert sorted(group.tolist()) == list(range(1500))
+
+
+def conversation(*sequences):
+    """A row of sequences (context, number of labels)."""
+    return Example(
+        tuple(
+            TokenSequence(
+                np.array([*context, *[1] * labels], np.int32), (LabelSpan(len(context), len(context) + labels),)
+            )
+            for context, labels in sequences
+        )
+    )
+
+
+def test_a_row_costs_the_unique_inputs_of_all_its_sequences():
+    # Row 0 costs 16 + 20 + 20, row 1 16 + 30 and row 2 16 + 12; behind the preamble of all 40, 30 and 12.
+    rows = [conversation((PREAMBLE, 21), (PREAMBLE, 21)), conversation((PREAMBLE, 31)), conversation((PREAMBLE, 13))]
+    assert rows_per_group(dealt(rows, 2)) == [[1, 2], [0]]
+    # Without sharing they cost 72, 46 and 28.
+    assert rows_per_group(dealt(rows, 2, share=False)) == [[1, 2], [0]]
+    assert [unique_tokens([rows[row] for row in group]) for group in dealt(rows, 2)] == [58, 56]
+
+
+def test_rows_of_one_question_stay_together_whatever_follows_in_them():
+    questions = [[*PREAMBLE, *[question] * 16] for question in (3, 4)]
+    rows = [conversation((q, 5), ([*q, *range(50, 50 + 20 * turn)], 5)) for turn in (1, 2) for q in questions]
+    assert sorted(rows_per_group(dealt(rows, 2))) == [[0, 2], [1, 3]]
+
+
+@given(data=st.data(), num_groups=st.integers(1, 8))
+@settings(deadline=None)
+def test_every_conversation_is_in_one_group_costliest_first(conversations, data, num_groups):
+    examples = data.draw(conversations)
+    groups = dealt(examples, num_groups)
+    assert sorted(int(row) for group in groups for row in group) == list(range(len(examples)))
+    assert sum(len(group) > 0 for group in groups) == min(num_groups, len(examples))
+    costs = [unique_tokens([examples[row] for row in group]) for group in groups]
+    assert costs == sorted(costs, reverse=True)

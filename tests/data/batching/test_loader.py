@@ -19,9 +19,9 @@ from sft_lightning.data.batching.plan import EpochPlan, PlannedMicroBatch, StepS
 PAD = 99
 # Prompts 1 2, 3 and 5; responses 11, 12 13 and 14 15 16.
 STORE = [
-    Example(np.array([1, 2, 11], dtype=np.int32), 2, "data.jsonl:1"),
-    Example(np.array([3, 12, 13], dtype=np.int32), 1, "data.jsonl:2"),
-    Example(np.array([5, 14, 15, 16], dtype=np.int32), 1, "data.jsonl:3"),
+    Example.from_prompt(np.array([1, 2, 11], dtype=np.int32), 2, "data.jsonl:1"),
+    Example.from_prompt(np.array([3, 12, 13], dtype=np.int32), 1, "data.jsonl:2"),
+    Example.from_prompt(np.array([5, 14, 15, 16], dtype=np.int32), 1, "data.jsonl:3"),
 ]
 PLANNED = [
     PlannedMicroBatch(np.array([2, 0]), np.array([0.5, 0.25]), rng_seed=7),
@@ -87,7 +87,7 @@ def test_a_packed_micro_batch_has_its_rows_side_by_side():
 
 def test_a_layout_that_shares_prefixes_does():
     prompt = list(range(20, 36))
-    store = [Example(np.array([*prompt, own, 1], dtype=np.int32), 17) for own in (3, 4)]
+    store = [Example.from_prompt(np.array([*prompt, own, 1], dtype=np.int32), 17) for own in (3, 4)]
     planned = [PlannedMicroBatch(np.array([0, 1]), np.ones(2), rng_seed=0)]
 
     def computed(layout):
@@ -110,7 +110,7 @@ def test_workers_collate_packed_rows_the_same(layout):
         if ours.num_rows:
             assert torch.equal(ours.position_ids, theirs.position_ids)
             assert torch.equal(ours.segments.key_offsets, theirs.segments.key_offsets)
-            assert ours.segments.spans == theirs.segments.spans
+            assert ours.segments.tree == theirs.segments.tree
         else:
             assert (ours.segments, theirs.segments) == (None, None)
 

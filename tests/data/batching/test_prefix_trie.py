@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sft_lightning.data.batching import prefix_trie as trie
-from sft_lightning.data.batching.prefix_trie import build_trie, sort_prompts
+from sft_lightning.data.batching.prefix_trie import build_trie, sort_prefixes
 
 
 def tokens(*parts):
@@ -12,7 +12,7 @@ def tokens(*parts):
 
 def test_rows_that_begin_alike_stand_side_by_side():
     prompts = [tokens(1, 2), tokens(9), tokens(1, 3), tokens(1, 2, 4), tokens(9)]
-    order, common = sort_prompts(prompts)
+    order, common = sort_prefixes(prompts)
     assert sorted(order[:3]) == [0, 2, 3]
     assert sorted(order[3:]) == [1, 4]
     assert common[2:] == [0, 20]
@@ -42,7 +42,7 @@ def test_a_row_that_ends_where_its_prompt_is_shared_has_no_branch_of_its_own():
 def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
     longest = np.arange(1, 1501, dtype=np.int32)
-    order, common = sort_prompts([longest[:length] for length in range(1, 1501)])
+    order, common = sort_prefixes([longest[:length] for length in range(1, 1501)])
     nodes, last_nodes = build_trie(order, common, list(range(1, 1501)))
     assert len(nodes) == 1500
     assert sorted(last_nodes) == list(range(1500))

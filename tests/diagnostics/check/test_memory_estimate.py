@@ -51,7 +51,7 @@ def folder(request, tmp_path):
 def kept_bytes(model, layout, precision):
     """Returns the bytes of all activations that autograd keeps for the backward pass, and their positions."""
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (4, 201)).astype(np.int32)
-    batch = collate([Example(row, 100, "a:1") for row in tokens], [0.01] * 4, layout=layout, pad_token_id=0)
+    batch = collate([Example.from_prompt(row, 100, "a:1") for row in tokens], [0.01] * 4, layout=layout, pad_token_id=0)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}  # holds the tensors, so that no address is used twice
 

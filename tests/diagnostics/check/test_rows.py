@@ -87,7 +87,7 @@ def test_cut_prompts_are_listed(tmp_path, checked_set):
     checked = checked_set(path, max_length=60, overlength="truncate_prompt")
     rows, account = read(checked)
     assert len(rows) == 2
-    assert len(rows[0].example.tokens) == 60
+    assert len(rows[0].example.sequences[0].tokens) == 60
     found = {finding.name: finding for finding in account.findings(checked)}
     assert places(found["truncated_prompts"].places) == [1]
     assert places(found["overlength_rows"].places) == [3], "a response is never cut"

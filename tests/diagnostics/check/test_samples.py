@@ -1,7 +1,9 @@
 """Rows drawn, piece by piece."""
 
+import numpy as np
 import pytest
 
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.diagnostics.check.samples import draw_samples
 
 
@@ -50,3 +52,16 @@ def test_a_row_without_eos_has_none(store_of, tokenizer):
     (sample,) = draw_samples(store_of([("a", " b")], append_eos=False), tokenizer, seed=0)
     assert sample.eos is None
     assert "".join(sample.response.head) == " b"
+
+
+def test_of_several_sequences_the_last_span_is_shown_behind_what_precedes_it(tokenizer):
+    texts = ["the quick", " fox", " 12", " again"]
+    parts = [tokenizer(text)["input_ids"] for text in texts]
+    ends = [sum(map(len, parts[:number])) for number in range(1, 5)]
+    tokens = np.array([token for part in parts for token in part], dtype=np.int32)
+    first = TokenSequence(tokens[: ends[1]], (LabelSpan(ends[0], ends[1]),))
+    last = TokenSequence(tokens, (LabelSpan(ends[0], ends[1]), LabelSpan(ends[2], ends[3])))
+    (sample,) = draw_samples([Example((first, last), "f:1")], tokenizer, seed=0)
+    assert "".join(sample.prompt.head) == "the quick fox 12"
+    assert "".join(sample.response.head) == " again"
+    assert (sample.num_prompt_tokens, sample.num_response_tokens) == (ends[2], len(parts[3]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.data.formats.base import Record
 from sft_lightning.diagnostics.check.rows import Row
 from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
@@ -31,7 +31,7 @@ def bos_tokenizer(tokenizer):
 
 def row(prompt_ids, response_ids, line=1):
     tokens = np.array([*prompt_ids, *response_ids], dtype=np.int32)
-    return Row(Record("p", "r", source=f"f:{line}"), Example(tokens, len(prompt_ids), f"f:{line}"))
+    return Row(Record("p", "r", source=f"f:{line}"), Example.from_prompt(tokens, len(prompt_ids), f"f:{line}"))
 
 
 def test_rows_that_end_with_eos_are_counted(rows_of, tokenizer):
@@ -67,6 +67,24 @@ def test_a_second_bos_is_found_at_either_place(bos_tokenizer, lines_of):
     found = look(bos_tokenizer, rows)[1]
     assert lines_of(found["double_bos"]) == [(2,), (3,)]
     assert found["double_bos"].severity == "error"
+
+
+def test_every_label_span_may_end_with_eos_and_none_may_hold_one(tokenizer, lines_of):
+    eos = tokenizer.eos_token_id
+
+    def turns(*sequences, line):
+        spans = (LabelSpan(1, 3), LabelSpan(4, 6))
+        made = tuple(TokenSequence(np.array(ids, dtype=np.int32), spans) for ids in sequences)
+        return Row(Record("p", "r", source=f"f:{line}"), Example(made, f"f:{line}"))
+
+    good = [5, 6, eos, 7, 8, eos]
+    rows = [turns(good, good, line=1), turns(good, [5, eos, 6, 7, 8, eos], line=2), turns(good, [*good[:5], 9], line=3)]
+    borders, found = look(tokenizer, rows)
+    assert borders.num_eos_supervised == 2
+    assert {name: lines_of(finding) for name, finding in found.items() if name != "merging_border"} == {
+        "inner_eos": [(2,)],
+        "eos_not_supervised": [(3,)],
+    }
 
 
 def test_a_prompt_with_bos_in_its_text_gets_one_and_is_no_finding(rows_of, bos_tokenizer):

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config,
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.attention import interface
 from sft_lightning.models.attention.interface import registered_name
 
@@ -25,7 +25,7 @@ SHAPE = {
 }
 LLAMA = LlamaConfig(**SHAPE)
 SOFT_CAPPED = Gemma2Config(**SHAPE, head_dim=8, attn_logit_softcapping=5.0, sliding_window=6)
-SPANS = [Span(0, 6, -1), Span(6, 10, 0), Span(10, 15, 0)]
+TREE = [Segment(0, 6, -1), Segment(6, 10, 0), Segment(10, 15, 0)]
 
 
 def make_model(config, attention):
@@ -56,7 +56,7 @@ def test_without_segments_it_is_transformers_own_attention(config, registered, o
 def forward(config, attention):
     model = make_model(config, attention)
     positions = torch.tensor([[*range(6), *range(6, 10), *range(6, 11)]])
-    mask, segments = torch.zeros(1, 1, 1, 1), Segments.from_spans(SPANS)
+    mask, segments = torch.zeros(1, 1, 1, 1), Segments.from_tree(TREE)
     ids = torch.arange(15)[None]
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, segments=segments, use_cache=False).logits
 
@@ -78,7 +78,7 @@ def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
         function(
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: torch.ones(2)}
+            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_tree(TREE), **{name: torch.ones(2)}
         )
 
 
@@ -91,7 +91,7 @@ def test_what_a_kernel_lacks_is_refused_in_the_call_too(kernel, name, text):
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
         AttentionInterface()[f"sft_{kernel}"](
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: 0.5}
+            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_tree(TREE), **{name: 0.5}
         )
 
 
@@ -128,7 +128,7 @@ def test_attention_runs_without_cudnn(monkeypatch, with_segments):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     before = torch.backends.cuda.cudnn_sdp_enabled()
     heads = torch.zeros(1, 2, 15, 4)
-    segments = Segments.from_spans(SPANS) if with_segments else None
+    segments = Segments.from_tree(TREE) if with_segments else None
     AttentionInterface()["sft_segments"](torch.nn.Module(), heads, heads, heads, None, segments=segments)
     assert before
     assert seen == [False]

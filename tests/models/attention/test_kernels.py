@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.attention.kernels import CUDA_KERNELS, attend_by_kernel, import_kernel, try_kernel
 from sft_lightning.models.attention.segments import attend
 
-SPANS = [Span(0, 6, -1), Span(6, 10, 0), Span(10, 15, 0), Span(15, 22, -1)]
+TREE = [Segment(0, 6, -1), Segment(6, 10, 0), Segment(10, 15, 0), Segment(15, 22, -1)]
 
 
 def heads(num_heads=4, num_key_heads=2):
@@ -20,7 +20,7 @@ def heads(num_heads=4, num_key_heads=2):
 @pytest.mark.parametrize("kernel", [*CUDA_KERNELS, "varlen of torch 2.11"])
 def test_kernels_are_called_for_what_the_segment_loop_computes(install, kernel, num_key_heads, window_tokens):
     install(kernel)
-    segments, tensors = Segments.from_spans(SPANS), heads(num_key_heads=num_key_heads)
+    segments, tensors = Segments.from_tree(TREE), heads(num_key_heads=num_key_heads)
     options = {"scale": 0.3, "window_tokens": window_tokens}
     got = attend_by_kernel(kernel.split()[0], *tensors, segments, **options)
     expected = attend(*tensors, segments, **options).transpose(1, 2)
@@ -45,7 +45,7 @@ def test_flash_attention_gets_every_option(install, kernel, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     try:
         options = {"scale": 0.3, "dropout": 0.1, "window_tokens": 5, "softcap": 2.0}
-        attend_by_kernel(kernel, *heads(), Segments.from_spans(SPANS), **options)
+        attend_by_kernel(kernel, *heads(), Segments.from_tree(TREE), **options)
     finally:
         torch.use_deterministic_algorithms(False)
     expected = {"softmax_scale": 0.3, "causal": True, "window_size": (4, 0), "softcap": 2.0}
@@ -108,8 +108,8 @@ def test_kernels_equal_the_segment_loop_on_a_gpu(kernel, window_tokens):
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(kernel)
     if package:
         pytest.importorskip(package)
-    spans = [Span(0, 64, -1), Span(64, 130, 0), Span(130, 200, 0), Span(200, 333, -1)]
-    segments = Segments.from_spans(spans).to(torch.device("cuda"))
+    tree = [Segment(0, 64, -1), Segment(64, 130, 0), Segment(130, 200, 0), Segment(200, 333, -1)]
+    segments = Segments.from_tree(tree).to(torch.device("cuda"))
     torch.manual_seed(0)
     shapes = [(8, 64), (2, 64), (2, 64)]
     tensors = [torch.randn(1, h, 333, e, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h, e in shapes]

@@ -5,13 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft_lightning.data.batch import Segments, Span
+from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.attention import segments as segment_attention
 from sft_lightning.models.attention.segments import attend
 
 # A preamble with a prompt of two responses and a row of its own behind it, then a row that shares nothing.
-SPANS = [Span(0, 7, -1), Span(7, 12, 0), Span(12, 15, 1), Span(15, 20, 1), Span(20, 25, 0)]
-SPANS += [Span(25, 36, -1)]
+TREE = [Segment(0, 7, -1), Segment(7, 12, 0), Segment(12, 15, 1), Segment(15, 20, 1), Segment(20, 25, 0)]
+TREE += [Segment(25, 36, -1)]
 NUM_TOKENS = 36
 
 
@@ -24,12 +24,12 @@ def _blocks_of(request, monkeypatch):
 def visible(window_tokens=None):
     """Returns shape [T, T], True where a query sees a key, by walking each token's chain of ancestors."""
     mask = torch.zeros(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
-    for span in SPANS:
-        chain, parent = list(range(span.start, span.end)), span.parent
+    for segment in TREE:
+        chain, parent = list(range(segment.start, segment.end)), segment.parent
         while parent >= 0:
-            chain = [*range(SPANS[parent].start, SPANS[parent].end), *chain]
-            parent = SPANS[parent].parent
-        for query in range(span.start, span.end):
+            chain = [*range(TREE[parent].start, TREE[parent].end), *chain]
+            parent = TREE[parent].parent
+        for query in range(segment.start, segment.end):
             keys = chain[: chain.index(query) + 1]
             mask[query, keys[-window_tokens:] if window_tokens else keys] = True
     return mask
@@ -69,7 +69,7 @@ def outputs_and_gradients(function, tensors, **options):
 
 
 def ours(query, key, value, **options):
-    return attend(query, key, value, Segments.from_spans(SPANS), **options)
+    return attend(query, key, value, Segments.from_tree(TREE), **options)
 
 
 # Rounding of the dtype, a few operations deep: values are of size 1.
@@ -164,7 +164,7 @@ def test_backward_of_an_expanded_gradient():
 
 
 def test_no_tensor_grows_with_the_square_of_the_row():
-    segments = Segments.from_spans([Span(0, 1000, -1)])
+    segments = Segments.from_tree([Segment(0, 1000, -1)])
     tensors = [torch.randn(1, count, 1000, 8, requires_grad=True) for count in (4, 2, 2)]
     with LargestTensor() as largest:
         attend(*tensors, segments, scale=0.3).sum().backward()
