@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -56,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job, about = prepare(Path(folder), args, num_steps=4 if args.dry_run else 200, num_warmup_steps=1)
         tokenizer = AutoTokenizer.from_pretrained(job.folder)
-        store = load_or_build_tokens(job.rows_path, tokenizer=tokenizer, cache_dir=Path(folder) / "tokens")
+        store = load_or_build_tokens(DataSettings(job.rows_path, cache_dir=Path(folder) / "tokens"), tokenizer)
         lines = ["| layout | micro-batches | ms a step | of the step's own time |", "|---|---|---|---|"]
         for layout in LAYOUTS:
             for batch_size in (4, job.rows_per_step):

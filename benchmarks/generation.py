@@ -23,6 +23,7 @@ from rows import DTYPES, GSM8K, Job, gsm8k_rows, synthetic_rows, train_tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import encode_prompts, load_tokenizer, pad_token_id
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.models.loading import load_model
@@ -47,7 +48,7 @@ def quickstart(model: Path, prompts: Path) -> Setting:
         "quickstart, trained",
         load_model(str(model)).eval(),
         load_tokenizer(str(model)),
-        [record.prompt for record in read_records(str(prompts))],
+        [record.prompt for record in read_records(DataSettings(prompts))],
         max_new_tokens=64,
         batch_sizes=(16, 32, 64, 160, 320),
     )
@@ -60,7 +61,8 @@ def gsm8k(folder: Path, args: argparse.Namespace) -> Setting:
     write_model(folder, "tiny" if args.dry_run else "small", tokenizer, args.dtype, args.device)
     test = args.data / "test.jsonl"
     use_test = test.is_file() and not args.dry_run
-    prompts = [record.prompt for record in read_records(str(test))] if use_test else [row["prompt"] for row in rows]
+    records = read_records(DataSettings(test)) if use_test else ()
+    prompts = [record.prompt for record in records] or [row["prompt"] for row in rows]
     return Setting(
         "GSM8K, random weights" if use_test else "made-up prompts, random weights",
         load_model(str(folder), dtype=DTYPES[args.dtype], device_type=args.device).eval(),

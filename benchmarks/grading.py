@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from meter import machine
 from rows import GSM8K
 
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.grading.graders import R1ZeroGrader, grade_all
 
 

@@ -17,7 +17,7 @@ from meter import Measurement, Meter, counts_of_rows
 from rows import DTYPES, Job
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sft_lightning.data.tokenization import encode_prompts, encode_responses
 
@@ -27,13 +27,17 @@ MAX_GRADIENT_NORM = 1.0
 
 def run(job: Job, batch_size: int) -> Measurement:
     """Trains and returns what was measured; ``batch_size`` rows a micro-batch, ``job.rows_per_step`` a step."""
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=DTYPES[job.dtype], attn_implementation="sdpa")
-    model.to(job.device).train()
+    return train(model.to(job.device), job, batch_size, Meter(job.device))
+
+
+def train(model: PreTrainedModel, job: Job, batch_size: int, meter: Meter) -> Measurement:
+    """The same with a model that is on the device."""
+    torch.manual_seed(0)
+    model.train()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     accumulate = job.rows_per_step // batch_size
-    meter = Meter(job.device)
     batches = _batches(job, batch_size)
     meter.start()
     for step in range(job.num_steps):
@@ -42,11 +46,13 @@ def run(job: Job, batch_size: int) -> Measurement:
             batch = next(batches)
             lengths, num_labels = batch.pop("lengths"), batch.pop("num_labels")
             batch = {name: tensor.to(job.device) for name, tensor in batch.items()}
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            with torch.autocast(job.device, torch.bfloat16, enabled=job.mixed):
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             # In float32 like everyone's: bfloat16 logits would be no faster here, and their loss is rounded.
             nll = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="sum")
             (nll / num_labels / accumulate).backward()
             sums.append((nll.detach(), num_labels))
+            del logits, nll  # else the next micro-batch holds two of them
             meter.add(partial(counts_of_rows, lengths, batch["input_ids"].numel(), num_labels))
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()

@@ -49,15 +49,15 @@ def measure_bare(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_ours(args: argparse.Namespace) -> dict[str, float]:
+    from sft_lightning.data.settings import DataSettings
     from sft_lightning.data.token_store import load_or_build_tokens
     from sft_lightning.data.tokenization import load_tokenizer
 
     shutil.rmtree(args.folder / "cache", ignore_errors=True)
     tokenizer = load_tokenizer(str(args.folder / "model"))
+    settings = DataSettings(rows_path(args), max_length=MAX_LENGTH, cache_dir=args.folder / "cache")
     started = time.perf_counter()
-    store = load_or_build_tokens(
-        rows_path(args), tokenizer=tokenizer, max_length=MAX_LENGTH, cache_dir=args.folder / "cache"
-    )
+    store = load_or_build_tokens(settings, tokenizer)
     seconds = time.perf_counter() - started
     assert len(store) == args.rows
     return speed_of(args.rows, seconds)

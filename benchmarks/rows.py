@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.data.tokenization import encode_prompts, encode_responses
 
 GSM8K = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
@@ -67,6 +67,7 @@ class Job:
         rows_per_step: Of an optimizer step.
         num_steps: Optimizer steps of the run, those before ``num_warmup_steps`` are not counted.
         num_warmup_steps: Steps at the start that are run and not counted.
+        mixed: Computes in bfloat16 under autocast, whatever the dtype of the weights.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Job:
     rows_per_step: int
     num_steps: int
     num_warmup_steps: int
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,18 +178,22 @@ def train_tokenizer(rows: Sequence[dict[str, str]], vocabulary_size: int = _VOCA
     return tokenizer
 
 
-def write_model(folder: Path, model: str, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> None:
-    """Writes model and tokenizer, with seeded random weights, as ``from_pretrained`` loads them."""
+def model_config(model: str, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Qwen2Config:
     shape = MODELS[model]
-    transformers_logging.disable_progress_bar()
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(
+    return Qwen2Config(
         **{**shape, "vocab_size": shape["vocab_size"] or len(tokenizer)},
         **special,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         dtype=DTYPES[dtype],
     )
+
+
+def write_model(folder: Path, model: str, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> None:
+    """Writes model and tokenizer, with seeded random weights, as ``from_pretrained`` loads them."""
+    transformers_logging.disable_progress_bar()
+    config = model_config(model, tokenizer, dtype)
     torch.manual_seed(_SEED)
     with torch.device(device):
         network = Qwen2ForCausalLM(config).to(DTYPES[dtype])

@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sft_lightning.checkpointing.callback import HFCheckpoint as HFCheckpoint
-    from sft_lightning.data.formats.base import Plain as Plain
-    from sft_lightning.data.formats.base import R1Zero as R1Zero
     from sft_lightning.data.formats.base import Template as Template
+    from sft_lightning.data.formats.prompt_response import Plain as Plain
+    from sft_lightning.data.formats.r1_zero import R1Zero as R1Zero
     from sft_lightning.data.records import SFTDataset as SFTDataset
     from sft_lightning.data.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
     from sft_lightning.errors import NonFiniteError as NonFiniteError
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sft_lightning.training.callbacks.progress import StepProgress as StepProgress
     from sft_lightning.training.callbacks.row_losses import RowLossRecorder as RowLossRecorder
     from sft_lightning.training.callbacks.run_report import RunReport as RunReport
+    from sft_lightning.training.callbacks.saved_config import SavedConfig as SavedConfig
     from sft_lightning.training.callbacks.throughput import Throughput as Throughput
     from sft_lightning.training.datamodule import SFTDataModule as SFTDataModule
     from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger as MetricsCSVLogger
@@ -57,8 +58,8 @@ if TYPE_CHECKING:
 # modules may move. Resolved on first use (PEP 562): `import sft_lightning` imports neither torch nor lightning.
 _HOME = {
     "HFCheckpoint": "checkpointing.callback",
-    "Plain": "data.formats.base",
-    "R1Zero": "data.formats.base",
+    "Plain": "data.formats.prompt_response",
+    "R1Zero": "data.formats.r1_zero",
     "Template": "data.formats.base",
     "SFTDataset": "data.records",
     "tokenize_prompt_and_output": "data.tokenization",
@@ -98,6 +99,7 @@ _HOME = {
     "StepProgress": "training.callbacks.progress",
     "RowLossRecorder": "training.callbacks.row_losses",
     "RunReport": "training.callbacks.run_report",
+    "SavedConfig": "training.callbacks.saved_config",
     "Throughput": "training.callbacks.throughput",
     "SFTDataModule": "training.datamodule",
     "MetricsCSVLogger": "training.loggers.metrics_csv",

@@ -1,5 +1,6 @@
 """Each benchmark's dry run, and the counting that its numbers stand on."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -71,6 +72,75 @@ def test_the_other_benchmarks_run(tmp_path, script):
 def test_grading_finds_every_reference_right(tmp_path):
     report = dry_run("grading.py", tmp_path / "report.json")
     assert {name: runs[0]["right"] for name, runs in report["runs"].items()} == {"numbers": 20, "fractions": 20}
+
+
+@pytest.mark.slow
+def test_a_gpu_session_runs_on_a_cpu(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu_session.py"),
+        "--tiny",
+        "--seconds",
+        "1800",
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["ended"] == dict.fromkeys(["tests", "kernels", "speed", "compile", "generation"], "done")
+    failed = {
+        (part, name): value
+        for part in report["ended"]
+        for name, value in report[part].items()
+        if str(value).startswith(("failed", "skipped", "failure", "error"))
+    }
+    assert not failed
+    speed = report["speed"]
+    for who in ("ours, shared_prefix segments", "guide's loop", "transformers Trainer"):
+        assert speed[f"{who} 4"]["ms_per_step"] > 0
+    # Rows of 2 in padded batches against all 8 in one row without padding.
+    assert speed["guide's loop 8"]["positions_per_step"] > speed["ours, packed segments 32"]["positions_per_step"]
+    assert all(error < 1e-2 for error in list(report["kernels"]["errors of sft_flex, window None"].values())[:4])
+    assert "guide's loop 16" in (tmp_path / "tables.txt").read_text()
+    assert "aten::mm" in (tmp_path / "profiles.txt").read_text()
+
+
+def test_flex_attention_sees_what_the_spans_say(benchmark):
+    from sft_lightning.data.batch import Segments, Span
+
+    flex = benchmark("gpu.flex")
+    # A root with a child that has a child of its own and a second child, then a row that shares nothing.
+    spans = [Span(0, 3, -1), Span(3, 5, 0), Span(5, 6, 1), Span(6, 8, 0), Span(8, 10, -1)]
+    assert flex.visible_until(Segments.from_spans(spans)).tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
+
+
+def test_the_last_two_steps_of_a_gpu_run_are_not_timed(benchmark):
+    step_meter = benchmark("gpu.step_meter")
+    meter = step_meter.StepMeter("cpu", num_steps=5, title="a run")
+    counts = benchmark("meter").Counts(rows=1, tokens=7)
+    meter.start()
+    for _ in range(5):
+        meter.add(lambda: counts)
+        meter.end_step()
+    measurement = meter.result(num_warmup_steps=1)
+    assert len(measurement.seconds) == 2
+    assert [count.tokens for count in measurement.counts] == [7, 7]
+
+
+def test_a_failed_measurement_is_a_result_and_time_is_kept(benchmark, tmp_path):
+    session = benchmark("gpu.session")
+    args = argparse.Namespace(tiny=False, work=tmp_path, data=tmp_path, part="speed", seconds=20.0)
+    part = session.Session(args)
+    part.measure("one", lambda: {"ms": 1.5})
+    part.measure("two", lambda: 1 / 0)
+    part.measure("three", lambda: 1, needs_seconds=21)
+    assert json.loads((tmp_path / "speed.json").read_text()) == {
+        "one": {"ms": 1.5},
+        "two": "failed: ZeroDivisionError: division by zero",
+        "three": "skipped: no time left",
+    }
 
 
 def test_work_is_counted_from_row_lengths(benchmark):

@@ -163,6 +163,10 @@ def test_the_guides_numbers_are_the_defaults_too(resolve):
     assert {name: resolved[name] for name in GUIDE} == GUIDE
 
 
+def paths_of(datamodule):
+    return {name: settings.path for name, settings in datamodule.sets.items()}
+
+
 def test_the_gsm8k_run(build):
     trainer, module, datamodule = build([ROOT / "configs" / "sft_gsm8k.yaml"], "--trainer.precision", "32-true")
     assert (trainer.max_epochs, trainer.max_steps) == (3, -1)
@@ -173,7 +177,7 @@ def test_the_gsm8k_run(build):
     assert (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (800, None)
     assert datamodule.batch_size == 4
     assert datamodule.tokenizer_path == "Qwen/Qwen2.5-Math-1.5B"
-    assert datamodule.paths == {
+    assert paths_of(datamodule) == {
         "train": "data/gsm8k/sft.jsonl",
         "val": "data/gsm8k/test.jsonl",
         "test": "data/gsm8k/test.jsonl",
@@ -191,8 +195,8 @@ def test_the_quickstart_run(build):
     trainer, module, datamodule = build([ROOT / "configs" / "quickstart.yaml"])
     assert (trainer.max_epochs, trainer.accumulate_grad_batches, trainer.precision) == (6, 1, "32-true")
     assert datamodule.batch_size == 32
-    assert datamodule.paths["train"] == "data/quickstart/train.jsonl"
-    assert datamodule.paths["val"] == "data/quickstart/heldout.jsonl"
+    assert paths_of(datamodule)["train"] == "data/quickstart/train.jsonl"
+    assert paths_of(datamodule)["val"] == "data/quickstart/heldout.jsonl"
     assert module.hparams.lr_schedule == "cosine"
     assert callback(trainer, GenerationEvaluation).generator.greedy is True
     assert callback(trainer, HFCheckpoint).monitor == "val/answer_accuracy"
@@ -203,7 +207,7 @@ def test_the_laptop_run(build):
     trainer, module, datamodule = build(paths, "--model.model_path", "data/quickstart/model", "--model.init", "random")
     assert (trainer.max_steps, trainer.accumulate_grad_batches, trainer.precision) == (20, 8, "32-true")
     assert datamodule.batch_size == 4  # the base's
-    assert datamodule.paths == {"train": "data/gsm8k/sft.jsonl", "val": None, "test": None}
+    assert paths_of(datamodule) == {"train": "data/gsm8k/sft.jsonl"}
     assert datamodule.tokenizer_path == "data/quickstart/model"
     assert (module.hparams.init, module.hparams.learning_rate) == ("random", 0.001)
     assert callback(trainer, HFCheckpoint).monitor is None

@@ -1,8 +1,8 @@
-"""The host waits for the device once an optimizer step, and never in between.
+"""The host waits for the device once per optimizer step, and never in between.
 
-A GPU works through a queue, and idles whenever the host waits for it to run dry before it queues more. Here a CPU
-plays the device: weights and micro-batches count as being on it, so does all that is computed from them, and whatever
-would make the host wait for such a tensor is written down.
+A GPU works through a queue, and idles when the host waits for the queue to become empty before it adds more. Here a CPU
+stands in for the device: weights and micro-batches count as being on it, as does everything computed from them or made
+on their device, and the test records what would make the host wait for such a tensor.
 """
 
 import traceback
@@ -23,7 +23,7 @@ from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 from sft_lightning.training.callbacks.throughput import Throughput
 from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
 
-# Their result is a number, or its shape is one: either way the host needs to know.
+# Their result, or its shape, depends on values that the host must read.
 WAITING_OPS = {
     "_local_scalar_dense",
     "is_nonzero",
@@ -36,6 +36,8 @@ WAITING_OPS = {
     "unique_consecutive",
     "bincount",
 }
+# With `device=`, these make a tensor on the device without a copy from the host.
+FACTORIES = ("arange", "empty", "full", "ones", "zeros")
 ACCUMULATE = 3
 
 
@@ -47,7 +49,7 @@ def where():
 
 
 class ImaginedDevice(TorchDispatchMode):
-    """Follows what is on the device, and notes in ``found`` what makes the host wait for it."""
+    """Follows what is on the device, and records in ``found`` what makes the host wait for it."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +83,7 @@ class ImaginedDevice(TorchDispatchMode):
 
     @contextmanager
     def used(self, monkeypatch):
-        """Sees beside the operators what never becomes one on a CPU: copies to the host, numbers put on the device."""
+        """Also sees what is no operator on a CPU: copies to the host, and tensors made on the device."""
         make_tensor, make_like = torch.tensor, torch.Tensor.new_tensor
 
         def new_tensor(like, *args, **kwargs):
@@ -101,10 +103,21 @@ class ImaginedDevice(TorchDispatchMode):
         with monkeypatch.context() as patches:
             for name in ("tolist", "numpy", "cpu"):
                 patches.setattr(torch.Tensor, name, self._watched(name, getattr(torch.Tensor, name)))
+            for name in FACTORIES:
+                patches.setattr(torch, name, self._followed(getattr(torch, name)))
             patches.setattr(torch, "tensor", tensor)
             patches.setattr(torch.Tensor, "new_tensor", new_tensor)
             with self:
                 yield
+
+    def _followed(self, factory):
+        def followed(*args, **kwargs):
+            made = factory(*args, **kwargs)
+            if isinstance(kwargs.get("device"), torch.device):
+                self.put(made)
+            return made
+
+        return followed
 
     def _watched(self, name, method):
         def watched(tensor, *args, **kwargs):
@@ -149,7 +162,7 @@ def tensors_of(thing):
 
 
 class Watch(Callback):
-    """Listed first: notes what was found when each micro-batch began, the callbacks of the one before included."""
+    """Listed first: marks what was found when each micro-batch began, after the callbacks of the previous one."""
 
     def __init__(self, device, monkeypatch):
         self.device = device
@@ -158,7 +171,7 @@ class Watch(Callback):
         self._stack = ExitStack()
 
     def on_train_start(self, trainer, module):
-        # Not before: transformers loads a model on devices of its own, with constructors that must be torch's.
+        # Not earlier: transformers loads a model on its own devices, with constructors that must be torch's.
         self._stack.enter_context(self.device.used(self._monkeypatch))
         self.device.put(*module.parameters(), *module.buffers())
 
@@ -209,7 +222,7 @@ def waits_of_a_fit(make_trainer, make_data, model_folder, train_file, tmp_path, 
     return fit
 
 
-def assert_one_wait_a_step(waits):
+def assert_one_wait_per_step(waits):
     for index, found in enumerate(waits):
         allowed = 1 if (index + 1) % ACCUMULATE == 0 else 0
         assert len(found) <= allowed, f"micro-batch {index}:\n" + "\n".join(found)
@@ -217,17 +230,17 @@ def assert_one_wait_a_step(waits):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_the_host_waits_once_an_optimizer_step(waits_of_a_fit, layout, precision):
+def test_the_host_waits_once_per_optimizer_step(waits_of_a_fit, layout, precision):
     waits = waits_of_a_fit(ImaginedDevice(), layout=layout, precision=precision)
-    assert_one_wait_a_step(waits)
-    assert all(waits[ACCUMULATE - 1 :: ACCUMULATE]), "the guard's own wait was not seen"
+    assert_one_wait_per_step(waits)
+    assert all(waits[ACCUMULATE - 1 :: ACCUMULATE]), "the wait at the end of a step was not seen"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_the_host_waits_once_an_optimizer_step_on_a_gpu(waits_of_a_fit, layout):
+def test_the_host_waits_once_per_optimizer_step_on_a_gpu(waits_of_a_fit, layout):
     waits = waits_of_a_fit(RealDevice(), layout=layout, accelerator="cuda", precision="bf16-mixed")
-    assert_one_wait_a_step(waits[ACCUMULATE:])  # the first step makes the optimizer's state and loads kernels
+    assert_one_wait_per_step(waits[ACCUMULATE:])  # the first step makes the optimizer's state and loads kernels
 
 
 @pytest.mark.parametrize(
@@ -244,6 +257,7 @@ def test_the_host_waits_once_an_optimizer_step_on_a_gpu(waits_of_a_fit, layout):
         lambda loss: torch.ones(2).index_put_(((loss > 0).expand(2),), torch.zeros(())),
         lambda loss: torch.equal(loss, loss),
         lambda loss: torch.tensor(1.0, device=loss.device),
+        lambda loss: bool((torch.arange(3, device=loss.device) == 1).all()),
     ],
 )
 def test_every_wait_is_seen(monkeypatch, careless):

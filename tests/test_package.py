@@ -14,11 +14,13 @@ PUBLIC_NAMES = {
     # training
     "SFTDataModule",
     "SFTModule",
+    "run_defaults",
     "HFCheckpoint",
     "GenerationEvaluation",
     "PredictionWriter",
     "RowLossRecorder",
     "RunReport",
+    "SavedConfig",
     "StepProgress",
     "Throughput",
     "MetricsCSVLogger",
@@ -62,7 +64,6 @@ PUBLIC_NAMES = {
     "RunFailedError",
     "NonFiniteError",
     "StoppedError",
-    "run_defaults",
 }
 
 

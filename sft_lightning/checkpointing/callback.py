@@ -123,7 +123,7 @@ class HFCheckpoint(ModelCheckpoint):
         self._listen(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        if self.monitor is not None and getattr(datamodule_of(trainer), "paths", {"val": ""})["val"] is None:
+        if self.monitor is not None and "val" not in getattr(datamodule_of(trainer), "sets", {"val"}):
             raise UserError(
                 f"checkpoint.monitor '{self.monitor}' needs validations: set data.val_path, or monitor null"
             )

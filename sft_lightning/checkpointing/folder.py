@@ -1,10 +1,10 @@
-"""Checkpoint folders on disk: written whole or not at all, verified before use, found by a word.
+"""Write checkpoint folders atomically, verify them before use, and find them as ``auto``, ``last`` or ``best``.
 
 checkpoints/sft/
   checkpoint-500/    a Hugging Face model folder, trainer_state.ckpt, manifest.json (written last)
   last -> checkpoint-1500    best -> checkpoint-1000
   final/             a model folder
-  run_files.json     what else the run wrote here: claims.py
+  run_files.json     the other files of the run: run_folder.py
 """
 
 import json
@@ -33,21 +33,21 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.ckpt"
 _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 _REPLACED = ".replaced"
-# How safetensors and torch say that a file could not be written.
+# What safetensors and torch report when a file cannot be written.
 _DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
 _WRITTEN_ATOMICALLY = ("checkpoint-*", "final", "last", "best", "config*.yaml", "metrics.csv", "run_files.json")
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
-    """Writes a folder so that it appears complete or not at all, whatever dies in between.
+    """Writes a folder with a manifest. It appears complete or not at all, even if the process dies.
 
     Args:
-        folder: The final place. One of ours that stands there is replaced, any other moved aside.
-        write: Fills the empty folder that it is given.
-        about: Goes into the manifest beside the size and sha256 of each file.
+        folder: The final place. A folder with a manifest that is there is replaced; any other is moved aside.
+        write: Fills the empty folder that it gets.
+        about: Fields of the manifest beside the size and sha256 of each file.
 
     Raises:
-        RunFailedError: If the disk is full, or does not take it for another reason.
+        RunFailedError: If the disk is full, or the folder cannot be written for another reason.
     """
     try:
         with atomic_folder(folder, lambda: _make_way(folder)) as temporary:
@@ -69,7 +69,7 @@ def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # After a failed write torch fails once more, on closing the file.
+    # After a failed write torch raises a second error when it closes the file.
     before = error.__context__
     return _reason(before) if isinstance(before, OSError) else f"{' '.join(str(error).split()):.200}"
 
@@ -82,7 +82,7 @@ def _before(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns a folder's manifest. Raises UserError if it has none that can be read."""
+    """Returns the manifest of a folder. Raises UserError if it has none or it is unreadable."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raises UserError that names the first file of a folder that is missing, cut short or altered."""
+    """Raises UserError with the first file of a folder that is missing, truncated or altered."""
     for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
         if not path.is_file():
@@ -108,13 +108,13 @@ def verify(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Returns the step folders of a run, oldest first. Puts back what a crash left set aside, ``final`` too."""
+    """Returns the step folders of a run, oldest first. Restores folders that a crash left set aside, also ``final``."""
     for aside in [*run.glob(f".checkpoint-*{_REPLACED}"), *run.glob(f".final{_REPLACED}")]:
         home = run / aside.name.removeprefix(".").removesuffix(_REPLACED)
         if home.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            with suppress(FileNotFoundError):  # another rank was first
+            with suppress(FileNotFoundError):  # another rank was faster
                 aside.rename(home)
     found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _STEP_FOLDER.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
@@ -126,16 +126,16 @@ def is_run(run: Path) -> bool:
 
 
 def find(run: Path, word: str) -> Path | None:
-    """Returns the checkpoint that ``auto``, ``last`` or ``best`` stands for; None if there is none for ``auto``.
+    """Returns the checkpoint that ``auto``, ``last`` or ``best`` refers to; None if ``auto`` finds none.
 
-    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not. Checkpoints that a
-    run left behind when it was resumed from an earlier one are not its newest.
+    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not. It skips
+    checkpoints that the run left behind when it was resumed from an earlier one.
 
     Raises:
-        UserError: If the word is another, ``last`` or ``best`` names no checkpoint, or ``auto`` finds no good one.
+        UserError: If the word is unknown, ``last`` or ``best`` has no checkpoint, or ``auto`` finds only damaged ones.
     """
     if word not in ("auto", "last", "best"):
-        raise UserError(f"'{word}' stands for no checkpoint; choose auto, last or best")
+        raise UserError(f"'{word}' is no checkpoint; choose auto, last or best")
     run = run.resolve()
     found = checkpoints(run)
     if word == "auto":
@@ -147,7 +147,7 @@ def find(run: Path, word: str) -> Path | None:
 
 
 def identity(folder: Path) -> str:
-    """Returns a hash that tells a checkpoint from any other, also of the same step; empty where there is none."""
+    """Returns a hash that is unique to a checkpoint, also among those of one step; empty if there is none."""
     manifest = folder / MANIFEST
     return file_digest(manifest) if manifest.is_file() else ""
 
@@ -160,11 +160,11 @@ def _newest_good(run: Path, found: list[Path]) -> Path | None:
         except UserError as error:
             logger.warning("%s; trying the one before it", error)
             continue
-        # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly; any
-        # other beyond `last` is of a branch that was given up.
+        # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly. Any
+        # other one beyond `last` belongs to an abandoned branch.
         is_beyond = last in found and _step(folder) > _step(last)
         if is_beyond and read_manifest(folder).get("previous") != identity(last):
-            logger.warning("checkpoint '%s' was left behind when the run went on from an earlier one", folder)
+            logger.warning("checkpoint '%s' was left behind when the run resumed from an earlier one", folder)
             continue
         return folder
     if found:
@@ -185,7 +185,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Deletes all but the newest checkpoints of a run, never those that ``last`` and ``best`` stand for."""
+    """Deletes all but the newest checkpoints of a run. It keeps those that ``last`` and ``best`` point at."""
     protected = {(run / name).resolve() for name in ("last", "best")}
     for folder in checkpoints(run)[:-keep_last]:
         if folder.resolve() not in protected:
@@ -202,7 +202,7 @@ def remove_unfinished(run: Path) -> None:
 
 
 def escapes_folder(name: str) -> bool:
-    """Returns whether a relative name, read from a file, points out of the folder that it should be in."""
+    """Returns whether a relative name, read from a file, leads out of the folder that it belongs to."""
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
@@ -215,7 +215,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _make_way(folder: Path) -> bool:
-    """Moves what has the place of a new folder aside: ours until the new one is there, the user's for good."""
+    """Moves the folder in the place of a new one aside: a checkpoint until the new one is there, others for good."""
     if (folder / MANIFEST).is_file():
         shutil.rmtree(_set_aside(folder), ignore_errors=True)
         folder.rename(_set_aside(folder))

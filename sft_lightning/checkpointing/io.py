@@ -1,4 +1,4 @@
-"""HFCheckpointIO: Lightning's checkpoint as a model folder that plain transformers loads, and back again."""
+"""Write and read checkpoints of Lightning as model folders that plain transformers loads."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _WEIGHTS_PREFIX = "model."
 
 
 class HFCheckpointIO(CheckpointIO):
-    """Writes Lightning's checkpoint as a model folder plus ``trainer_state.ckpt``, and puts it together again."""
+    """Splits a checkpoint of Lightning into a model folder and ``trainer_state.ckpt``, and joins them again."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -40,7 +40,7 @@ class HFCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Returns Lightning's checkpoint. Loads tensors and plain values only, whatever the arguments say."""
+        """Returns the checkpoint. Loads only tensors and plain values, regardless of ``weights_only``."""
         folder = Path(path).resolve()
         fitting = self._trainer.state.fn == "fit"
         if not folder.is_dir():
@@ -64,7 +64,7 @@ class HFCheckpointIO(CheckpointIO):
 
 
 def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Fills a folder with the trained model and its tokenizer. ``weights`` is the LightningModule's state dict."""
+    """Writes the trained model and its tokenizer. ``weights`` is the state dict of the LightningModule."""
     datamodule = datamodule_of(trainer)
     tokenizer = getattr(datamodule, "tokenizer", None)
     supervised_stop = tokenizer.eos_token_id if tokenizer is not None and datamodule.append_eos else None
@@ -76,8 +76,8 @@ def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> N
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle may provoke any
-        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
+    except Exception as error:  # a broken or hostile pickle may raise anything
+        # The message of torch suggests weights_only=False, which would run any code in the file.
         raise UserError(
             f"checkpoint '{path.parent}': {path.name} holds something else than tensors and plain values, or is "
             "damaged; it is not loaded"
@@ -85,7 +85,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
-    """Returns the module's state dict. A tied weight stands once on disk and under each of its names here."""
+    """Returns the state dict of the module. A tied weight is once on disk, and here under each of its names."""
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         try:
@@ -93,7 +93,7 @@ def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"checkpoint '{folder}' is damaged: {path.name} cannot be read: {error}") from error
     if not stored:
-        raise UserError(f"--ckpt_path '{folder}' holds no model*.safetensors, so it is no model")
+        raise UserError(f"--ckpt_path '{folder}' holds no model*.safetensors: name a folder with a model")
     own = trainer.lightning_module.state_dict()
     weights = {_WEIGHTS_PREFIX + name: w for name, w in stored.items()}
     names = trainer.lightning_module.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""Which files of a run folder are the run's own: --overwrite deletes those, and nothing more."""
+"""Register the files that a run writes, so that --overwrite deletes those and nothing else."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ RUN_FILES = "run_files.json"
 
 
 def starts_new_run(resumed: str | None, run: Path) -> bool:
-    """Returns whether a run begins in this folder: it starts fresh, or from a checkpoint of another folder."""
+    """Returns whether a run starts in this folder, fresh or from a checkpoint of another folder."""
     return resumed is None or Path(resumed).resolve().parent != run.resolve()
 
 
@@ -31,10 +31,10 @@ def run_folder(trainer: "Trainer", output_dir: str | None) -> Path:
 
 
 def prepare_run_folder(run: Path, *, overwrite: bool) -> None:
-    """Makes way for a new run in a folder.
+    """Prepares a folder for a new run.
 
     Raises:
-        UserError: If the folder holds a run already and ``overwrite`` is False, or cannot be written.
+        UserError: If the folder holds a run and ``overwrite`` is False, or cannot be written.
     """
     if run.exists() and folders.is_run(run):
         if not overwrite:
@@ -53,14 +53,14 @@ def prepare_run_folder(run: Path, *, overwrite: bool) -> None:
 
 
 def register_file(run: Path, name: str) -> None:
-    """Notes that the run wrote a file of this relative name, so that ``clear`` may delete it."""
+    """Records that the run wrote a file of this relative name, so that ``clear`` may delete it."""
     names = _registered(run)
     if name not in names:
         _write_registered(run, [*names, name])
 
 
 def remove_registered(run: Path, is_stale: Callable[[str], bool]) -> None:
-    """Deletes those of the claimed files, by their relative names, that ``is_stale`` says."""
+    """Deletes the registered files for whose relative names ``is_stale`` returns True."""
     names = _registered(run)
     stale = [name for name in names if is_stale(name) and not folders.escapes_folder(name)]
     for name in stale:
@@ -70,14 +70,14 @@ def remove_registered(run: Path, is_stale: Callable[[str], bool]) -> None:
 
 
 def clear(run: Path) -> None:
-    """Deletes a run: the files that its manifests name, and folders that are empty then. Anything else stays."""
+    """Deletes a run: registered files, files in its manifests, and folders that are empty then. Other files stay."""
     folders.remove_unfinished(run)
     for folder in [*folders.checkpoints(run), run / "final"]:
         if (folder / folders.MANIFEST).is_file():
             try:
                 named = folders.read_manifest(folder)["files"]
             except UserError as error:
-                logger.warning("%s; left where it is", error)
+                logger.warning("%s; not deleted", error)
                 continue
             for name in [*named, folders.MANIFEST]:
                 _unlink(folder / name, below=run)

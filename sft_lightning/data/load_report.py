@@ -1,23 +1,53 @@
-"""The account of a data set: which rows did not become tokens, and why."""
+"""Report which rows of a data set did not become tokens, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_lightning.data.records import SkippedRows
+from sft_lightning.errors import UserError
+
+
+@dataclass
+class SkippedRows:
+    """Rows that are skipped for one kind of reason.
+
+    Attributes:
+        count: The number of skipped rows.
+        first: ``(file:line, reason)`` of the first twenty.
+    """
+
+    count: int = 0
+    first: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, source: str, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < 20:
+            self.first.append((source, reason))
+
+    def __str__(self) -> str:
+        named = [f"{source}: {reason}" for source, reason in self.first[:5]]
+        if self.count > len(named):
+            named.append(f"and {self.count - len(named)} more")
+        return "; ".join(named)
+
+
+def check_bad_rows(bad_rows: SkippedRows, max_bad_rows: int) -> None:
+    """Raises UserError if there are more bad rows than ``max_bad_rows``."""
+    if bad_rows.count > max_bad_rows:
+        raise UserError(f"too many bad rows ({bad_rows.count}, data.max_bad_rows is {max_bad_rows}): {bad_rows}")
 
 
 @dataclass
 class LoadReport:
-    """What a data set holds beside the rows that are kept.
+    """The rows of a data set that are skipped or shortened, by reason.
 
     Attributes:
-        bad_rows: Rows that cannot be read or tokenised.
+        bad_rows: Rows that cannot be read or tokenized.
         overlength_rows: Rows over ``max_length``.
-        truncated_prompts: How many rows are kept with a shorter prompt.
+        truncated_prompts: The number of rows that are kept with a shorter prompt.
         ungraded_rows: Rows without a ground truth, which a filter of responses cannot judge.
-        rejected_rows: Rows that the filter does not accept.
+        rejected_rows: Rows that the filter rejects.
     """
 
     bad_rows: SkippedRows = field(default_factory=SkippedRows)
@@ -28,11 +58,11 @@ class LoadReport:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any], names: Mapping[str, Path]) -> "LoadReport":
-        """Returns what ``dataclasses.asdict`` made of one.
+        """Returns the report that ``dataclasses.asdict`` turned into a dictionary.
 
         Args:
-            saved: A store that was made before a reason was known says nothing about it: no row is left out for it.
-            names: A file's name at that time -> its name now.
+            saved: The dictionary. A reason that it lacks has no rows.
+            names: The name of each file when the report was saved -> its name now.
         """
 
         def rows(reason: str) -> SkippedRows:
@@ -50,12 +80,12 @@ class LoadReport:
 
     @property
     def num_rows(self) -> int:
-        """How many rows are not kept."""
+        """The number of skipped rows."""
         reasons = (self.bad_rows, self.overlength_rows, self.ungraded_rows, self.rejected_rows)
         return sum(rows.count for rows in reasons)
 
     def advice(self, max_length: int) -> str:
-        """Returns what to do where no row is kept."""
+        """Returns what to change if every row is skipped."""
         if self.rejected_rows.count or self.ungraded_rows.count:
             return "Look at these rows, name another data.grader, or set data.filter_correct: false"
         return f"Raise data.max_length ({max_length})"
@@ -65,7 +95,7 @@ class LoadReport:
 
     @property
     def sentences(self) -> list[str]:
-        """One for each reason that there is, with how many rows it concerns and which come first."""
+        """One sentence for each reason that occurred, with the number of rows and the first of them."""
         parts = []
         if self.bad_rows.count:
             parts.append(f"bad rows skipped ({self.bad_rows.count}): {self.bad_rows}")

@@ -11,7 +11,6 @@ publishes and all read that one. A folder whose files are not as its meta.json s
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -19,16 +18,18 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, get_args
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.filters import RowFilter, filter_records
-from sft_lightning.data.formats.base import Template
-from sft_lightning.data.load_report import LoadReport
-from sft_lightning.data.records import Record, check_bad_rows, read_records, resolve_files, template_of
-from sft_lightning.data.tokenization import Overlength, tokenize_records, tokenizer_fingerprint
+from sft_lightning.data.filters import filter_records
+from sft_lightning.data.formats.base import Record, template_identity
+from sft_lightning.data.load_report import LoadReport, check_bad_rows
+from sft_lightning.data.records import read_records, template_of
+from sft_lightning.data.settings import DataSettings
+from sft_lightning.data.sources.files import resolve_files
+from sft_lightning.data.tokenization import tokenize_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
 from sft_lightning.system.files import atomic_folder, file_digest, files_digest, value_digest
 
@@ -97,98 +98,65 @@ class TokenStore:
         return TokenStore(self._folder, self._files, min(num_rows, len(self)))
 
 
-def load_or_build_tokens(
-    path: str | Path,
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template | None = None,
-    columns: Mapping[str, str] | None = None,
-    max_length: int = 2048,
-    overlength: Overlength = "drop",
-    append_eos: bool = True,
-    max_bad_rows: int = 0,
-    row_filter: RowFilter | None = None,
-    cache_dir: str | Path | None = None,
-) -> TokenStore:
-    """Returns the tokens of a data set: from the cache where they are there, else made and kept there.
+def load_or_build_tokens(settings: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> TokenStore:
+    """Returns the tokens of a data set: from the cache if they are there, else built and kept there.
+
+    The filter judges rows when the store is built, and never again.
 
     Args:
-        path: A JSONL or Parquet file, a folder of them, or a glob.
+        settings: Which rows to read and how to tokenize them.
         tokenizer: Makes the ids.
-        template: Turns a row into prompt and response; None chooses by the keys of each file's rows.
-        columns: Our name for a field -> the file's name for it.
-        max_length: The most tokens that prompt, response and EOS may have together.
-        overlength: What becomes of a longer row: ``drop`` it, stop with an ``error``, or ``truncate_prompt`` from the
-            left down to a BOS, if it has one, and one token. No response is cut: a row that is too long all the same
-            is dropped.
-        append_eos: Ends each response with the tokenizer's EOS.
-        max_bad_rows: So many bad rows are skipped before it is an error.
-        row_filter: Keeps the rows that it accepts; None keeps all. It judges when the store is made, and never again.
-        cache_dir: Holds the stores; None takes ``$SFT_CACHE_DIR``, or ``sft_lightning`` in the user's cache folder.
 
     Raises:
         UserError: For a bad path, option or row, for a row too long under ``error``, or when no row is left.
     """
-    _check_options(max_length, overlength)
-    files = resolve_files(path)
-    templates = [template] if template else [template_of(file, columns) for file in files]
-    fingerprint: dict[str, str | int | bool] = {
-        "data": files_digest(files),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": ", ".join(sorted({_template_name(each) for each in templates})),
-        "columns": json.dumps(dict(columns or {}), sort_keys=True),
-        "max_length": max_length,
-        "overlength": overlength,
-        "append_eos": append_eos,
-    }
-    fingerprint |= {"filter": row_filter.identity} if row_filter else {}  # so that stores made without keep their keys
-    folder = _cache_root(cache_dir) / _key(fingerprint)
+    files = resolve_files(settings.path)
+    fingerprint = _fingerprint(settings, files, tokenizer)
+    folder = _cache_root(settings.cache_dir) / _key(fingerprint)
     store = _open_whole(folder, files, fingerprint)
     if store is None:
         load_report = LoadReport()
-        records = read_records(
-            path, template=template, columns=columns, max_bad_rows=max_bad_rows, bad_rows=load_report.bad_rows
-        )
-        kept = filter_records(records, row_filter, load_report) if row_filter else records
-        rows = tokenize_records(
-            kept,
-            tokenizer,
-            max_length=max_length,
-            overlength=overlength,
-            append_eos=append_eos,
-            load_report=load_report,
-        )
-        _build(folder, rows, load_report, max_bad_rows=max_bad_rows, files=files, fingerprint=fingerprint)
+        records = read_records(settings, load_report.bad_rows)
+        kept = filter_records(records, settings.filter, load_report) if settings.filter else records
+        rows = tokenize_records(kept, tokenizer, settings, load_report)
+        _build(folder, rows, load_report, settings, files=files, fingerprint=fingerprint)
         store = TokenStore(folder, files)
-    _account_for_rows(path, store, max_bad_rows, is_filtered=row_filter is not None)
-    return store
+    _report_skipped_rows(settings, store)
+    return store if settings.max_examples is None else store.first(settings.max_examples)
 
 
-def _check_options(max_length: int, overlength: str) -> None:
-    if overlength not in get_args(Overlength):
-        raise UserError(f"data.overlength is {overlength!r}; give one of {', '.join(get_args(Overlength))}")
-    if max_length < 2:
-        raise UserError(f"data.max_length is {max_length}; a prompt and a response take at least 2 tokens")
+def _fingerprint(
+    settings: DataSettings, files: Sequence[Path], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, str | int | bool]:
+    templates = [settings.template or template_of(file, settings.columns) for file in files]
+    return {
+        "data": files_digest(files),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": ", ".join(sorted({template_identity(template) for template in templates})),
+        "columns": json.dumps(dict(settings.columns), sort_keys=True),
+        **settings.token_options,
+        **({"filter": settings.filter.identity} if settings.filter else {}),
+    }
 
 
-def _account_for_rows(path: str | Path, store: TokenStore, max_bad_rows: int, *, is_filtered: bool) -> None:
-    # A store that was made under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
-    check_bad_rows(store.load_report.bad_rows, max_bad_rows)
+def _report_skipped_rows(settings: DataSettings, store: TokenStore) -> None:
+    # A store that was built under a higher max_bad_rows holds the same tokens, but may have skipped too many rows.
+    check_bad_rows(store.load_report.bad_rows, settings.max_bad_rows)
     reasons = store.load_report.sentences
-    if is_filtered:
+    if settings.filter:
         num_rows = len(store) + store.load_report.num_rows
         reasons = [f"data.filter_correct is on, {len(store)} of {num_rows} rows are kept", *reasons]
     if reasons:
         level = logging.WARNING if store.load_report.sentences else logging.INFO
-        logger.log(level, "data path '%s': %s", path, ". ".join(reasons))
+        logger.log(level, "data path '%s': %s", settings.path, ". ".join(reasons))
 
 
 def _build(
     folder: Path,
     rows: Iterator[tuple[Record, list[int], list[int]]],
     load_report: LoadReport,
+    settings: DataSettings,
     *,
-    max_bad_rows: int,
     files: Sequence[Path],
     fingerprint: Mapping[str, str | int | bool],
 ) -> None:
@@ -201,9 +169,9 @@ def _build(
 
     with _write_errors(folder.parent), atomic_folder(folder, make_way) as temporary:
         num_rows = _write_rows(temporary, rows, files)
-        check_bad_rows(load_report.bad_rows, max_bad_rows)
+        check_bad_rows(load_report.bad_rows, settings.max_bad_rows)
         if not num_rows:
-            raise NoRowsError(f"no row is left. {load_report}. {load_report.advice(int(fingerprint['max_length']))}")
+            raise NoRowsError(f"no row is left. {load_report}. {load_report.advice(settings.max_length)}")
         if files_digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, load_report)
@@ -279,10 +247,6 @@ def _digests(folder: Path, load_report: Mapping[str, Any]) -> dict[str, str]:
 
 def _key(fingerprint: Mapping[str, str | int | bool]) -> str:
     return value_digest([_FORMAT, fingerprint])[:32]
-
-
-def _template_name(template: Template) -> str:
-    return f"{type(template).__name__} {hashlib.sha256(template.identity.encode()).hexdigest()[:16]}"
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:

@@ -1,12 +1,11 @@
-"""Tokenisation: text to token ids, in one place for training, evaluation and generation.
+"""Tokenize text, in one place for training, evaluation and generation.
 
-Prompt and response are tokenised apart and joined, because that is what generation sees. What a tokenizer does to the
-text between special tokens is its own business; which special tokens stand at the ends is decided here:
+Prompt and response are tokenized separately and joined, because that is what generation sees. Special tokens:
 
-- at the front one BOS, if the tokenizer puts one there by default;
-- at the end of a response one EOS, if asked for;
-- text of the data that spells a special token becomes that token, as everywhere in transformers, so that prompts
-  rendered with a chat template work. A prompt that begins with BOS, or a response that ends with EOS, gets no second.
+- A prompt begins with one BOS if the tokenizer adds one by default.
+- A response ends with one EOS if ``append_eos`` is set.
+- Text that spells a special token becomes that token, as everywhere in transformers, so that prompts rendered with a
+  chat template work. A prompt that begins with BOS, or a response that ends with EOS, gets no second one.
 """
 
 import hashlib
@@ -15,30 +14,29 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
-from sft_lightning.data.records import Record
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Overlength: TypeAlias = Literal["drop", "error", "truncate_prompt"]
-
 _RECORDS_AT_ONCE = 1024
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """Returns the tokenizer of a local folder, which never touches the network, or of a model on the hub.
+    """Returns the tokenizer of a local folder, without network access, or of a model on the hub.
 
     Raises:
-        UserError: If there is none, or one without a vocabulary.
+        UserError: If there is no tokenizer, or it has no vocabulary.
     """
-    from transformers import AutoTokenizer  # takes seconds: only who loads a tokenizer waits for it
+    from transformers import AutoTokenizer  # imported here, because it takes seconds
 
     if Path(path).is_file():
         raise UserError(f"tokenizer path '{path}' is a file; give the folder that holds it")
@@ -49,26 +47,26 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         place = "in the folder" if local else "under that name: it is no folder here, and the hub did not give it"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no tokenizer '{path}' {place} ({type(error).__name__}: {reason})") from None
-    # transformers makes an empty tokenizer out of a folder that holds nothing but a model's config.json.
+    # For a folder with only a model's config.json, transformers returns an empty tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"tokenizer path '{path}' holds no vocabulary; give a folder with tokenizer files")
     return tokenizer
 
 
 def wants_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Returns whether the tokenizer puts a BOS in front of a text by default."""
+    """Returns whether the tokenizer begins a text with BOS by default."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
 
 
 def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Returns the id that fills padding: PAD, else EOS, else 0. Masks go by position, so it may be any."""
+    """Returns the id of padding: PAD, else EOS, else 0. Masks go by position, so any id works."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
-    """Returns each prompt's token ids, with one BOS in front where the tokenizer wants one."""
+    """Returns each prompt's token ids, which begin with one BOS if the tokenizer adds one by default."""
     rows = _encode(tokenizer, prompts)
     if not wants_bos(tokenizer):
         return rows
@@ -79,10 +77,10 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str])
 def encode_responses(
     tokenizer: "PreTrainedTokenizerBase", responses: Sequence[str], *, append_eos: bool
 ) -> list[list[int]]:
-    """Returns each response's token ids, with one EOS at the end if ``append_eos``.
+    """Returns each response's token ids, which end with one EOS if ``append_eos`` is set.
 
     Raises:
-        UserError: If an EOS is asked for and the tokenizer has none.
+        UserError: If ``append_eos`` is set and the tokenizer has no EOS.
     """
     rows = _encode(tokenizer, responses)
     if not append_eos:
@@ -96,40 +94,36 @@ def encode_responses(
 def tokenize_records(
     records: Iterator[Record],
     tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int,
-    overlength: Overlength,
-    append_eos: bool,
+    settings: DataSettings,
     load_report: LoadReport,
 ) -> Iterator[tuple[Record, list[int], list[int]]]:
-    """Yields each record that fits into ``max_length`` tokens with its prompt ids and its response ids.
+    """Yields each record of at most ``max_length`` tokens with its prompt ids and its response ids.
 
     Args:
         records: Read in chunks, so that memory stays flat.
         tokenizer: Makes the ids.
-        max_length: The most tokens of prompt, response and EOS together.
-        overlength: What becomes of a longer row, as for ``load_or_build_tokens``.
-        append_eos: Ends each response with EOS.
-        load_report: Is told of every row that does not come out, or not whole.
+        settings: ``max_length``, ``overlength`` and ``append_eos`` are used.
+        load_report: Collects the rows that are skipped or shortened.
 
     Raises:
         UserError: At the end, if ``overlength`` is ``error`` and there are longer rows.
     """
-    for chunk, prompts, responses in _encoded_chunks(records, tokenizer, append_eos=append_eos):
+    max_length = settings.max_length
+    for chunk, prompts, responses in _encoded_chunks(records, tokenizer, append_eos=settings.append_eos):
         for record, prompt, response in zip(chunk, prompts, responses, strict=True):
             if not prompt or not response:
                 name = "response" if prompt else "prompt"
                 load_report.bad_rows.add(record.source, f"the tokenizer makes no token of the {name}")
                 continue
             kept = prompt
-            if overlength == "truncate_prompt":
+            if settings.overlength == "truncate_prompt":
                 kept = truncate_prompt(tokenizer, prompt, max_length - len(response))
             if len(kept) + len(response) > max_length:
                 load_report.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
                 continue
             load_report.truncated_prompts += len(kept) < len(prompt)
             yield record, kept, response
-    if overlength == "error" and load_report.overlength_rows.count:
+    if settings.overlength == "error" and load_report.overlength_rows.count:
         raise UserError(
             f"rows over data.max_length {max_length} ({load_report.overlength_rows.count}): "
             f"{load_report.overlength_rows}. Raise it, or set data.overlength to drop or truncate_prompt"
@@ -141,12 +135,12 @@ def _encoded_chunks(
 ) -> Iterator[tuple[list[Record], list[list[int]], list[list[int]]]]:
     """Yields chunks of records with their prompt ids and their response ids.
 
-    A fast tokenizer works on all cores and outside the interpreter's lock. So one chunk is encoded in a thread, while
-    this one reads the next and the caller stores the one before.
+    A fast tokenizer uses all cores and releases the interpreter's lock. So one chunk is encoded in a thread while this
+    thread reads the next chunk and the caller stores the previous one.
     """
 
     def encode(chunk: list[Record]) -> tuple[list[Record], list[list[int]], list[list[int]]]:
-        # Rows with several responses to one prompt often stand together.
+        # Rows with several responses to one prompt are often neighbors.
         distinct = list(dict.fromkeys(record.prompt for record in chunk))
         prompt_ids = dict(zip(distinct, encode_prompts(tokenizer, distinct), strict=True))
         responses = encode_responses(tokenizer, [record.response for record in chunk], append_eos=append_eos)
@@ -163,9 +157,9 @@ def _encoded_chunks(
 
 
 def truncate_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], num_tokens: int) -> list[int]:
-    """Returns the last tokens of a prompt, behind its BOS if it has one: ``num_tokens`` of them, or all if fewer.
+    """Returns a prompt cut from the left to ``num_tokens`` tokens; its BOS, if it has one, stays.
 
-    One token beside the BOS always stays, so that the result may be longer than ``num_tokens``.
+    One token besides the BOS always stays, so the result can be longer than ``num_tokens``.
     """
     num_front = int(prompt[:1] == [tokenizer.bos_token_id])
     num_cut = min(len(prompt) - num_tokens, len(prompt) - num_front - 1)
@@ -177,7 +171,7 @@ def tokenize_prompt_and_output(
 ) -> dict[str, Tensor]:
     """Returns prompts and outputs as right-padded tensors, shifted so that position t predicts label t.
 
-    No EOS is added. T is one less than the longest row: inputs lack the last token, labels the first.
+    No EOS is added. T is the length of the longest row minus one: inputs lack the last token, labels the first.
 
     Returns:
         ``input_ids``: Shape [B, T], int64.
@@ -209,7 +203,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Returns a sha256, in hex, of everything that decides which ids a text gets here."""
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer.to_str()
-        # What stands before is the padding and truncation that somebody's last call left behind; ours use neither.
+        # The text before it is the padding and truncation of the tokenizer's last call, which we do not use.
         backend = backend[backend.index('"added_tokens"') :]
     else:
         backend = type(tokenizer).__qualname__ + json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -221,7 +215,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[
     if not texts:
         return []
     if tokenizer.is_fast:
-        # The same ids as below in three quarters of the time: nothing keeps track of where in the text a token stands.
+        # The same ids as below in three quarters of the time, because no token offsets are kept.
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
@@ -232,5 +226,5 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # length is judged by the over-length policy, not by a warning
+        verbose=False,  # the over-length policy decides on length, not a warning
     )["input_ids"]

@@ -1,7 +1,7 @@
-"""Models whose parameters are sharded over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+"""Shard the parameters of a model over processes with FSDP2 (``torch.distributed.fsdp.fully_shard``).
 
-Every process builds the model with its parameters on the meta device, and one of them besides loads the weights on its
-host; each then gets its shards from that one. No device ever holds a whole model.
+Every process builds the model with its parameters on the meta device. The first process also loads the weights on its
+host and sends each process its shards. No device ever holds a whole model.
 """
 
 import logging
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether a forward pass of the model needs other processes to run one too (FSDP2, tensor parallelism)."""
+    """Returns whether a forward pass needs other processes to run one too (FSDP2, tensor parallelism)."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Returns whether a tensor is spread over processes."""
+    """Returns whether a tensor is distributed over processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    from torch.distributed.tensor import DTensor  # a torch built without distributed has none
+    from torch.distributed.tensor import DTensor  # not in a torch built without distributed
 
     return isinstance(tensor, DTensor)
 
@@ -43,23 +43,23 @@ def load_sharded(
     mesh: "DeviceMesh",
     device: torch.device,
 ) -> "PreTrainedModel":
-    """Returns a model whose parameters are sharded over the processes of a mesh. To be called by all of them.
+    """Returns a model whose parameters are sharded over the processes of a mesh. All of them must call it.
 
     Args:
-        load: Returns the whole model, on the host. Called in the first process only.
-        load_without_weights: Returns the same model with any weights.
-        mesh: Of one dimension.
-        device: Where this process holds its shards.
+        load: Returns the whole model on the host. Called in the first process only.
+        load_without_weights: Returns the same model with arbitrary weights.
+        mesh: One-dimensional device mesh.
+        device: Device of the shards of this process.
 
     Raises:
-        UserError, RunFailedError: In all processes, if ``load`` raises it in the first; RuntimeError for any other.
+        UserError, RunFailedError: In all processes if ``load`` raises it in the first; RuntimeError for other errors.
     """
     whole: dict[str, Tensor] = {}
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             whole = load().state_dict()
-        except Exception as error:  # whatever it is, the others wait for this process
+        except Exception as error:  # the other processes wait, so each error must reach them
             outcome = [error if isinstance(error, UserError | RunFailedError) else RuntimeError(repr(error))]
     dist.broadcast_object_list(outcome, 0)
     if outcome[0] is not None:
@@ -73,17 +73,17 @@ def load_sharded(
 
 
 def unsharded(state: Any, *, keep: bool) -> Any:
-    """Returns nested mappings and lists with whole tensors on the host in place of shards. Called by all processes.
+    """Returns nested mappings and lists with full tensors on the host in place of shards. All processes must call it.
 
     Args:
-        state: With the same shards in the same order in all processes.
-        keep: Whether this process wants the result: one tensor at a time is whole in the others.
+        state: The same shards in the same order in all processes.
+        keep: Whether this process needs the result. In the others only one tensor at a time is full.
     """
     if isinstance(state, Tensor):
         whole = state.full_tensor() if is_shard(state) else state  # type: ignore[attr-defined]
         return whole.detach().cpu() if keep else None
     if isinstance(state, Mapping):
-        once: dict[int, Any] = {}  # a tied weight has two names, and shall be one tensor under both
+        once: dict[int, Any] = {}  # a tied weight stays one tensor under its two names
         return {
             name: once[id(value)] if id(value) in once else once.setdefault(id(value), unsharded(value, keep=keep))
             for name, value in state.items()
@@ -94,9 +94,9 @@ def unsharded(state: Any, *, keep: bool) -> Any:
 
 
 def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Returns this process's shard of a tensor that each process has whole, spread as a parameter is.
+    """Returns the shard of this process of a full tensor, distributed like a parameter.
 
-    A tensor of another shape, such as a counter of steps, is returned as it is.
+    A tensor of another shape, such as a step counter, is returned unchanged.
     """
     if not is_shard(parameter) or whole.shape != parameter.shape:
         return whole
@@ -109,23 +109,23 @@ def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Returns a loss's gradients by a model's parameters, for a trial; those that the model holds stay as they are.
+    """Returns the gradients of a loss with respect to the parameters. Gradients that the model holds do not change.
 
-    Called by all processes where the model is sharded.
+    All processes must call it if the model is sharded.
 
     Args:
-        model: Between two passes, so that its parameters are shards, if they ever are.
-        compute_loss: Calls the model.
+        model: Between two passes, so that parameters of a sharded model are shards.
+        compute_loss: Runs the model and returns the loss.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not is_sharded(model):
-        # Not backward(): it would call hooks on the parameters, some of which take optimizer steps.
+        # Not backward(): it would run hooks on the parameters, and some take optimizer steps.
         gradients = torch.autograd.grad(compute_loss(), trainable, allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
     kept = [parameter.grad for parameter in trainable]
     for parameter in trainable:
         parameter.grad = None
-    compute_loss().backward()  # the graph leads to gathered parameters; hooks take their gradients to the shards
+    compute_loss().backward()  # the graph ends at gathered parameters; hooks move their gradients to the shards
     found = [parameter.grad for parameter in trainable if parameter.grad is not None]
     for parameter, gradient in zip(trainable, kept, strict=True):
         parameter.grad = gradient
@@ -133,14 +133,14 @@ def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[T
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Returns the 2-norm of all gradients together; shape [], the same in all processes. The host does not wait."""
+    """Returns the 2-norm over all gradients. Shape [], equal in all processes. No host synchronization."""
     norm = nn.utils.get_total_norm(list(gradients))
     return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters that modules register have no storage. Buffers are computed as ever: not all are saved."""
+    """Registers parameters without storage. Buffers keep their values: not all of them are saved with a model."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -157,13 +157,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
-    """Shards each layer by itself, and what is left (embeddings, last norm) as one: a tied weight is in there once."""
+    """Shards each layer, and the rest (embeddings, last norm) as one unit, in which a tied weight is once."""
     from torch.distributed.fsdp import fully_shard
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         logger.warning(
-            "%s has no layers that are known here: it is sharded as one, and gathered as a whole in each pass",
+            "%s has no GradientCheckpointingLayer: it is sharded as one unit and fully gathered in each pass",
             type(model).__name__,
         )
     for layer in layers:
@@ -172,7 +172,7 @@ def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
 
 
 def _materialize(model: "PreTrainedModel", device: torch.device) -> None:
-    """Gives parameters storage. Module.to_empty would give a tied weight one for each of its names."""
+    """Allocates storage for parameters. Module.to_empty would allocate a tied weight once per name."""
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

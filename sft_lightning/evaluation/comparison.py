@@ -1,4 +1,4 @@
-"""Two evaluations on the same prompts: what was fixed, what was broken, and whether it is more than chance."""
+"""Compare two evaluations on the same prompts: what was fixed or broken, and whether it is significant."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class PairedRate:
         after_interval: 95% bounds of ``after``.
         difference: ``after - before``.
         difference_interval: 95% bounds of the difference, by bootstrap over prompts.
-        num_fixed: Prompts whose rate rose; with one sample a prompt: wrong before, right after.
+        num_fixed: Prompts whose rate rose; with one sample per prompt: wrong before, right after.
         num_broken: Prompts whose rate fell.
-        p_value: Of McNemar's exact test on those two numbers (a sign test where prompts have several samples).
+        p_value: p value of McNemar's exact test on these two numbers (a sign test if prompts have several samples).
     """
 
     num_pairs: int
@@ -45,9 +45,9 @@ class Comparison:
     """Two evaluations on the same prompts.
 
     Attributes:
-        rates: ``format_accuracy``, ``answer_accuracy``, ``mean_reward`` and, where both know it,
+        rates: ``format_accuracy``, ``answer_accuracy``, ``mean_reward`` and, if both have it,
             ``strict_format_accuracy``.
-        changes: For each sample of the second evaluation what became of its reward.
+        changes: How the reward of each sample of the second evaluation changed.
     """
 
     rates: dict[str, PairedRate]
@@ -59,7 +59,7 @@ def rewarded(sample: Sample) -> bool:
     return sample["format_correct"] and sample["answer_correct"]
 
 
-# Name of a rate -> whether it counts a sample as right; None where the grader does not tell.
+# Name of a rate -> whether it counts a sample as right; None if the grader does not know.
 RATES: dict[str, Callable[[Sample], Any]] = {
     "format_accuracy": lambda sample: sample["format_correct"],
     "strict_format_accuracy": lambda sample: sample.get("strict_format_correct"),
@@ -81,8 +81,12 @@ def by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
 def compare(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
     """Returns what changed from one evaluation to another on the same prompts.
 
+    Args:
+        before: Samples of the first evaluation: ``EvaluationResult.samples``, or from ``read_samples``.
+        after: Samples of the second.
+
     Raises:
-        UserError: If there are no samples, or they are not of the same prompts and ground truths in the same order.
+        UserError: If there are no samples, or the prompts, ground truths or their order differ.
     """
     if not before or not after:
         raise UserError("an evaluation without samples cannot be compared")
@@ -93,7 +97,7 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
         if not any(value is None for pair in values for side in pair for value in side):
             rates[name] = _paired_rate(values)
     earlier = {(sample["index"], sample["sample"]): rewarded(sample) for sample in before}
-    # A sample that the earlier evaluation did not draw is compared with its first one.
+    # A sample that the first evaluation did not draw is compared with its first sample of that prompt.
     was_right = [earlier.get((one["index"], one["sample"]), earlier[one["index"], 0]) for one in after]
     return Comparison(rates, [_change(old, rewarded(sample)) for old, sample in zip(was_right, after, strict=True)])
 

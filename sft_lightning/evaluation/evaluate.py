@@ -1,4 +1,4 @@
-"""Evaluation: prompts -> generate -> grade -> counts and samples. Strings in, files out."""
+"""Evaluate a model: generate answers to prompts, grade them, and count."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from sft_lightning.grading.graders import Grade, Grader, R1ZeroGrader, grade_all
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Sample s of prompt p is answer number s * 2**32 + p of the evaluation, however many samples and prompts there are.
-_PROMPTS_AT_MOST = 2**32
+# Sample s of prompt p is answer number s * 2**32 + p of the evaluation, regardless of the numbers of both.
+_MAX_PROMPTS = 2**32
 
 
 def evaluate(
@@ -30,24 +30,24 @@ def evaluate(
     indices: Sequence[int] | None = None,
     output_dir: str | Path | None = None,
 ) -> EvaluationResult:
-    """Returns how well the model answers the prompts.
+    """Returns the graded answers of a model to prompts.
 
     Args:
-        model: A causal language model. Its mode and the random state are left as they were. None for a generator that
-            asks a server.
+        model: A causal language model. Its mode and the random state are unchanged afterwards. None for a generator
+            that asks a server.
         prompts: Given to the model as they are.
-        ground_truths: One for each prompt: a text, a number or a list of those that are all right.
-        tokenizer: None takes the one in the folder that the model was loaded from.
+        ground_truths: One for each prompt: a text, a number or a list of alternatives.
+        tokenizer: None loads the one in the folder of the model.
         generator: None takes ``TransformersGenerator()``.
         grader: None takes ``R1ZeroGrader()``.
-        num_samples: Answers to each prompt; with several there are ``pass_at`` and ``maj_at``.
-        indices: Where each prompt stands in the whole evaluation, for a part of one; None: 0, 1, 2, ... A sampled
-            answer follows from it, from the prompt and the generator's seed, and from nothing else.
-        output_dir: Where ``predictions.jsonl`` and ``metrics.json`` are written, over those of an earlier evaluation.
+        num_samples: Answers per prompt; with several the metrics have ``pass_at`` and ``maj_at``.
+        indices: Index of each prompt in the whole evaluation, if this is a part of one; None means 0, 1, 2, ... A
+            sampled answer depends only on it, on the prompt and on the seed of the generator.
+        output_dir: Folder for ``predictions.jsonl`` and ``metrics.json``. Earlier files are replaced.
 
     Raises:
-        UserError: If there are not as many ground truths as prompts, one is missing, no tokenizer is found, or
-            ``num_samples`` is below 1.
+        UserError: If the numbers of ground truths and prompts differ, a ground truth is missing, no tokenizer is
+            found, or ``num_samples`` is below 1.
     """
     if len(prompts) != len(ground_truths):
         raise UserError(f"got {len(prompts)} prompts and {len(ground_truths)} ground_truths; give one for each")
@@ -65,7 +65,7 @@ def evaluate(
         model,
         tokenizer,
         [prompts[row] for row, _ in asked],
-        numbers=[sample * _PROMPTS_AT_MOST + indices[row] for row, sample in asked],
+        numbers=[sample * _MAX_PROMPTS + indices[row] for row, sample in asked],
     )
     responses = [generation.text for generation in generations]
     truths = [ground_truths[row] for row, _ in asked]

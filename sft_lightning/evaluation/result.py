@@ -1,4 +1,4 @@
-"""What an evaluation found: its samples, everything that follows from them, and the two files of both."""
+"""Hold the samples of an evaluation, compute its metrics, and write and read both."""
 
 import json
 from collections import Counter
@@ -12,19 +12,19 @@ from sft_lightning.evaluation.comparison import RATES, by_prompt, rewarded
 from sft_lightning.evaluation.statistics import majority_accuracy, pass_at_k, rate_interval
 from sft_lightning.system.files import write_atomically
 
-# Without these a row of predictions.jsonl cannot be compared with another.
+# Fields of a row of predictions.jsonl that a comparison needs.
 _NEEDED = ("index", "sample", "prompt", "ground_truth", "format_correct", "answer_correct")
 
 
 @dataclass
 class EvaluationResult:
-    """What an evaluation found. Everything follows from the samples: results of parts add up by joining those.
+    """The result of an evaluation. All metrics follow from the samples, so results of parts are joined by them.
 
     Attributes:
         samples: One row for each answer, in the order of the prompts: ``index`` (of the prompt), ``sample`` (which of
             its answers), ``prompt, response, ground_truth, format_correct, strict_format_correct, answer_correct,
             answer`` (what the grader read), ``failure, timed_out, stop_reason, num_tokens, mean_entropy`` (nats).
-        step: Optimizer steps of the model; None where that is not known.
+        step: Optimizer steps of the model; None if unknown.
     """
 
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -32,12 +32,12 @@ class EvaluationResult:
 
     @property
     def num_examples(self) -> int:
-        """How many prompts were answered."""
+        """Number of prompts."""
         return len(by_prompt(self.samples))
 
     @property
     def num_samples(self) -> int:
-        """How many answers each prompt got."""
+        """Answers per prompt."""
         return max((sample["sample"] + 1 for sample in self.samples), default=1)
 
     @property
@@ -50,7 +50,7 @@ class EvaluationResult:
 
     @property
     def num_rewarded(self) -> int:
-        """How many answers are right in format and answer."""
+        """Number of samples with the right format and answer."""
         return sum(map(rewarded, self.samples))
 
     @property
@@ -72,16 +72,16 @@ class EvaluationResult:
 
     @property
     def stop_reasons(self) -> dict[str, int]:
-        """Why answers ended -> how many."""
+        """Stop reason -> number of samples."""
         return self._count("stop_reason")
 
     @property
     def failures(self) -> dict[str, int]:
-        """Kind of failure -> how many."""
+        """Failure -> number of samples."""
         return self._count("failure")
 
     def rates(self) -> dict[str, tuple[float, float, float]]:
-        """Returns each rate that the grader knows, with its 95% bounds; nothing without samples."""
+        """Returns each rate that the grader knows with its 95% bounds; empty without samples."""
         outcomes = {name: self._outcomes(name) for name in RATES}
         return {
             name: (sum(map(sum, known)) / len(self.samples), *rate_interval(known))
@@ -90,7 +90,7 @@ class EvaluationResult:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """Returns what ``metrics.json`` holds. A rate that the grader does not know, and a mean of nothing, is None."""
+        """Returns the content of ``metrics.json``. Rates that the grader does not know and empty means are None."""
         strict = self._outcomes("strict_format_accuracy")
         num_strict = None if strict is None else sum(map(sum, strict))
         return {
@@ -120,7 +120,7 @@ class EvaluationResult:
             file.write(json.dumps(self.metrics(), indent=2) + "\n")
 
     def _outcomes(self, name: str) -> list[list[bool]] | None:
-        """Returns which samples of each prompt are right, or None where the grader does not tell."""
+        """Returns which samples of each prompt are right, or None if the grader does not know."""
         outcomes = [[RATES[name](sample) for sample in samples] for samples in by_prompt(self.samples)]
         return None if any(None in samples for samples in outcomes) else outcomes
 
@@ -129,7 +129,7 @@ class EvaluationResult:
         return None if outcomes is None else sum(map(sum, outcomes)) / max(1, len(self.samples))
 
     def _over_samples(self) -> dict[str, dict[str, float]]:
-        """Returns pass@k for each power of two and for all samples, and maj@k for all: chances of a right answer."""
+        """Returns pass@k for each power of two and for all samples, and maj@k for all samples."""
         num_samples, prompts = self.num_samples, by_prompt(self.samples)
         if num_samples == 1:
             return {"pass_at": {}, "maj_at": {}}
@@ -164,7 +164,7 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
     """Returns the samples that an evaluation wrote.
 
     Raises:
-        UserError: If there is no ``predictions.jsonl``, or a line of it is no sample.
+        UserError: If there is no ``predictions.jsonl``, or a line of it is not a sample.
     """
     path = Path(folder) / "predictions.jsonl"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""How sure a rate is, and whether two differ: on counts and on values per prompt, without a library for it."""
+"""Confidence intervals and significance tests of rates, pass@k and maj@k."""
 
 from collections.abc import Hashable, Sequence
 from math import comb, sqrt
@@ -10,7 +10,7 @@ _NUM_RESAMPLES = 10_000
 
 
 def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns the bounds of a rate that was found on independent examples: Wilson's score interval (1927).
+    """Returns the bounds of a rate on independent examples: Wilson's score interval (1927).
 
     Unlike rate +- 1.96 standard errors it stays in [0, 1] and keeps its coverage at 0, at 1 and for few examples.
     Without examples it is [0, 1].
@@ -24,20 +24,20 @@ def wilson_interval(num_correct: int, num_examples: int, confidence: float = 0.9
         return 0.0, 1.0
     z_squared = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     rate = num_correct / num_examples
-    centre = rate + z_squared / (2 * num_examples)
+    center = rate + z_squared / (2 * num_examples)
     margin = sqrt(z_squared * (rate * (1 - rate) / num_examples + z_squared / (4 * num_examples**2)))
     scale = 1 + z_squared / num_examples
-    # At 0 and at 1 the bound is the rate itself, which rounding may miss.
-    low = 0.0 if num_correct == 0 else (centre - margin) / scale
-    high = 1.0 if num_correct == num_examples else (centre + margin) / scale
+    # At 0 and 1 the bound is the rate itself, which rounding may miss.
+    low = 0.0 if num_correct == 0 else (center - margin) / scale
+    high = 1.0 if num_correct == num_examples else (center + margin) / scale
     return low, high
 
 
 def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """Returns the 95% bounds of a rate, given the outcomes of each prompt's samples.
+    """Returns the 95% bounds of a rate, given the outcomes of the samples of each prompt.
 
-    Wilson's interval where each prompt has one sample. Samples of one prompt are not independent: where there are
-    more, it is the bootstrap over prompts.
+    With one sample per prompt it is Wilson's interval. Samples of one prompt are not independent: with several it is
+    the bootstrap over prompts.
     """
     if all(len(samples) == 1 for samples in outcomes):
         return wilson_interval(sum(samples[0] for samples in outcomes), len(outcomes))
@@ -45,11 +45,11 @@ def rate_interval(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
 
 
 def mcnemar_p_value(num_fixed: int, num_broken: int) -> float:
-    """Returns how likely so lopsided a change is if neither side is better: McNemar's test, exact and two-sided.
+    """Returns the two-sided p value of McNemar's exact test.
 
     Args:
         num_fixed: Prompts that only the second model answers right.
-        num_broken: Prompts that only the first does. Those on which both agree tell nothing.
+        num_broken: Prompts that only the first model answers right. Prompts on which both agree do not count.
 
     Example:
         >>> mcnemar_p_value(5, 0)  # five heads or five tails in five throws
@@ -63,16 +63,16 @@ def mcnemar_p_value(num_fixed: int, num_broken: int) -> float:
 def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Returns the bounds of the mean of one value per prompt: the percentile bootstrap (Efron, 1979).
 
-    Prompts are drawn, so values of a prompt (several samples, or a before and an after) stay together. The draws are
+    Prompts are resampled, so values of one prompt (several samples, or before and after) stay together. The draws are
     seeded: equal values give equal bounds.
 
     Args:
-        values: For each prompt; at least one.
-        confidence: The share of resampled means between the bounds.
+        values: One per prompt; at least one.
+        confidence: Share of the resampled means between the bounds.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     num_prompts = len(values)
-    # How often each distinct value is drawn is all that a resample tells.
+    # The mean of a resample depends only on how often it draws each distinct value.
     draws = np.random.default_rng(0).multinomial(num_prompts, counts / num_prompts, size=_NUM_RESAMPLES)
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws @ distinct / num_prompts, [tail, 1 - tail])
@@ -80,7 +80,7 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> tup
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Returns the chance that at least one of k samples is right, estimated without bias from ``num_samples`` >= k.
+    """Returns the probability that one of k samples is right, estimated without bias from ``num_samples`` >= k.
 
     The estimator of Chen et al., "Evaluating Large Language Models Trained on Code" (2021).
 
@@ -93,10 +93,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def majority_accuracy(answers: Sequence[Hashable], correct: Sequence[bool]) -> float:
-    """Returns whether the answer given most often is right; between 0 and 1 where several are given as often.
+    """Returns whether the most frequent answer is right; between 0 and 1 if several are equally frequent.
 
-    Wang et al., "Self-Consistency Improves Chain of Thought Reasoning" (2022). All right answers are one answer,
-    however they are written. No answer (None) is no vote.
+    Wang et al., "Self-Consistency Improves Chain of Thought Reasoning" (2022). All right answers count as one answer,
+    in any notation. A missing answer (None) is not a vote.
 
     Example:
         >>> majority_accuracy(["72", "8", "72.0"], [True, False, True])

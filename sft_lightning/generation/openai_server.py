@@ -19,43 +19,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Set by options of the generator, or not of one plain answer.
+# Fields that options of the generator set, and fields that change the kind of answer.
 _OWN_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "stop", "seed"}
 _OTHER_ANSWERS = {"n", "best_of", "echo", "stream", "suffix"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUM_PROBE_TOKENS = 4
-_MOST_PROBED_PROMPTS = 4
+_MAX_PROBED_PROMPTS = 4
 
 
 class OpenAIServerGenerator(SamplingGenerator):
-    """Generates with a model that a server holds, through its ``/completions``: one request for each prompt.
+    """Generates with the model of a server, through its ``/completions``: one request for each prompt.
 
-    The answers are those of the server's model. A model that is being trained here is another one: this generator is
-    for a saved model that a server has loaded.
+    The answers are those of the model that the server has loaded, and not of a model in training here.
 
-    The prompts go out as they are, without a chat template. What the server does of its own accord stays as it is: its
-    model's ``generation_config``, special tokens left out of the text, whether equal seeds give equal answers. Two
-    things change what is measured, and ``extra_fields`` sets them right: vLLM takes ``top_k`` and other settings from
-    the model (unless started with ``--generation-config vllm``), and ``transformers serve`` is greedy at every
-    temperature unless the model's ``generation_config``, or the field of that name, says ``do_sample``.
+    Prompts are sent unchanged, without a chat template. The server decides about the ``generation_config`` of its
+    model, special tokens in the text, and whether equal seeds give equal answers. Two of its defaults change what is
+    measured; correct them with ``extra_fields``: vLLM takes ``top_k`` and other settings from the model (unless started
+    with ``--generation-config vllm``), and ``transformers serve`` is greedy at every temperature unless the
+    ``generation_config`` of the model, or the field of that name, sets ``do_sample``.
 
-    Where a server tells neither by a name nor by the text whether a stop string ended an answer, none is sent: the
-    answer is cut here, and ``num_tokens`` counts what came behind it too.
+    If a server does not show, by name or in the text, whether a stop string ended an answer, none is sent: the answer
+    is cut here, and ``num_tokens`` also counts the tokens after the stop string.
 
     Args:
         base_url: Address of the server: http://127.0.0.1:8000/v1.
         model: Name of the model on the server. None takes the only one that it lists.
-        max_new_tokens: An answer is cut at this many tokens.
+        max_new_tokens: An answer is cut at this number of tokens.
         temperature: Divides the logits before sampling.
         top_p: Samples from the most likely tokens that hold this much of the probability. 1.0 is all of them.
-        greedy: Takes the most likely token each time; temperature, top_p and seed then play no part.
+        greedy: Takes the most likely token each time; temperature, top_p and seed are then ignored.
         stop_strings: An answer ends with the first of these that it contains.
-        seed: Each answer is sampled with a seed that follows from this one and the answer's number.
-        num_concurrent: Most requests on their way at once.
-        num_retries: How often a request is sent again when the server fails, is busy or cannot be reached.
-        timeout_seconds: How long to wait for an answer.
+        seed: Each answer is sampled with a seed derived from this one and the number of the answer.
+        num_concurrent: Maximum number of requests in flight.
+        num_retries: How often a request is sent again if the server fails, is busy or cannot be reached.
+        timeout_seconds: Time limit of an answer.
         api_key_variable: Environment variable that holds the server's key. None sends no key.
-        extra_fields: What else every request says, in the server's own words: ``{top_k: -1}`` for vLLM.
+        extra_fields: Further fields of every request, as the server names them: ``{top_k: -1}`` for vLLM.
 
     Raises:
         UserError: If a setting is out of its range.
@@ -92,7 +91,7 @@ class OpenAIServerGenerator(SamplingGenerator):
             raise UserError(f"timeout_seconds {timeout_seconds} must be above 0")
         refused = sorted((_OWN_FIELDS | _OTHER_ANSWERS).intersection(extra_fields or {}))
         if refused:
-            raise UserError(f"extra_fields must not hold {', '.join(refused)}; the generator sees to that itself")
+            raise UserError(f"extra_fields must not hold {', '.join(refused)}; the generator sets these itself")
         self.base_url = base_url
         self.model = model
         self.num_concurrent = num_concurrent
@@ -100,7 +99,7 @@ class OpenAIServerGenerator(SamplingGenerator):
         self.timeout_seconds = timeout_seconds
         self.api_key_variable = api_key_variable
         self.extra_fields = dict(extra_fields or {})
-        self._client()  # a wrong address shows now, not after an hour of training
+        self._client()  # so that a wrong address fails now and not after an hour of training
 
     def generate(
         self,
@@ -113,10 +112,10 @@ class OpenAIServerGenerator(SamplingGenerator):
         """Returns one answer for each prompt, in order.
 
         Args:
-            model: Not looked at, and neither is the tokenizer: the server has its own. None will do.
-            tokenizer: Not looked at.
-            prompts: Sent as they are.
-            numbers: Which answer of the whole evaluation each one is; None counts from 0. Seeds follow from it.
+            model: Ignored: the server has its own. May be None.
+            tokenizer: Ignored.
+            prompts: Sent unchanged.
+            numbers: Which answer of the whole evaluation each one is; None counts from 0. Seeds are derived from it.
 
         Raises:
             UserError: If the server refuses a prompt, or cannot be reached.
@@ -142,7 +141,7 @@ class OpenAIServerGenerator(SamplingGenerator):
                 if len(generations) % report_every == 0 or len(generations) == len(prompts):
                     logger.info("generated %d of %d answers", len(generations), len(prompts))
         finally:
-            # After Ctrl-C or an error nothing must go on: neither our threads nor the server's work for us.
+            # After Ctrl-C or an error, end the threads here and the work of the server.
             client.stop()
             executor.shutdown(cancel_futures=True)
         return [generations[index] for index in range(len(prompts))]
@@ -157,7 +156,7 @@ class OpenAIServerGenerator(SamplingGenerator):
         if not key:
             raise UserError(f"api_key_variable: the environment variable {self.api_key_variable} is not set")
         if not (key.isascii() and key.isprintable()):
-            raise UserError(f"api_key_variable: {self.api_key_variable} holds letters that no key has")
+            raise UserError(f"api_key_variable: {self.api_key_variable} holds characters that no key has")
         return key
 
     def _only_model(self, client: ServerClient) -> str:
@@ -167,7 +166,7 @@ class OpenAIServerGenerator(SamplingGenerator):
             raise UserError(f"model is not given, and {error}") from None
         if len(names) != 1:
             listed = ", ".join(names[:20]) or "none"
-            raise UserError(f"{self.base_url} lists {len(names)} models ({listed}); say which with model")
+            raise UserError(f"{self.base_url} lists {len(names)} models ({listed}); choose one with model")
         return names[0]
 
     def _sampling(self) -> dict[str, float]:
@@ -189,13 +188,13 @@ class OpenAIServerGenerator(SamplingGenerator):
 
 @dataclass(frozen=True, slots=True)
 class _Completion:
-    """What a server answered.
+    """The answer of a server.
 
     Attributes:
         text: With or without the stop string that ended it.
         is_cut: Whether the limit on tokens ended it.
-        num_tokens: As the server counted them.
-        stop_string: What ended it, where the server says so.
+        num_tokens: Count of the server.
+        stop_string: The stop string that ended it, if the server names it.
     """
 
     text: str
@@ -205,16 +204,16 @@ class _Completion:
 
 
 def _stop_strings_can_be_sent(client: ServerClient, settings: Mapping[str, Any], prompts: Sequence[str]) -> bool:
-    """Returns whether an answer will show that a stop string ended it.
+    """Returns whether an answer shows that a stop string ended it.
 
-    The protocol wants the string cut off and has no word for the difference to EOS, on which a right format depends.
-    vLLM (``stop_reason``) and SGLang (``matched_stop``) name the string; ``transformers serve`` leaves it in the text.
-    A short answer, and the same again with its own beginning for a stop string, show which server this is.
+    In the protocol the string is cut off, and the finish reason is the same as for EOS, but a right format depends on
+    the difference. vLLM (``stop_reason``) and SGLang (``matched_stop``) name the string; ``transformers serve`` keeps
+    it in the text. A short answer, repeated with its own beginning as a stop string, shows how this server behaves.
     """
-    for prompt in prompts[:_MOST_PROBED_PROMPTS]:
+    for prompt in prompts[:_MAX_PROBED_PROMPTS]:
         probe = {**settings, "prompt": prompt, "temperature": 0.0, "max_tokens": _NUM_PROBE_TOKENS}
         answer = client.ask("/completions", probe, _read_completion)
-        # A replacement character stands for bytes of half a letter, which a server would not find.
+        # A replacement character is an incomplete character, which a server would not find.
         beginning = answer.text.partition("\ufffd")[0]
         if beginning:
             stopped = client.ask("/completions", {**probe, "stop": [beginning]}, _read_completion)
@@ -229,14 +228,14 @@ def _read_completion(data: Any) -> _Completion:
     try:
         choice = data["choices"][0]
         text, finish_reason, num_tokens = choice["text"], choice["finish_reason"], data["usage"]["completion_tokens"]
-        # A number there is an EOS token.
+        # A number there is the id of an EOS token.
         named = [value for key in ("stop_reason", "matched_stop") if isinstance(value := choice.get(key), str)]
     except (LookupError, TypeError, AttributeError) as error:
         raise TemporaryError(f"no completion: {type(error).__name__} {error}") from None
     if not isinstance(text, str):
         raise TemporaryError(f"no completion: its text is {type(text).__name__}")
     if type(num_tokens) is not int or num_tokens < 0:
-        raise TemporaryError("no completion: usage.completion_tokens is no count")
+        raise TemporaryError("no completion: usage.completion_tokens is not a count")
     if finish_reason not in ("stop", "length"):
         raise TemporaryError(f"no completion: its finish_reason is {str(finish_reason)[:40]!r}")
     return _Completion(
@@ -263,6 +262,6 @@ def _result(future: Any, index: int) -> Generation:
 
 
 def _request_seed(seed: int, number: int) -> int:
-    """Returns a seed of 31 bits, which every server takes, the same on every machine."""
+    """Returns a seed of 31 bits, which every server accepts, equal on every machine."""
     digest = hashlib.sha256(f"{seed},{number}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

@@ -1,4 +1,4 @@
-"""JSON over HTTP with a server that may be slow, busy or not up yet: time-outs, retries, and a way to stop at once."""
+"""Exchange JSON over HTTP with a server that may be slow, busy or not ready: time-outs, retries, immediate stop."""
 
 import http.client
 import json
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# A server that is up takes a connection at once, however long it then thinks.
+# A running server accepts a connection at once, even if its answer takes long.
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 30.0
 _TEMPORARY_STATUS = {408, 425, 429}
-_MOST_MESSAGE_CHARACTERS = 300
+_MAX_MESSAGE_CHARACTERS = 300
 
 
 class TemporaryError(Exception):
-    """Something that may be gone when the server is asked again.
+    """A fault that may be gone at the next request.
 
     Args:
-        problem: What is wrong, in a few words.
-        pause_seconds: How long the server wants to be left alone.
+        problem: A few words about the fault.
+        pause_seconds: The pause that the server asks for.
     """
 
     def __init__(self, problem: str, pause_seconds: float = 0.0) -> None:
@@ -41,18 +41,18 @@ class TemporaryError(Exception):
 
 
 class ServerClient:
-    """Asks one server. Many threads may ask at once, each over a connection of its own.
+    """Sends requests to one server. Many threads may use it at once, each with its own connection.
 
-    Redirects are not followed and proxies not used: the key goes to the host of ``base_url`` only.
+    It ignores redirects and proxies: the key is sent to the host of ``base_url`` only.
 
     Args:
-        base_url: What stands in front of every path: ``http://127.0.0.1:8000/v1``.
+        base_url: Prefix of every path: ``http://127.0.0.1:8000/v1``.
         api_key: Sent as a bearer token; None sends none.
         num_retries: How often a request is sent again after a temporary fault, with pauses that double.
-        timeout_seconds: How long to wait for an answer to begin or to go on.
+        timeout_seconds: How long to wait for the next part of an answer.
 
     Raises:
-        UserError: If ``base_url`` is no address of a server.
+        UserError: If ``base_url`` is not the address of a server.
     """
 
     def __init__(self, base_url: str, api_key: str | None, num_retries: int, timeout_seconds: float) -> None:
@@ -74,23 +74,23 @@ class ServerClient:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._num_retries = num_retries
         self._timeout_seconds = timeout_seconds
-        # The program's own random state is not ours to move.
+        # So that the random state of the program does not change.
         self._jitter = random.Random()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._open_connections: set[http.client.HTTPConnection] = set()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def ask(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Answer]) -> Answer:
-        """Returns what ``read`` makes of the server's JSON.
+        """Returns the result of ``read`` for the JSON that the server answers.
 
         Args:
-            path: Behind ``base_url``: ``/completions``.
-            body: Posted as JSON; None gets the path without one.
-            read: Takes what the JSON holds. A ``TemporaryError`` that it raises is a reason to ask again.
+            path: Appended to ``base_url``: ``/completions``.
+            body: Sent as JSON by POST; None sends a GET request.
+            read: Converts the parsed JSON. If it raises ``TemporaryError``, the request is sent again.
 
         Raises:
-            UserError: If the server refuses, or the last retry failed too.
+            UserError: If the server refuses, or the last retry fails.
             CancelledError: If ``stop`` was called.
         """
         for num_failed in range(self._num_retries + 1):
@@ -101,7 +101,7 @@ class ServerClient:
             except TemporaryError as error:
                 problem = str(error)
                 if num_failed < self._num_retries and not self._stopped.is_set():
-                    self._tell(problem)
+                    self._warn_once(problem)
                     self._stopped.wait(self._pause_seconds(num_failed, error.pause_seconds))
         if self._stopped.is_set():
             raise CancelledError
@@ -112,17 +112,17 @@ class ServerClient:
         )
 
     def stop(self) -> None:
-        """Ends every request: those on their way, whose connections are cut, and those to come."""
+        """Ends every request: connections of those in flight are closed, and later ones fail."""
         self._stopped.set()
         with self._lock:
             for connection in self._open_connections:
                 try:
                     connection.sock.shutdown(socket.SHUT_RDWR)
-                except (OSError, AttributeError):  # it has just ended by itself
+                except (OSError, AttributeError):  # it has just ended
                     continue
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None) -> Any:
-        """Sends one request and returns what the JSON of its answer holds."""
+        """Sends one request and returns the parsed JSON of its answer."""
         payload = None if body is None else json.dumps(body).encode()
         wait_seconds = min(CONNECT_SECONDS, self._timeout_seconds)
         connection = self._connection_class(self._host, self._port, timeout=wait_seconds)
@@ -157,37 +157,37 @@ class ServerClient:
             problem = f"HTTP {response.status}: {_message(content)}"
             raise TemporaryError(problem, _asked_pause_seconds(response.getheader("Retry-After")))
         if not 200 <= response.status < 300:
-            hint = "; base_url mostly ends in /v1" if response.status == 404 else ""
+            hint = "; base_url usually ends in /v1" if response.status == 404 else ""
             raise UserError(f"{self._url}{path}: HTTP {response.status}: {_message(content)}{hint}")
 
     def _pause_seconds(self, num_failed: int, asked_seconds: float) -> float:
-        """Returns how long to wait. No two threads wait equally long, or all of them would be back at once."""
-        longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**num_failed)
+        """Returns how long to wait, with jitter, so that the threads do not all return at once."""
+        longest = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**num_failed)
         return min(asked_seconds, self._timeout_seconds) + longest * self._jitter.uniform(0.5, 1.0)
 
-    def _tell(self, problem: str) -> None:
-        """Logs what is wrong, once and not for every one of many requests."""
+    def _warn_once(self, problem: str) -> None:
+        """Logs a problem once, and not for each of many requests."""
         with self._lock:
-            if problem in self._told:
+            if problem in self._warned:
                 return
-            self._told.add(problem)
+            self._warned.add(problem)
         logger.warning("%s: %s; asking again", self._url, problem)
 
 
 def _asked_pause_seconds(retry_after: str | None) -> float:
-    """Returns what a Retry-After header asks for: seconds or a date, 0 where it is neither."""
+    """Returns the pause of a Retry-After header, which holds seconds or a date; 0 if it holds neither."""
     if retry_after is None:
         return 0.0
     if retry_after.strip().isdecimal():
         return float(retry_after)
     try:
         return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without a time zone
+    except (ValueError, TypeError):  # not a date, or a date without a time zone
         return 0.0
 
 
 def _message(content: bytes) -> str:
-    """Returns what an error of a server says, wherever in it vLLM, SGLang, FastAPI and others put that."""
+    """Returns the message in an error of vLLM, SGLang, FastAPI or another server."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
@@ -199,8 +199,8 @@ def _message(content: bytes) -> str:
 
 
 def _one_line(text: str | bytes) -> str:
-    """Returns the beginning of a text that a server chose, fit for a terminal."""
+    """Returns the beginning of a text from a server as one printable line."""
     if isinstance(text, bytes):
-        text = text[: 4 * _MOST_MESSAGE_CHARACTERS].decode("utf-8", errors="replace")
+        text = text[: 4 * _MAX_MESSAGE_CHARACTERS].decode("utf-8", errors="replace")
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return line if len(line) <= _MOST_MESSAGE_CHARACTERS else line[:_MOST_MESSAGE_CHARACTERS] + "..."
+    return line if len(line) <= _MAX_MESSAGE_CHARACTERS else line[:_MAX_MESSAGE_CHARACTERS] + "..."

@@ -16,6 +16,7 @@ from sft_lightning.generation.decoding.hf_generate import HFGenerate
 from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition
+from sft_lightning.system.sdpa import without_cudnn_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +88,14 @@ class TransformersGenerator(SamplingGenerator):
         numbers = answer_numbers(prompts, numbers)
         # The layers of a model in training may be compiled: a growing cache would recompile them again and again.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, _evaluation_mode(model), _preserved_random_state(model.device), synchronize_forwards(model):
+        any_shape = without_cudnn_attention(is_cuda=model.device.type == "cuda")
+        with (
+            eager,
+            any_shape,
+            _evaluation_mode(model),
+            _preserved_random_state(model.device),
+            synchronize_forwards(model),
+        ):
             rows = encode_prompts(tokenizer, prompts)
             for index, row in enumerate(rows):
                 if not row:

@@ -1,4 +1,4 @@
 """Graders of answers, with mathematics in processes of their own.
 
-It may import only errors; start with graders.py.
+It may import system and errors; start with graders.py.
 """

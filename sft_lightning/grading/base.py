@@ -1,4 +1,4 @@
-"""What a grade is, and what every grader is held to."""
+"""Define grades and graders."""
 
 import traceback
 from abc import ABC, abstractmethod
@@ -9,20 +9,20 @@ from typing import Any
 from sft_lightning.errors import UserError
 from sft_lightning.system.identity import public_name
 
-_LONGEST_REASON = 300
+_MAX_REASON_CHARACTERS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a grader found.
+    """The result of grading one response.
 
     Attributes:
-        format_correct: Whether the response has the form that was asked for.
-        answer_correct: Whether its answer is right, whatever the form.
-        failure: Why the reward is 0, in one word of the grader's; None where it is 1.
-        timed_out: Whether grading was given up, which counts as wrong.
-        strict_format_correct: Whether the form also holds to the letter; None for graders that know no such thing.
-        answer: What the grader read as the answer; None where it found none. Votes of maj@k are counted by it.
+        format_correct: Whether the response has the required format.
+        answer_correct: Whether its answer is right, regardless of the format.
+        failure: Why the reward is 0, as a short name of the grader; None if it is 1.
+        timed_out: Whether grading took too long, which counts as wrong.
+        strict_format_correct: Whether the format is also exact; None for graders without a strict format.
+        answer: What the grader read as the answer; None if it found none. maj@k counts votes for it.
     """
 
     format_correct: bool
@@ -30,25 +30,25 @@ class Grade:
     failure: str | None = None
     timed_out: bool = False
     strict_format_correct: bool | None = None
-    answer: str | None = field(default=None, compare=False)  # a note: equal grades are equal verdicts
+    answer: str | None = field(default=None, compare=False)  # grades with equal verdicts are equal
 
     @property
     def reward(self) -> float:
-        """1.0 for the right answer in the right form, else 0.0."""
+        """1.0 for the right answer in the right format, else 0.0."""
         return float(self.format_correct and self.answer_correct)
 
 
 class Grader(ABC):
-    """Grades one response. Any class with such a ``grade`` is a grader, whether it inherits from this one or not.
+    """Grades one response. Any class with a method ``grade`` like this one is a grader and need not inherit from it.
 
-    ``grade_all`` runs copies of a grader in processes of their own, which are killed at a time limit. What it learns
-    while it grades stays there. It must be a class that another process can import: one of a module, not of a
-    notebook or of the script that was started.
+    ``grade_all`` runs copies of a grader in separate processes, which are killed at a time limit. State that a copy
+    collects is lost. Other processes must be able to import the class: define it in a module, not in a notebook or in
+    the script that you start.
 
     Attributes:
-        time_limit_seconds: What one response may take. Beyond it the answer counts as wrong.
-        bounds_itself: Whether ``grade`` is sure to return soon, whatever the response, and may be called from several
-            threads. Such a grader stays in the process that calls it.
+        time_limit_seconds: Time limit of one response. Beyond it the answer counts as wrong.
+        bounds_itself: Whether ``grade`` returns soon for every response and may be called from several threads. Such
+            a grader runs in the calling process.
 
     Example:
         >>> class Shorter:
@@ -63,10 +63,10 @@ class Grader(ABC):
 
     @abstractmethod
     def grade(self, response: str, ground_truth: Any) -> Grade:
-        """Returns the grade of a response, for any text that a model may write.
+        """Returns the grade of a response, which may be any text.
 
-        What it raises ends the evaluation with a ``UserError`` that names the row. Running out of memory or of
-        recursion does not: that counts as wrong.
+        An exception ends the evaluation with a ``UserError`` that names the row, except for ``MemoryError`` and
+        ``RecursionError``, which count as wrong.
         """
 
     @classmethod
@@ -78,13 +78,13 @@ def grade_row(grader: Grader, row: int, response: str, ground_truth: Any) -> Gra
     """Returns the grade of one response.
 
     Args:
-        grader: What grades it.
-        row: Its number, for the messages.
-        response: What the model wrote.
-        ground_truth: What it is graded against.
+        grader: Grades the response.
+        row: Number of the row, for error messages.
+        response: Text that the model wrote.
+        ground_truth: The reference for the grader.
 
     Raises:
-        UserError: If the grader raises something, or returns no ``Grade``.
+        UserError: If the grader raises an exception, or does not return a ``Grade``.
     """
     try:
         grade = grader.grade(response, ground_truth)
@@ -94,7 +94,7 @@ def grade_row(grader: Grader, row: int, response: str, ground_truth: Any) -> Gra
         return Grade(format_correct=False, answer_correct=False, failure="crashed")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARACTERS]
         place = f"{Path(where.filename).name}, line {where.lineno}"
         raise UserError(f"grader {public_name(type(grader))} failed on row {row}: {reason} ({place})") from error
     if not isinstance(grade, Grade):

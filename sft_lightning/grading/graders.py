@@ -1,4 +1,4 @@
-"""Graders: a response and the ground truth in, right or wrong and why out."""
+"""Grade responses against their ground truths."""
 
 import importlib
 import os
@@ -29,20 +29,20 @@ _TAG = re.compile("</?(?:think|answer)>")
 
 
 class R1ZeroGrader(Grader):
-    r"""Grades responses of the r1_zero form.
+    r"""Grades responses in r1_zero format.
 
-    The format is right when ``</think> <answer>``, with exactly one space, and ``</answer>`` stand anywhere in the
-    response; strictly, when these three tags also stand there once each, in this order, and no other ``<think>``. The
-    answer is everything after the last ``<answer>`` with the closing tag removed, so that text after it spoils it, or
-    the last ``\boxed{}`` in there. It is right when it equals the ground truth, or one of a list: as text; as one plain
-    number (sign, separators, one currency sign, one trailing %, which is ignored); or, where the whole answer is one
-    expression, by math-verify in a process of its own.
+    The format is right if the response contains ``</think> <answer>``, with exactly one space, and ``</answer>``. It
+    is strictly right if the response also contains each of these three tags once, in this order, and no ``<think>``.
+    The answer is everything after the last ``<answer>`` without closing tags, so text after the closing tag makes it
+    wrong, or the last ``\boxed{}`` in it. It is right if it equals the ground truth, or one of a list: as text; as one
+    plain number (sign, separators, one currency sign, one trailing %, which is ignored); or, if the whole answer is
+    one expression, according to math-verify in a separate process.
 
     Failures: ``timed_out``, ``crashed``, ``no_answer_tag``, ``no_closing_tag``, ``thought_not_closed``,
     ``text_after_answer``, ``wrong``.
 
     Args:
-        time_limit_seconds: How long math-verify may take over one answer. Beyond it the answer counts as wrong.
+        time_limit_seconds: Time limit of math-verify for one answer. Beyond it the answer counts as wrong.
 
     Example:
         >>> grade = R1ZeroGrader().grade(" 9 times 8 </think> <answer> $72.00 </answer>", "72")
@@ -61,7 +61,7 @@ class R1ZeroGrader(Grader):
         """Returns the grade of a response.
 
         Raises:
-            UserError: If the ground truth is no text, number or list of those.
+            UserError: If the ground truth is not a text, a number or a list of those.
         """
         answer = extract_answer(response)
         verdict = _compare(answer, ground_truth, self.time_limit_seconds)
@@ -85,13 +85,13 @@ class R1ZeroGrader(Grader):
 
 
 class AnswerGrader(Grader):
-    r"""Grades responses that are an answer and nothing else, or that end in ``\boxed{}``, as solutions of MATH do.
+    r"""Grades responses that are only an answer, or that end in ``\boxed{}`` like solutions of MATH.
 
-    The last ``\boxed{}`` is the answer, or else the whole response; it is right where ``R1ZeroGrader`` finds it right.
-    No form is asked for, so the format is always right.
+    The answer is the last ``\boxed{}``, or else the whole response. It is compared as in ``R1ZeroGrader``. No format is
+    required, so the format is always right.
 
     Args:
-        time_limit_seconds: How long math-verify may take over one answer. Beyond it the answer counts as wrong.
+        time_limit_seconds: Time limit of math-verify for one answer. Beyond it the answer counts as wrong.
 
     Example:
         >>> AnswerGrader().grade(r"Six a side, so the answer is $\boxed{72}$.", 72).answer_correct
@@ -109,7 +109,7 @@ class AnswerGrader(Grader):
         """Returns the grade of a response.
 
         Raises:
-            UserError: If the ground truth is no text, number or list of those.
+            UserError: If the ground truth is not a text, a number or a list of those.
         """
         answer = unbox(response)
         verdict = _compare(answer, ground_truth, self.time_limit_seconds)
@@ -124,11 +124,11 @@ class AnswerGrader(Grader):
 
 
 class Gsm8kGrader(Grader):
-    """Grades responses in the form of GSM8K's own solutions, which end in ``#### 72``.
+    """Grades responses in the format of the solutions of GSM8K, which end in ``#### 72``.
 
-    The format is right with ``####`` in it. The answer is the first number after the last ``####``; without one, it is
-    the last number of the response. It is right when it is the same number: separators and one currency sign change
-    nothing, and what stands around the number does not count.
+    The format is right if the response contains ``####``. The answer is the first number after the last ``####``;
+    without one, it is the last number of the response. It is right if it is the same number: separators, one currency
+    sign and the text around the number do not matter.
 
     Failures: ``no_marker``, ``no_number``, ``wrong``.
 
@@ -145,7 +145,7 @@ class Gsm8kGrader(Grader):
         """Returns the grade of a response.
 
         Raises:
-            UserError: If the ground truth is no number or list of numbers.
+            UserError: If the ground truth is not a number or a list of numbers.
         """
         truths = accepted_answers(ground_truth)
         if not all(map(is_plain_number, truths)):
@@ -158,12 +158,12 @@ class Gsm8kGrader(Grader):
 
 
 class ExactMatchGrader(Grader):
-    r"""Grades responses that have to be the ground truth, or one of a list, letter by letter but for space around it.
+    r"""Grades responses that must equal the ground truth, or one of a list, except for surrounding whitespace.
 
-    No form is asked for, so the format is always right.
+    No format is required, so the format is always right.
 
     Args:
-        ignore_case: Whether "Paris" and "paris" are the same.
+        ignore_case: Whether "Paris" and "paris" are equal.
 
     Example:
         >>> ExactMatchGrader().grade(" positive\n", "positive").reward
@@ -179,7 +179,7 @@ class ExactMatchGrader(Grader):
         """Returns the grade of a response.
 
         Raises:
-            UserError: If the ground truth is no text, number or list of those.
+            UserError: If the ground truth is not a text, a number or a list of those.
         """
         texts = [response, *accepted_answers(ground_truth)]
         response, *truths = [text.strip().casefold() if self.ignore_case else text.strip() for text in texts]
@@ -193,16 +193,17 @@ def grade_all(
 ) -> list[Grade]:
     """Returns the grade of each response, in order.
 
-    A grader that does not bound itself runs in processes of its own: what takes too long or crashes counts as wrong.
+    A grader that does not bound itself runs in separate processes: a response that takes too long or crashes the
+    grader counts as wrong.
 
     Args:
-        grader: What grades one response.
-        responses: What the model wrote.
+        grader: Grades one response.
+        responses: Texts that the model wrote.
         ground_truths: One for each response.
-        num_workers: How many responses are graded at a time; None: as many as there are cores, at most 4.
+        num_workers: How many responses are graded at a time; None means the number of cores, at most 4.
 
     Raises:
-        UserError: If there are not as many ground truths as responses, or the grader raises something.
+        UserError: If the numbers of responses and ground truths differ, or the grader raises an exception.
     """
     if len(responses) != len(ground_truths):
         raise UserError(f"got {len(responses)} responses and {len(ground_truths)} ground_truths; give one for each")
@@ -218,16 +219,16 @@ def grade_all(
 
 
 def grader_named(name: str) -> Grader:
-    """Returns a grader with its default settings, by its name here or by its import path.
+    """Returns a grader with its default settings by its name in this module or its import path.
 
     Raises:
-        UserError: If there is no such class, or it wants arguments.
+        UserError: If there is no such class, or it requires arguments.
     """
     module, _, attribute = name.rpartition(".")
     try:
         grader = getattr(importlib.import_module(module or __name__), attribute)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"grader '{name}' cannot be made: {error}") from error
+        raise UserError(f"grader '{name}' cannot be created: {error}") from error
     if not isinstance(grader, Grader):
         raise UserError(f"grader '{name}' has no method grade(response, ground_truth)")
     return grader

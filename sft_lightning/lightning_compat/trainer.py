@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -16,9 +16,53 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from sft_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TrainingData(Protocol):
+    """What the data module of a run promises to the module, the callbacks and the checkpoints: SFTDataModule keeps it.
+
+    Attributes:
+        tokenizer_path: Folder or hub name of the tokenizer.
+        batch_size: Rows of a micro-batch.
+        max_length: The most tokens of a row.
+        append_eos: Whether responses end with a supervised EOS.
+        seed: Seed of the data order.
+    """
+
+    tokenizer_path: str | None
+    batch_size: int
+    max_length: int
+    append_eos: bool
+    seed: int
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
+
+    @property
+    def sets(self) -> Mapping[Any, Any]:
+        """The ``DataSettings`` of each set that has a path, by its name: ``train``, ``val`` and ``test``."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of optimizer steps of one epoch, under the Trainer's limits."""
+
+    def settings(self, name: Literal["train", "val", "test"]) -> Any:
+        """Returns the ``DataSettings`` of a set. Raises UserError if the set has no path."""
+
+    def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Any]:
+        """Returns the records of a set in file order; none if there is no such set."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns ``decides_steps``, everything that decides the tokens and the steps of the run, by name."""
+
 
 def datamodule_of(trainer: Trainer) -> Any:
-    """Returns the data module that a run was started with, or None. Lightning attaches it without declaring it."""
+    """Returns the data module that a run was started with, or None. Lightning attaches it without declaring it.
+
+    Annotate the result as ``TrainingData`` where only SFTDataModule can be meant; other data modules lack its names.
+    """
     return getattr(trainer, "datamodule", None)
 
 

@@ -111,9 +111,13 @@ def label_losses(model: "PreTrainedModel", batch: MicroBatch, *, with_entropy: b
         batch: In any layout that the model supports.
         with_entropy: Also computes the entropy at each label position.
     """
-    # No mask for padded rows: padding stands on the right, where causal attention does not look. With one, transformers
-    # would look through it on the host in every forward, and attend more slowly.
+    # Padded rows need no mask: padding is on the right, where causal attention does not look.
     layout: dict[str, Any] = {"attention_mask": None}
+    if batch.segments is None and (model.config._attn_implementation or "").startswith("sft_"):
+        # Without a mask, transformers reads the position ids on the host in every forward, to find packed rows. Our
+        # implementations recognize this one, a single expanded element, without reading it, and attend without it.
+        mask = torch.ones((1, 1), dtype=torch.bool, device=batch.input_ids.device)
+        layout = {"attention_mask": mask.expand(batch.input_ids.shape)}
     if batch.segments is not None:
         # transformers hands on a mask of four dimensions as it is, where it would otherwise build one of T x T from the
         # position ids. Our attention goes by the segments and reads no mask.

@@ -1,9 +1,9 @@
-"""torch.compile for a model's layers: compiled one by one and in place.
+"""Compile a model's layers one by one and in place.
 
-Layers of one class share their graphs, so compiling takes as long for 28 of them as for two. Names, weights, hooks and
-checkpoints stay as they are. Lengths differ in every micro-batch: graphs are made for any length at once. Attention
-over segments stays outside of them, since who sees whom also differs every time. So does whatever runs under
-``torch.compiler.set_stance("force_eager")``: the layout guard and generation, which would need graphs of their own.
+Layers of one class share their graphs, so compiling 28 of them takes as long as compiling two. Names, weights, hooks
+and checkpoints do not change. Lengths differ in every micro-batch, so graphs are compiled for any length from the
+start. Attention over segments is not compiled, since the segments differ every time. The layout check and generation
+would need graphs of their own and run uncompiled, under ``torch.compiler.set_stance("force_eager")``.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import label_losses
 
 # Graphs of one function: training and validation, one row and several, a micro-batch without rows, and each of these
-# for every kind of layer that a model mixes. What is beyond runs uncompiled.
+# for every kind of layer that a model mixes. Beyond this limit, calls run uncompiled.
 _MAX_GRAPHS = 64
-# Rows and tokens of the trial. Kernels are tuned to the first sizes seen, so these are near to those of training.
+# Rows and tokens of the trial. Kernels are tuned to the first sizes seen, so these are close to those of training.
 _NUM_ROWS = 3
 _ROW_TOKENS = 342
 
@@ -37,13 +37,13 @@ def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None
         backend: Of ``torch.compile``.
 
     Raises:
-        UserError: If the model recomputes activations, or has no layers that are known here.
+        UserError: If the model recomputes activations or has no known layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"model.compile: {type(model).__name__} has no layers that can be compiled; set it to false")
     if any(layer.gradient_checkpointing for layer in layers):
-        raise UserError("model.compile does not go with model.gradient_checkpointing: set one of them to false")
+        raise UserError("model.compile cannot be combined with model.gradient_checkpointing: set one of them to false")
     import torch._dynamo.config as dynamo_config
 
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _MAX_GRAPHS)
@@ -52,9 +52,9 @@ def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None
 
 
 def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[[], AbstractContextManager]) -> None:
-    """Compiles a model's layers for training, by a step on made-up rows that leaves no trace in it.
+    """Compiles a model's layers for training by a step on random rows that does not change the model.
 
-    Problems show before training, and a run that is resumed compiles for the same sizes as one from the start.
+    Problems show before training, and a resumed run compiles for the same sizes as one from the start.
 
     Args:
         model: After ``compile_layers``, on its device, in training mode.
@@ -64,26 +64,26 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
     Raises:
         UserError: If the layers cannot be compiled here.
     """
-    batch = _made_up_batch(model, layout).to(model.device)
+    batch = _random_batch(model, layout).to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), precision():
             gradients_of(model, lambda: label_losses(model, batch).weighted_sum)
-    except Exception as error:  # whatever a compiler or a model that it was not made for raises
+    except Exception as error:  # a compiler may raise anything on a model it was not written for
         text = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile does not work here ({type(error).__name__}: {text}); it needs a model that torch.compile "
-            "takes, a C++ compiler such as g++ and, on CUDA, triton: install what is missing or set it to false"
+            "supports, a C++ compiler such as g++ and, on CUDA, triton: install what is missing, or set it to false"
         ) from error
 
 
-def _made_up_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
-    """Returns rows of arbitrary tokens that begin alike, of an odd length: equal sizes are taken to stay equal."""
+def _random_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
+    """Returns rows of random tokens that share a prefix, of odd length: the compiler assumes equal sizes stay equal."""
     num_tokens = min(
         _ROW_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROW_TOKENS
     )
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     rows = np.random.default_rng(0).integers(0, vocabulary_size, (_NUM_ROWS, num_tokens)).astype(np.int32)
     rows[:, : MIN_SHARED_TOKENS + 1] = rows[0, : MIN_SHARED_TOKENS + 1]
-    examples = [Example(row, num_tokens - 2, f"made-up row {number}") for number, row in enumerate(rows)]
+    examples = [Example(row, num_tokens - 2, f"random row {number}") for number, row in enumerate(rows)]
     return collate(examples, np.ones(_NUM_ROWS), layout=layout, pad_token_id=0)

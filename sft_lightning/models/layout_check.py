@@ -1,7 +1,7 @@
-"""The guard: whether a loaded model gives the same loss and gradient in a layout as without it, tried before training.
+"""Check before training that a loaded model gives the same loss and gradient in a layout as on single rows.
 
-Catches models that look across the rows of a packed micro-batch (state-space and linear-attention models, attention
-that goes by a mask alone) and models that do something unknown to their logits.
+The check finds models that look across the rows of a packed micro-batch (state-space and linear-attention models,
+attention that depends on a mask alone) and models that process their logits in an unknown way.
 """
 
 import logging
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 LayoutChoice: TypeAlias = Literal["auto", "padded", "packed", "shared_prefix"]
 
-# What transformers' models call their layers of attention; other layers carry something along the row. Their traces may
-# be small on tiny examples of random tokens, so they are not left to the trial.
+# The types that transformers' models give their attention layers; other layers carry a state along the row. Its effect
+# may be small on tiny examples of random tokens, so these models are refused without a trial.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _NUM_COMMON = MIN_SHARED_TOKENS + 8
-# Of the tiny examples: shared prompt tokens, own ones, and response tokens.
+# Of the tiny examples: shared prompt tokens, other prompt tokens, response tokens.
 _TINY_LENGTHS = ((_NUM_COMMON, 1, 9), (_NUM_COMMON, 1, 5), (0, 1, 5))
 _FROM_BEST: tuple[Layout, ...] = ("shared_prefix", "packed", "padded")
 
@@ -47,15 +47,15 @@ class _Comparison:
 
     Attributes:
         tolerance: The highest difference allowed.
-        largest: Looks at the largest difference of all labels, which shows what leaks into a few of them, and not at
-            the root mean square. In 16 bits each label has an error of a per cent or two in a deep model.
+        largest: Compares the largest difference of all labels, which shows a leak into a few of them, instead of the
+            root mean square. In 16 bits each label of a deep model has an error of one or two percent.
     """
 
     tolerance: float
     largest: bool
 
     def difference(self, values: Tensor, reference: Tensor) -> float:
-        """Returns the relative difference; infinite where one is no number."""
+        """Returns the relative difference; infinite where a value is NaN."""
         difference = values - reference
         if self.largest:
             ratio = difference.abs().max() / reference.abs().mean()
@@ -75,37 +75,37 @@ def choose_layout(
     precision: Callable[[], AbstractContextManager],
     with_gradients: bool = True,
 ) -> Layout:
-    """Returns the layout that a model is given: ``choice``, or for ``auto`` the best one that changes nothing.
+    """Returns the layout for a model: ``choice``, or for ``auto`` the best one that does not change loss or gradient.
 
-    Three tiny examples go through the model: its own unmodified forward on each of them against the padded layout, and
-    that against the layouts in question. Weights, gradients, modes and random numbers are left as they were.
+    Three tiny examples go through the model: its own unmodified forward on each is compared with the padded layout, and
+    that with the layouts in question. Weights, gradients, modes and random state do not change.
 
     Args:
         model: From ``load_model``, on its device.
         choice: A layout, or ``auto``.
-        precision: Enters the precision of training; left out where attention also runs in float32, which shows more.
-        with_gradients: Compares gradient norms, too.
+        precision: Enters the precision of training. Not used where attention runs in float32 too, which shows more.
+        with_gradients: Also compares gradient norms.
 
     Raises:
-        UserError: If the layout that is asked for changes the loss or the gradient.
+        UserError: If ``choice`` is a layout that changes the loss or the gradient.
     """
-    untried: Layout = "padded" if choice == "auto" else choice
+    unchecked: Layout = "padded" if choice == "auto" else choice
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and limit < max(map(sum, _TINY_LENGTHS)):
-        logger.warning("layout: not tried, the model takes only %d tokens", limit)
-        return untried
+        logger.warning("layout: not checked, the model is limited to %d tokens", limit)
+        return unchecked
     in_float32 = not needs_half_precision(model) and model.dtype in (torch.float32, torch.float64)
     compared = _FLOAT32 if in_float32 else _HALF
     examples = _tiny_examples(model)
     with_gradients &= choice != "padded" and any(parameter.requires_grad for parameter in model.parameters())
-    with _left_as_it_was(model), _full_float32(model.device) if in_float32 else precision():
+    with _unchanged(model), _full_float32(model.device) if in_float32 else precision():
         own = _own_losses(model, examples)
         if not own.isfinite().all():
-            logger.warning("layout: not tried, the model's losses are not finite")
-            return untried
+            logger.warning("layout: not checked, the model's losses are not finite")
+            return unchecked
         padded = _measure(model, "padded", examples, with_gradients=with_gradients)
         if makes_logits_in_chunks(model) and compared.difference(padded[0], own) > compared.tolerance:
-            logger.info("loss: with the model's own logits, since it does something to them that is not known here")
+            logger.info("loss: from the model's own logits, which it processes in an unknown way")
             use_the_models_own_logits(model)
             padded = _measure(model, "padded", examples, with_gradients=with_gradients)
         if (difference := compared.difference(padded[0], own)) > compared.tolerance:
@@ -115,7 +115,7 @@ def choose_layout(
             )
             if in_float32:
                 raise UserError(f"model.model_path: {text}, so it cannot be trained on batches: take another model")
-            logger.warning("layout: %s, which 16-bit precision alone may do", text)
+            logger.warning("layout: %s, which 16-bit precision alone may cause", text)
         for layout in _FROM_BEST if choice == "auto" else (choice,):
             problem = _problem_of(model, layout, examples, padded, compared) if layout != "padded" else None
             if problem is None:
@@ -134,16 +134,16 @@ def _problem_of(
     padded: tuple[Tensor, Tensor | None],
     compared: _Comparison,
 ) -> str | None:
-    """Returns what is wrong with a layout, None if nothing is."""
+    """Returns why a layout does not suit the model, None if it does."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or kinds - _ATTENTION_LAYERS:
         return "the model carries a state along the row, from one example into the next"
     if getattr(config, "attention_chunk_size", None):
-        return "the model attends in chunks of the row, of which its attention is not told"
+        return "the model attends in chunks of the row, which attention over segments does not know"
     try:
         losses, norm = _measure(model, layout, examples, with_gradients=padded[1] is not None)
-    except Exception as error:  # whatever a model does with arguments that it was not made for
+    except Exception as error:  # a model may raise anything on arguments it was not written for
         if is_out_of_memory(error):
             raise
         return f"the model cannot compute it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -158,10 +158,10 @@ def _problem_of(
 
 
 def _tiny_examples(model: "PreTrainedModel") -> list[Example]:
-    """Two rows that share the greater part of their prompts and one that shares nothing, of arbitrary tokens.
+    """Returns two rows that share most of their prompts and one that shares nothing, of random tokens.
 
-    What leaks over from the row in front may fade within a few tokens, as a state does and a short convolution: labels
-    stand close behind the place where a row begins in the packed ones.
+    What leaks from the previous row may fade within a few tokens, as a state or a short convolution does: labels are
+    close to the position where a row begins in the packed layouts.
     """
     vocabulary_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     tokens = np.random.default_rng(0).integers(0, vocabulary_size, (4, _NUM_COMMON)).astype(np.int32)
@@ -209,7 +209,7 @@ def _measure(
 
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Turns autocast off, and TF32, whose 10 bits show as differences between layouts."""
+    """Turns off autocast and TF32, whose 10 bits would show as differences between layouts."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -220,7 +220,7 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_it_was(model: "PreTrainedModel") -> Iterator[None]:
+def _unchanged(model: "PreTrainedModel") -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The first and the last evaluation of a run side by side, and what that says in plain words."""
+"""Compare the first and the last evaluation of a run, and describe the difference."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ RATE_LABELS = {
     "answer_accuracy": "Answer accuracy",
     "mean_reward": "Reward (format and answer)",
 }
-# The usual border, two-sided.
+# The usual two-sided significance level.
 _SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """What became of the answers between the first and the last evaluation.
+    """How the answers changed between the first and the last evaluation.
 
     Attributes:
-        comparison: On the prompts that both evaluations have; None where nothing can be compared.
+        comparison: Comparison on the prompts of both evaluations; None if nothing can be compared.
         changes: (index, sample) of the last evaluation -> what became of its reward.
-        note: What the reader has to know about the comparison; empty for nothing.
+        note: A caveat of the comparison; empty if there is none.
     """
 
     comparison: Comparison | None
@@ -34,7 +34,7 @@ class BeforeAfter:
 
 
 def before_and_after(files: RunFiles) -> BeforeAfter:
-    """Returns the comparison of a run's first and last evaluation, as far as there is one."""
+    """Returns the comparison of the first and last evaluation of a run, as far as possible."""
     before, after = files.baseline, files.latest
     if before is None or after is None:
         return BeforeAfter(None, {}, "There is one evaluation so far: nothing to compare it with." if after else "")
@@ -56,14 +56,14 @@ def before_and_after(files: RunFiles) -> BeforeAfter:
 
 
 def rates_of(evaluation: Evaluation) -> dict[str, Rate]:
-    """Returns the rates that an evaluation knows: from its metrics, or from its samples where those are lost."""
+    """Returns the rates of an evaluation, from its metrics or, if those are missing, from its samples."""
     known = {name: evaluation_rate(evaluation.metrics, name) for name in RATES}
     rates = {name: rate for name, rate in known.items() if rate is not None}
     return rates or EvaluationResult(evaluation.samples).rates()
 
 
 def verdict(label: str, rate: PairedRate) -> str:
-    """Returns one or two sentences on whether a rate changed by more than chance explains."""
+    """Returns one or two sentences on whether the change of a rate is significant."""
     num_prompts = f"{rate.num_pairs:,} prompt{'s' * (rate.num_pairs != 1)}"
     if rate.num_fixed == rate.num_broken == 0:
         return f"{label} did not change on any of {num_prompts}: it is {rate.after:.1%}."
@@ -85,7 +85,7 @@ def points(share: float) -> str:
 
 
 def p_text(p_value: float, *, with_sign: bool = False) -> str:
-    """Returns a p-value as people write it; on demand with the sign that comes before a number."""
+    """Returns a p value as text, optionally with its relation sign."""
     if p_value < 0.001:
         return "< 0.001"
     return ("= " if with_sign else "") + ("1" if p_value > 0.9995 else f"{p_value:.3f}")

@@ -1,4 +1,4 @@
-"""The figures of a report: which numbers each of them shows. ``figures_svg`` and ``plots`` draw them."""
+"""Collect the numbers of each figure of a report. ``svg`` and ``plots`` draw them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ class Line:
     """A curve.
 
     Attributes:
-        name: For the legend.
+        name: Label in the legend.
         points: (x, y) in the order of x.
-        band: The (low, high) of each point; empty where there is none.
-        is_marked: Whether each point is an own measurement, few enough to be seen one by one.
+        band: (low, high) of each point; empty if there is none.
+        is_marked: Whether points are drawn, because they are few separate measurements.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Lines:
     """A figure of curves.
 
     Attributes:
-        name: Of its PNG file.
-        title: Above it.
-        x_label: What x is.
-        y_label: What y is, with its unit.
-        is_share: Whether y is a share in [0, 1], to be written in percent.
-        lines: At least one.
-        is_logarithmic: Whether y spans so much that its logarithm is drawn; all y are above 0 then.
+        name: Name of its PNG file.
+        title: Title of the figure.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis, with its unit.
+        is_share: Whether y is a share in [0, 1], shown in percent.
+        lines: At least one curve.
+        is_logarithmic: Whether the y axis is logarithmic; all y are above 0 then.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Bars:
     """A figure of stacked bars.
 
     Attributes:
-        name: Of its PNG file.
-        title: Above it.
-        x_label: What a bar stands for.
-        y_label: What its height is.
-        is_share: Whether heights are shares in [0, 1], to be written in percent.
-        labels: Below each bar.
+        name: Name of its PNG file.
+        title: Title of the figure.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        is_share: Whether heights are shares in [0, 1], shown in percent.
+        labels: Label of each bar.
         parts: Name of a part -> its height in each bar, from the bottom up.
     """
 
@@ -83,7 +83,7 @@ Rate = tuple[float, float, float]  # a rate and its 95% bounds, in [0, 1]
 
 
 def figures(files: RunFiles) -> list[Figure]:
-    """Returns the figures that a run has numbers for."""
+    """Returns the figures for which a run has numbers."""
     evaluations = [one for one in files.evaluations if one.metrics]
     in_training = [one for one in evaluations if one.step is not None]
     losses = _logged(files, "train/loss", "val/loss")
@@ -107,7 +107,7 @@ def figures(files: RunFiles) -> list[Figure]:
 
 
 def evaluation_rate(metrics: dict[str, Any], name: str) -> Rate | None:
-    """Returns a rate with its bounds, or None where ``metrics.json`` does not know it."""
+    """Returns a rate with its bounds, or None if ``metrics.json`` does not have it."""
     rate, num_examples = metrics.get(name), metrics.get("num_examples")
     if not isinstance(rate, int | float) or not isinstance(num_examples, int):
         return None
@@ -177,7 +177,7 @@ def _length_bars(evaluation: Evaluation | None) -> Iterator[Bars]:
 
 
 def _count_bars(key: str, title: str, evaluations: list[Evaluation]) -> Iterator[Bars]:
-    """Yields the shares of failures or stop reasons over the evaluations; what did not fail comes first."""
+    """Yields the shares of failures or stop reasons over the evaluations. Answers without a failure come first."""
     known = [one for one in evaluations if isinstance(one.metrics.get(key), dict)]
     nums_answers = [max(1, one.metrics.get("num_examples", 0) * one.metrics.get("num_samples", 1)) for one in known]
     totals: Counter[str] = Counter()

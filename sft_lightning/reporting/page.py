@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs nothing but itself, and its figures as PNG files."""
+"""Write the report of a run: one self-contained page, and its figures as PNG files."""
 
 import importlib.metadata
 import json
@@ -45,20 +45,20 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
 
 
 def write_report(run: Path, *, state: str | None = None, with_plots: bool = True) -> Path:
-    """Writes ``report/index.html`` and the plots of a run, from the files in its folder alone.
+    """Writes ``report/index.html`` and the plots of a run from the files in its folder.
 
     It works on whatever part of them exists: in mid-training, after a crash, and for the folder of a plain evaluation.
 
     Args:
         run: Folder of the run.
-        state: How the run stands; None reads it off the folder.
-        with_plots: Whether the figures are also written as PNG files, which takes a second or two.
+        state: State of the run; None reads it from the folder.
+        with_plots: Whether the figures are also written as PNG files, which takes one or two seconds.
 
     Returns:
         The page.
 
     Raises:
-        UserError: If the folder holds nothing to report.
+        UserError: If the folder has nothing to report.
     """
     files = read_run(run)
     contents = Contents(files, before_and_after(files), figures(files), _environment(run))
@@ -74,13 +74,13 @@ def write_report(run: Path, *, state: str | None = None, with_plots: bool = True
 
 
 def describe_environment(device: str) -> dict[str, str]:
-    """Returns what a run runs on: versions and the device, and nothing that tells a machine or a user by name."""
+    """Returns versions and the device of a run, and no name of a machine or a user."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"Python": platform.python_version(), **versions, "device": device}
 
 
 def record_environment(run: Path, device: str) -> None:
-    """Writes ``report/environment.json``, so that a report that is written elsewhere tells where the run ran."""
+    """Writes ``report/environment.json``, for reports that are written on another machine."""
     with write_atomically(run / ENVIRONMENT) as file:
         file.write(json.dumps(describe_environment(device), indent=2) + "\n")
 
@@ -115,7 +115,7 @@ def _page(contents: Contents, state: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Returns what a content security policy allows an inline text by."""
+    """Returns the hash by which a content security policy allows an inline text."""
     return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
 
 

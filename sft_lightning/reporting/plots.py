@@ -1,4 +1,4 @@
-"""Figures as PNG files, for slides and issues."""
+"""Write figures as PNG files."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from sft_lightning.reporting.figures import Figure, Lines
 from sft_lightning.system.files import write_atomically
 
-_COLOURS = ("#2a62a6", "#c05a1c", "#4c8a3f", "#8455a8", "#b0892a", "#3f8f95", "#a8476a", "#77736b")
+_COLORS = ("#2a62a6", "#c05a1c", "#4c8a3f", "#8455a8", "#b0892a", "#3f8f95", "#a8476a", "#77736b")
 
-_MOST_CHARACTERS = 60
+_MAX_CHARACTERS = 60
 
 
 def write_plot(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, 1,280 x 800 pixels."""
-    # No pyplot: it keeps figures in a state of the whole process, and looks for a screen.
+    # Without pyplot, which keeps figures in memory and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import PercentFormatter
@@ -42,25 +42,25 @@ def write_plot(figure: Figure, path: Path) -> None:
 
 def _draw_lines(axes: Any, figure: Any) -> None:
     for number, line in enumerate(figure.lines):
-        colour = _COLOURS[number % len(_COLOURS)]
+        color = _COLORS[number % len(_COLORS)]
         xs, ys = zip(*line.points, strict=True)
         if line.band:
-            axes.fill_between(xs, *zip(*line.band, strict=True), color=colour, alpha=0.15, linewidth=0)
-        axes.plot(xs, ys, color=colour, label=_plain(line.name), marker="o" if line.is_marked else None, markersize=3)
+            axes.fill_between(xs, *zip(*line.band, strict=True), color=color, alpha=0.15, linewidth=0)
+        axes.plot(xs, ys, color=color, label=_plain(line.name), marker="o" if line.is_marked else None, markersize=3)
 
 
 def _draw_bars(axes: Any, figure: Any) -> None:
     places = range(len(figure.labels))
     bottoms = [0.0] * len(figure.labels)
     for number, (name, heights) in enumerate(figure.parts.items()):
-        axes.bar(places, heights, 0.8, bottoms, color=_COLOURS[number % len(_COLOURS)], label=_plain(name))
+        axes.bar(places, heights, 0.8, bottoms, color=_COLORS[number % len(_COLORS)], label=_plain(name))
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     every = -(-len(figure.labels) // 10)
     axes.set_xticks(places[::every], figure.labels[::every])
 
 
 def _plain(text: str) -> str:
-    """Returns a text that matplotlib can draw, in which it sees no mathematics and no label to hide."""
-    # A grader of someone's may name a failure in any way, by half a character too.
-    line = " ".join(text.encode(errors="replace").decode().split())[:_MOST_CHARACTERS]
+    """Returns a text that matplotlib draws literally: not as mathematics, and not as a hidden label."""
+    # The grader of a user may name a failure in any way, also with a lone surrogate.
+    line = " ".join(text.encode(errors="replace").decode().split())[:_MAX_CHARACTERS]
     return line.replace("$", r"\$").lstrip("_") or " "

@@ -1,17 +1,17 @@
-"""The row ledger read back: which training rows are the hardest, which memorised, which likely mislabelled.
+"""Find the training rows that are hardest, memorized or likely mislabeled, from the losses that were recorded.
 
-The rules, in nats and over the epochs that the ledger has in full:
+The rules, in nats and over the completely recorded epochs:
 
 - **hardest**: the highest nll per label token in the last epoch.
-- **memorised**: in the last epoch the whole response is more likely than not (its nll is below log 2), which it was not
-  in the first. Whether the model learned the row or what the row is an example of, the ledger alone cannot tell: that
-  takes a model trained without the row (Feldman and Zhang, 2020).
-- **mislabelled**: networks fit right labels before wrong ones (Arpit et al., 2017), so a loss that stays high while
-  that of others falls tells them apart: the small-loss criterion of Co-teaching (Han et al., 2018), and averaged over
-  epochs the idea of Area Under the Margin (Pleiss et al., 2020). From the second epoch on, since in the first a row's
-  loss tells when it came rather than what it is, a likely mislabelled row has (1) a mean nll per label token more than
-  ``MISLABELLED_SCORE`` robust standard deviations above the median row's, and (2) fallen by less than half as much as
-  the median row's, on a logarithmic scale. It takes three epochs.
+- **memorized**: in the last epoch the probability of the whole response is above one half (its nll is below log 2), and
+  in the first it is not. Losses cannot show whether the model learned the row or the pattern behind it: that takes a
+  model trained without the row (Feldman and Zhang, 2020).
+- **mislabeled**: networks fit right labels before wrong ones (Arpit et al., 2017), so the loss of a wrong label stays
+  high while that of others falls: the small-loss criterion of Co-teaching (Han et al., 2018) and, averaged over epochs,
+  the idea of Area Under the Margin (Pleiss et al., 2020). The first epoch does not count, because there the loss of a
+  row depends on when it was seen. In the later ones the nll per label token of a likely mislabeled row (1) is on
+  average more than ``MISLABELED_SCORE`` robust standard deviations above the median row, and (2) falls by less than
+  half as much as that of the median row, on a logarithmic scale. The rule needs three epochs.
 """
 
 import json
@@ -26,10 +26,10 @@ import numpy as np
 
 from sft_lightning.errors import UserError
 
-MISLABELLED_SCORE = 5.0
-EPOCHS_TO_TELL_MISLABELLED = 3
-EPOCHS_TO_TELL_MEMORISED = 2
-# A normal distribution's standard deviation is so many times its median absolute deviation.
+MISLABELED_SCORE = 5.0
+EPOCHS_TO_FIND_MISLABELED = 3
+EPOCHS_TO_FIND_MEMORIZED = 2
+# Ratio of the standard deviation of a normal distribution to its median absolute deviation.
 _DEVIATIONS_OF_NORMAL = 1.4826
 _EXCERPT_CHARACTERS = 120
 
@@ -40,11 +40,11 @@ class RowLossEntry:
 
     Attributes:
         source: ``file:line``.
-        num_labels: Label tokens.
-        nll: For each of the findings' epochs, nats per label token; None where the epoch did not have the row.
-        score: What the row's list is sorted by: nats per label token (hardest), nats that the whole response has become
-            more likely by (memorised), or robust standard deviations above the median (mislabelled).
-        excerpt: The end of the prompt and the response, if the file's line still holds them.
+        num_labels: Number of label tokens.
+        nll: Nats per label token in each epoch of the findings; None if the epoch did not contain the row.
+        score: The sort key of its list: nats per label token (hardest), decrease of the nll of the whole response in
+            nats (memorized), or robust standard deviations above the median (mislabeled).
+        excerpt: The end of the prompt and the response, if the line of the file still contains them.
     """
 
     source: str
@@ -56,60 +56,60 @@ class RowLossEntry:
 
 @dataclass(frozen=True, slots=True)
 class RowLossFindings:
-    """What a ledger tells. The lists are sorted, what stands out most first.
+    """Training rows that stand out. The lists are sorted by decreasing score.
 
     Attributes:
-        epochs: From 0, of the ledger: those after the last one in full are left out.
-        num_rows: Rows that the ledger knows.
+        epochs: The epochs, from 0, up to the last complete one.
+        num_rows: Number of recorded rows.
         hardest: Rows with the highest loss.
-        memorised: Rows memorised; empty before ``EPOCHS_TO_TELL_MEMORISED``.
-        mislabelled: Rows that look mislabelled; empty before ``EPOCHS_TO_TELL_MISLABELLED``.
-        num_memorised: How many rows fit the rule, of which the list may have the first.
-        num_mislabelled: The same.
+        memorized: Memorized rows; empty before ``EPOCHS_TO_FIND_MEMORIZED``.
+        mislabeled: Rows that look mislabeled; empty before ``EPOCHS_TO_FIND_MISLABELED``.
+        num_memorized: How many rows match the rule; the list may have only the first of them.
+        num_mislabeled: Likewise.
     """
 
     epochs: tuple[int, ...]
     num_rows: int
     hardest: list[RowLossEntry]
-    memorised: list[RowLossEntry]
-    mislabelled: list[RowLossEntry]
-    num_memorised: int
-    num_mislabelled: int
+    memorized: list[RowLossEntry]
+    mislabeled: list[RowLossEntry]
+    num_memorized: int
+    num_mislabeled: int
 
 
 def read_row_losses(run: str | Path, *, most: int = 20) -> RowLossFindings | None:
-    """Returns the rows of a run that stand out, ``most`` of each kind; None where the run has no ledger.
+    """Returns the rows of a run that stand out, at most ``most`` of each kind; None if no losses were recorded.
 
     Raises:
-        UserError: If a file of the ledger cannot be read.
+        UserError: If a file of the losses cannot be read.
     """
     table = _Table.read(Path(run) / "ledger")
     if table is None:
         return None
-    ranked = {"hardest": table.hardest(), "memorised": table.memorised(), "mislabelled": table.mislabelled()}
+    ranked = {"hardest": table.hardest(), "memorized": table.memorized(), "mislabeled": table.mislabeled()}
     lists = {name: table.rows(ranking, most) for name, ranking in ranked.items()}
     excerpts = _read_excerpts({row.source for rows in lists.values() for row in rows})
     lists = {name: [replace(row, excerpt=excerpts.get(row.source)) for row in rows] for name, rows in lists.items()}
     return RowLossFindings(
         epochs=table.epochs,
         num_rows=len(table.sources),
-        num_memorised=len(ranked["memorised"][0]),
-        num_mislabelled=len(ranked["mislabelled"][0]),
+        num_memorized=len(ranked["memorized"][0]),
+        num_mislabeled=len(ranked["mislabeled"][0]),
         **lists,
     )
 
 
 def describe_row_losses(findings: RowLossFindings, *, most: int = 5) -> list[str]:
-    """Returns lines for a terminal: ``most`` rows of each kind, with their nll per label token in each epoch."""
-    lines = [f"row ledger: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
+    """Returns lines for a terminal: at most ``most`` rows of each kind with their nll per label token in each epoch."""
+    lines = [f"row losses: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
     kinds = [
         ("hardest", 1, findings.hardest, findings.num_rows),
-        ("memorised", EPOCHS_TO_TELL_MEMORISED, findings.memorised, findings.num_memorised),
-        ("likely mislabelled", EPOCHS_TO_TELL_MISLABELLED, findings.mislabelled, findings.num_mislabelled),
+        ("memorized", EPOCHS_TO_FIND_MEMORIZED, findings.memorized, findings.num_memorized),
+        ("likely mislabeled", EPOCHS_TO_FIND_MISLABELED, findings.mislabeled, findings.num_mislabeled),
     ]
     for name, num_epochs, rows, number in kinds:
         if len(findings.epochs) < num_epochs:
-            lines.append(f"{name}: cannot be told before {num_epochs} epochs")
+            lines.append(f"{name}: cannot be found before {num_epochs} epochs")
             continue
         lines.append(f"{name}: {min(most, len(rows))} of {number} rows")
         for row in rows[:most]:
@@ -118,19 +118,19 @@ def describe_row_losses(findings: RowLossFindings, *, most: int = 5) -> list[str
     return lines
 
 
-# A ranking: the places of rows, what stands out most first, and the score of each.
+# Row indices by decreasing score, and their scores.
 _Ranking = tuple[np.ndarray, np.ndarray]
 _NO_ROWS: _Ranking = (np.empty(0, dtype=np.int64), np.empty(0))
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The ledger as a table of R rows and E epochs.
+    """The losses as a table of R rows and E epochs.
 
     Attributes:
         sources: Shape [R].
         epochs: Shape [E].
-        nll_sums: Shape [R, E], NaN where the epoch did not have the row.
+        nll_sums: Shape [R, E], NaN where the epoch did not contain the row.
         num_labels: Shape [R].
     """
 
@@ -150,7 +150,7 @@ class _Table:
         nll_sums[rows, epoch_of] = columns["nll_sum"]
         num_labels = np.ones(len(sources), dtype=np.int64)
         num_labels[rows] = columns["num_labels"]
-        # An epoch that still runs has the rows that happened to come first.
+        # An unfinished epoch has only the rows that came first.
         num_seen = np.isfinite(nll_sums).sum(axis=0)
         in_full = int(np.flatnonzero(num_seen == num_seen.max())[-1]) + 1
         return cls(sources, tuple(epochs[:in_full].tolist()), nll_sums[:, :in_full], num_labels)
@@ -164,24 +164,24 @@ class _Table:
         last = self.nll[:, -1]
         return _rank(last, np.isfinite(last))
 
-    def memorised(self) -> _Ranking:
-        if len(self.epochs) < EPOCHS_TO_TELL_MEMORISED:
+    def memorized(self) -> _Ranking:
+        if len(self.epochs) < EPOCHS_TO_FIND_MEMORIZED:
             return _NO_ROWS
         first, last = self.nll_sums[:, 0], self.nll_sums[:, -1]
         return _rank(first - last, (last < log(2)) & (first >= log(2)))
 
-    def mislabelled(self) -> _Ranking:
-        if len(self.epochs) < EPOCHS_TO_TELL_MISLABELLED:
+    def mislabeled(self) -> _Ranking:
+        if len(self.epochs) < EPOCHS_TO_FIND_MISLABELED:
             return _NO_ROWS
         later = self.nll[:, 1:]
         remaining = np.divide(later[:, -1], later[:, 0], out=np.full(len(later), np.nan), where=later[:, 0] > 0)
         seen = np.isfinite(remaining)
         typical = np.median(remaining[seen]) if seen.any() else 1.0
         if typical >= 1:
-            return _NO_ROWS  # nothing falls, so nothing stays high
+            return _NO_ROWS  # no loss falls, so none stays high
         scores = np.full(len(later), np.nan)
         scores[seen] = _robust_z(np.nanmean(later[seen], axis=1))
-        return _rank(scores, (scores > MISLABELLED_SCORE) & (remaining > np.sqrt(typical)))
+        return _rank(scores, (scores > MISLABELED_SCORE) & (remaining > np.sqrt(typical)))
 
     def rows(self, ranking: _Ranking, most: int) -> list[RowLossEntry]:
         places, scores = ranking
@@ -198,7 +198,7 @@ class _Table:
 
 
 def _read_parts(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """Returns the columns of all parts, ``source`` as (the different ones, the place of each row's in them)."""
+    """Returns the columns of all parts, ``source`` as (distinct values, index of the value of each row)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -207,7 +207,7 @@ def _read_parts(paths: Sequence[Path]) -> dict[str, Any] | None:
         try:
             tables.append(pq.read_table(path, columns=["source", "epoch", "num_labels", "nll_sum"]))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"ledger file '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"row losses file '{path}' cannot be read: {str(error).splitlines()[0]}") from None
     if not sum(map(len, tables)):
         return None
     table = pa.concat_tables(tables)
@@ -223,9 +223,9 @@ def _rank(values: np.ndarray, chosen: np.ndarray) -> _Ranking:
 
 
 def _robust_z(values: np.ndarray) -> np.ndarray:
-    """Returns how many standard deviations above the median each value is, estimated so that outliers do not count.
+    """Returns how many standard deviations above the median each value is, estimated robustly.
 
-    Where half of the values are alike nothing can be said, and all are 0.
+    If half of the values are equal there is no estimate, and all are 0.
     """
     deviations = values - np.median(values)
     scale = _DEVIATIONS_OF_NORMAL * np.median(np.abs(deviations))
@@ -233,7 +233,7 @@ def _robust_z(values: np.ndarray) -> np.ndarray:
 
 
 def _read_excerpts(sources: Iterable[str]) -> dict[str, str]:
-    """Returns source -> excerpt for the lines of JSONL files that are still there and hold a row."""
+    """Returns source -> excerpt for the lines of JSONL files that still exist and contain a row."""
     wanted: defaultdict[str, set[int]] = defaultdict(set)
     for source in sources:
         file, _, line = source.rpartition(":")
@@ -247,7 +247,7 @@ def _read_excerpts(sources: Iterable[str]) -> dict[str, str]:
                     if number in lines and (excerpt := _excerpt(text)) is not None:
                         found[f"{file}:{number}"] = excerpt
         except OSError:
-            continue  # the data need not lie where it lay in training
+            continue  # the data may have moved since training
     return found
 
 
@@ -260,7 +260,7 @@ def _excerpt(line: bytes) -> str | None:
         return None
     texts = [row.get(ours, row.get(theirs)) for ours, theirs in (("prompt", "question"), ("response", "answer"))]
     if not all(isinstance(text, str) for text in texts):
-        # Other columns: their texts, in the order of the file.
+        # Other columns: their texts in the order of the file.
         texts = [text for text in row.values() if isinstance(text, str)][:2]
     prompt, *response = (" ".join(text.split()) for text in texts or [""])
     ends = [prompt if len(prompt) <= _EXCERPT_CHARACTERS else f"... {prompt[-_EXCERPT_CHARACTERS:]}"]
@@ -270,5 +270,5 @@ def _excerpt(line: bytes) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Returns the text without what a terminal would obey."""
+    """Returns the text with control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

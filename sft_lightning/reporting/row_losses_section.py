@@ -1,51 +1,51 @@
-"""The section of a report on the training rows that stand out, from the row ledger."""
+"""Build the report section on the training rows that stand out by their losses."""
 
 from html import escape
 
 from sft_lightning.errors import UserError
 from sft_lightning.reporting.row_losses import (
-    EPOCHS_TO_TELL_MEMORISED,
-    EPOCHS_TO_TELL_MISLABELLED,
+    EPOCHS_TO_FIND_MEMORIZED,
+    EPOCHS_TO_FIND_MISLABELED,
     RowLossEntry,
     RowLossFindings,
     read_row_losses,
 )
 from sft_lightning.reporting.sections import Contents, Section, scrolling
 
-_MOST_ROWS = 10
+_MAX_ROWS = 10
 _DASH = "\N{EN DASH}"
 
 
 def row_losses_section(contents: Contents) -> Section | None:
-    """Training rows: the hardest, the likely mislabelled, and the memorised ones."""
+    """Training rows: the hardest, the likely mislabeled, and the memorized ones."""
     try:
-        findings = read_row_losses(contents.files.folder, most=_MOST_ROWS)
+        findings = read_row_losses(contents.files.folder, most=_MAX_ROWS)
     except UserError as error:
         return Section("rows", "Training rows", f'<p class="note">{escape(str(error))}</p>')
     if findings is None or not findings.epochs:
         return None
     explanation = (
-        f"{findings.num_rows:,} rows in {len(findings.epochs)} whole epochs. The numbers are a row's training loss in "
-        "the first and in the last of them, in nats a label token. Likely mislabelled: a loss that stays high while "
-        "that of other rows falls. Memorised: the whole response has become likelier than not, by having learned "
-        "the row or what it is an example of."
+        f"{findings.num_rows:,} rows in {len(findings.epochs)} complete epochs. The numbers are the training loss of a "
+        "row in the first and in the last of them, in nats per label token. Likely mislabeled: the loss stays high "
+        "while that of other rows falls. Memorized: the probability of the whole response has risen above one half, "
+        "because the model learned the row or the pattern behind it."
     )
     html = f'<p class="note">{escape(explanation)}</p>'
     html += _list(findings, "Hardest", findings.hardest, findings.num_rows, 1)
     html += _list(
-        findings, "Likely mislabelled", findings.mislabelled, findings.num_mislabelled, EPOCHS_TO_TELL_MISLABELLED
+        findings, "Likely mislabeled", findings.mislabeled, findings.num_mislabeled, EPOCHS_TO_FIND_MISLABELED
     )
-    html += _list(findings, "Memorised", findings.memorised, findings.num_memorised, EPOCHS_TO_TELL_MEMORISED)
+    html += _list(findings, "Memorized", findings.memorized, findings.num_memorized, EPOCHS_TO_FIND_MEMORIZED)
     return Section("rows", "Training rows", html)
 
 
 def _list(findings: RowLossFindings, title: str, rows: list[RowLossEntry], number: int, num_epochs: int) -> str:
     heading = f"<h3>{escape(title)}</h3>"
     if len(findings.epochs) < num_epochs:
-        return f'{heading}<p class="note">Cannot be told before {num_epochs} epochs.</p>'
+        return f'{heading}<p class="note">Cannot be found before {num_epochs} epochs.</p>'
     if not rows:
         return f'{heading}<p class="note">None.</p>'
-    caption = f"{len(rows)} of {number:,} rows" if title != "Hardest" else f"The {len(rows)} rows of the highest loss"
+    caption = f"{len(rows)} of {number:,} rows" if title != "Hardest" else f"The {len(rows)} rows with the highest loss"
     body = "".join(
         f'<tr><th scope="row">{escape(row.source)}</th><td class="number">{_nll(row.nll[0])}</td>'
         f'<td class="number">{_nll(row.nll[-1])}</td><td>{escape(row.excerpt or "")}</td></tr>'

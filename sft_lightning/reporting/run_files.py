@@ -1,4 +1,4 @@
-"""What a run left in its folder, read as far as it can be read: in mid-training, after a crash, or parts of it only."""
+"""Read the folder of a run as far as possible, also during training, after a crash, or if files are missing."""
 
 import csv
 import json
@@ -23,9 +23,9 @@ class Evaluation:
     """One evaluation of a run.
 
     Attributes:
-        folder: Holds ``predictions.jsonl`` and ``metrics.json``.
+        folder: Folder of ``predictions.jsonl`` and ``metrics.json``.
         step: Optimizer steps done; None for an evaluation outside of a run.
-        metrics: What ``metrics.json`` says; empty where it cannot be read.
+        metrics: Content of ``metrics.json``; empty if it cannot be read.
     """
 
     folder: Path
@@ -34,8 +34,8 @@ class Evaluation:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The rows of ``predictions.jsonl``, without a line that was cut off in writing."""
-        # Not splitlines(): a response may hold U+2028 and the like, which are no ends of lines in JSON.
+        """The rows of ``predictions.jsonl`` without an incomplete last line."""
+        # Not splitlines(): a response may contain U+2028 and similar characters, which do not end a line in JSON.
         rows = [_parse(line) for line in _read_text(self.folder / "predictions.jsonl").split("\n")]
         return [{"index": number, "sample": 0, **row} for number, row in enumerate(rows) if _is_sample(row)]
 
@@ -45,12 +45,12 @@ class RunFiles:
     """A run folder, or the folder of a plain evaluation.
 
     Attributes:
-        folder: Where all of it was read.
-        config: The content of ``config.yaml``; empty where there is none that can be read.
+        folder: The folder itself.
+        config: Content of ``config.yaml``; empty if it is missing or unreadable.
         series: Metric of ``metrics.csv`` -> its finite values, each with its optimizer step.
-        evaluations: In the order of their steps.
+        evaluations: Evaluations in the order of their steps.
         best_step: The step whose weights the run keeps as ``best``.
-        final_step: The step whose weights the run published as ``final``; None while it is not finished.
+        final_step: The step whose weights are in ``final``; None if the run is not finished.
     """
 
     folder: Path
@@ -66,13 +66,13 @@ class RunFiles:
 
     @property
     def last_step(self) -> int | None:
-        """The last optimizer step that the files tell of."""
+        """The last optimizer step in the files."""
         steps = [points[-1][0] for points in self.series.values()]
         return max([*steps, *(one.step for one in self.evaluations if one.step is not None)], default=None)
 
     @property
     def baseline(self) -> Evaluation | None:
-        """The first evaluation, for the comparison with the latest; None where that is the only one."""
+        """The first evaluation, for the comparison with the latest; None if there is only one."""
         first = next((one for one in self.evaluations if one.samples), None)
         return None if first is self.latest else first
 
@@ -83,7 +83,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Returns what the folder of a run, or of a plain evaluation, holds.
+    """Returns the content of the folder of a run or of a plain evaluation.
 
     Raises:
         UserError: If there is no such folder, or nothing in it that a report could show.
@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; empty where there is none that can be read."""
+    """Returns the object in a JSON file; empty if it is missing or unreadable."""
     return _parse(_read_text(path))
 
 
@@ -140,7 +140,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    # A number that was cut off is a number too: what has no end of line does not count.
+    # A truncated number is still a number, so a line without its end does not count.
     lines = _read_text(path).rpartition("\n")[0].splitlines()
     series: dict[str, list[tuple[int, float]]] = {}
     for row in csv.DictReader(lines):

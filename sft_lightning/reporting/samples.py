@@ -1,4 +1,4 @@
-"""The table of samples in a report: its frame, and its rows as JSON, which ``page/samples.js`` puts into it."""
+"""Build the table of samples of a report: its frame, and its rows as JSON for ``assets/samples.js``."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from sft_lightning.reporting.sections import Contents, Section
 
 
 def samples_section(contents: Contents) -> Section | None:
-    """The answers of the last evaluation, to filter and to search."""
+    """The answers of the last evaluation, with filters and search."""
     evaluation = contents.files.latest
     if evaluation is None:
         return None
@@ -47,7 +47,7 @@ def samples_section(contents: Contents) -> Section | None:
 
 
 def embedded_json(value: Any) -> str:
-    """Returns JSON that can stand inside a ``<script>`` element: pure ASCII, without a character that ends one."""
+    """Returns JSON for the inside of a ``<script>`` element: ASCII, without characters that could end it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

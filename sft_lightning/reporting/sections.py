@@ -1,4 +1,4 @@
-"""The sections of a report's page. Whatever comes from data, models and configs goes through ``escape``."""
+"""Build the sections of a report. All text from data, models and configs goes through ``escape``."""
 
 from dataclasses import dataclass
 from html import escape
@@ -31,13 +31,13 @@ _FACTS = (
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is to show.
+    """The content of a report.
 
     Attributes:
         files: The run folder.
-        changed: Its first and last evaluation compared.
-        figures: That it has numbers for.
-        environment: What it ran on: name -> text.
+        changed: Comparison of its first and last evaluation.
+        figures: The figures for which the run has numbers.
+        environment: Versions and device: name -> text.
     """
 
     files: RunFiles
@@ -48,7 +48,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: the end of its address, its heading, and its HTML."""
+    """A section of the page: its anchor, its heading, and its HTML."""
 
     anchor: str
     title: str
@@ -56,7 +56,7 @@ class Section:
 
 
 def result_section(contents: Contents) -> Section | None:
-    """Did the model get better: the first and the last evaluation, and whether they differ by more than noise."""
+    """The first and the last evaluation, and whether the difference is significant."""
     files, changed = contents.files, contents.changed
     if not files.evaluations:
         return None
@@ -71,7 +71,7 @@ def result_section(contents: Contents) -> Section | None:
 
 
 def figures_section(contents: Contents) -> Section | None:
-    """Curves over the run, and the lengths and failures of its answers."""
+    """Curves over the run, and lengths and failures of its answers."""
     if not contents.figures:
         return None
     parts = []
@@ -113,7 +113,7 @@ def evaluations_section(contents: Contents) -> Section | None:
 
 
 def config_section(contents: Contents) -> Section | None:
-    """What was asked for, and what it ran on."""
+    """The config and the environment."""
     config = contents.files.config
     html = ""
     if config:
@@ -128,7 +128,7 @@ def config_section(contents: Contents) -> Section | None:
 
 
 def scrolling(label: str, table: str) -> str:
-    """Returns a table in a box of its own that scrolls sideways where the page is narrow."""
+    """Returns a table in a box that scrolls horizontally on narrow pages."""
     # Focusable, so that the arrow keys scroll it.
     return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
 
@@ -169,7 +169,7 @@ def _rates_table(evaluation: Evaluation) -> str:
 
 def _rates_frame(caption: str, explanation: str, rows: dict[str, dict[str, str]]) -> str:
     """Returns a table from label of the row -> heading of the column -> HTML."""
-    # Roles by name: on a narrow screen the rows become blocks, and browsers then forget that they are a table's.
+    # Explicit roles: on a narrow screen the rows become blocks, and browsers then drop the table semantics.
     heads = ["Rate", *next(iter(rows.values()))]
     head = "".join(f'<th scope="col" role="columnheader">{escape(name)}</th>' for name in heads)
     body = []
@@ -219,7 +219,7 @@ def _look_up(config: dict[str, Any], key: str) -> Any:
 
 
 def _without_secrets(value: Any) -> Any:
-    """Returns a config whose passwords and keys may be shown to others: reports are passed on."""
+    """Returns a config with passwords and keys masked, because reports are shared."""
     if isinstance(value, dict):
         return {
             key: "(not shown)" if each and str(key).lower().endswith(_SECRETS) else _without_secrets(each)

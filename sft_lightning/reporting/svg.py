@@ -1,4 +1,4 @@
-"""Figures as SVG inside a page: colours come from its style sheet, so that they follow light and dark."""
+"""Draw figures as inline SVG. Colors come from the style sheet of the page, for light and dark mode."""
 
 from html import escape
 from itertools import pairwise
@@ -6,16 +6,16 @@ from math import ceil, floor, log10
 
 from sft_lightning.reporting.figures import Bars, Figure, Line, Lines, Rate
 
-# In units that are CSS pixels on a narrow screen, and somewhat larger on a wide one.
+# In CSS pixels on a narrow screen; scaled up on a wide one.
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 42
-_NUM_COLOURS = 8
+_NUM_COLORS = 8
 _SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]
-_MOST_POINTS = 400  # of a curve: more than pixels tell apart
+_MAX_POINTS = 400  # of a curve: more than pixels can show
 
 
 def draw(figure: Figure) -> str:
-    """Returns the figure as an ``<svg>`` element; text in it is escaped."""
+    """Returns the figure as an ``<svg>`` element with escaped text."""
     body = _draw_lines(figure) if isinstance(figure, Lines) else _draw_bars(figure)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(_describe(figure))}">'
@@ -26,7 +26,7 @@ def draw(figure: Figure) -> str:
 
 
 def legend(figure: Figure) -> str:
-    """Returns the names of curves or parts with their colours, as a list."""
+    """Returns the names of curves or parts with their colors, as a list."""
     names = [line.name for line in figure.lines] if isinstance(figure, Lines) else list(figure.parts)
     kind = "line" if isinstance(figure, Lines) else "fill"
     items = (
@@ -38,7 +38,7 @@ def legend(figure: Figure) -> str:
 
 
 def interval_strip(before: Rate | None, after: Rate) -> str:
-    """Returns a strip from 0 to 100% with one or two rates, each (rate, low, high), and their bounds."""
+    """Returns a scale from 0 to 100% with one or two rates and their bounds, each (rate, low, high)."""
     rows = [("before", before, 9), ("after", after, 21)] if before else [("after", after, 15)]
     marks = []
     for name, rate, y in rows:
@@ -74,10 +74,10 @@ def _describe(figure: Figure) -> str:
 
 
 def _swatch(kind: str, number: int) -> str:
-    colour = number % _NUM_COLOURS
+    color = number % _NUM_COLORS
     if kind == "line":
-        return f'<line class="line c{colour}" x1="0" x2="18" y1="5" y2="5"/>'
-    return f'<rect class="fill c{colour}" width="12" height="10" x="3"/>'
+        return f'<line class="line c{color}" x1="0" x2="18" y1="5" y2="5"/>'
+    return f'<rect class="fill c{color}" width="12" height="10" x="3"/>'
 
 
 def _draw_lines(figure: Lines) -> str:
@@ -89,23 +89,23 @@ def _draw_lines(figure: Lines) -> str:
     first, last = min(0.0, min(xs)), max(max(xs), 1.0)
     x_of = _Scale(first, last, _LEFT, _WIDTH - _RIGHT)
     y_of = _Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP, is_logarithmic=figure.is_logarithmic)
-    curves = [_draw_line(line, number % _NUM_COLOURS, x_of, y_of) for number, line in enumerate(figure.lines)]
+    curves = [_draw_line(line, number % _NUM_COLORS, x_of, y_of) for number, line in enumerate(figure.lines)]
     x_ticks = [tick for tick in nice_ticks(first, last) if tick <= last]
     x_axis = "".join(_x_tick(x_of(tick), f"{tick:,.10g}") for tick in x_ticks)
     return _y_axis(ticks, y_of, figure) + x_axis + "".join(curves)
 
 
-def _draw_line(line: Line, colour: int, x_of: "_Scale", y_of: "_Scale") -> str:
+def _draw_line(line: Line, color: int, x_of: "_Scale", y_of: "_Scale") -> str:
     parts = []
     if line.band:
         upper = [(x, high) for (x, _), (_, high) in zip(line.points, line.band, strict=True)]
         lower = [(x, low) for (x, _), (low, _) in zip(line.points, line.band, strict=True)]
-        parts.append(f'<path class="band c{colour}" d="{_path(upper + lower[::-1], x_of, y_of)}Z"/>')
+        parts.append(f'<path class="band c{color}" d="{_path(upper + lower[::-1], x_of, y_of)}Z"/>')
     path = _path(_thinned(line.points), x_of, y_of)
-    parts.append(f'<path class="line c{colour}" d="{path}"/>')
+    parts.append(f'<path class="line c{color}" d="{path}"/>')
     if (line.is_marked and len(line.points) <= 60) or len(line.points) == 1:
         parts += [
-            f'<circle class="dot c{colour}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6">'
+            f'<circle class="dot c{color}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6">'
             f"<title>{escape(line.name)}, step {x:g}: {y:.4g}</title></circle>"
             for x, y in line.points
         ]
@@ -127,7 +127,7 @@ def _draw_bars(figure: Bars) -> str:
             if height:
                 share = f"{height:.1%}" if figure.is_share else f"{height:g}"
                 shapes.append(
-                    f'<rect class="fill c{number % _NUM_COLOURS}" x="{_LEFT + slot * index + (slot - bar) / 2:.1f}" '
+                    f'<rect class="fill c{number % _NUM_COLORS}" x="{_LEFT + slot * index + (slot - bar) / 2:.1f}" '
                     f'y="{top:.1f}" width="{bar:.1f}" height="{bottom - top:.1f}">'
                     f"<title>{escape(figure.labels[index])}, {escape(name)}: {share}</title></rect>"
                 )
@@ -143,7 +143,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 class _Scale:
-    """Maps values to places."""
+    """Maps values to positions."""
 
     def __init__(self, first: float, last: float, start: float, end: float, *, is_logarithmic: bool = False) -> None:
         self._map = log10 if is_logarithmic else float
@@ -175,10 +175,10 @@ def _path(points: list[tuple[float, float]], x_of: _Scale, y_of: _Scale) -> str:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the lowest and the highest point of each stretch, so that no spike is lost."""
-    if len(points) <= _MOST_POINTS:
+    """Returns the lowest and the highest point of each interval, so that no spike is lost."""
+    if len(points) <= _MAX_POINTS:
         return points
-    borders = [round(number * len(points) / (_MOST_POINTS // 2)) for number in range(_MOST_POINTS // 2 + 1)]
+    borders = [round(number * len(points) / (_MAX_POINTS // 2)) for number in range(_MAX_POINTS // 2 + 1)]
     kept = []
     for start, end in pairwise(borders):
         stretch = points[start:end]

@@ -18,7 +18,7 @@ def draw(results: Sequence[SizeResult], path: Path) -> None:
     """Writes the figure of ``plot`` as a PNG, atomically.
 
     Args:
-        results: At least one, smallest first.
+        results: Results by increasing size; at least one.
         path: The file to write.
     """
     with write_atomically(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""Whether there is room for what a run will write, asked before it is written."""
+"""Check for free disk space before writing."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -9,22 +9,22 @@ from torch import Tensor
 
 from sft_lightning.errors import RunFailedError
 
-# Config, tokenizer, manifest, the state of loops and callbacks, and blocks that are not full.
+# Config, tokenizer, manifest, the state of loops and callbacks, and partly filled blocks.
 _OVERHEAD_BYTES = 4 * 2**20
 
 
 def size_bytes(content: Any) -> int:
-    """Returns the bytes of all tensors in nested mappings, lists and tuples. A shared storage counts once."""
+    """Returns the size of all tensors in nested mappings, lists and tuples. A shared storage counts once."""
     storages = (tensor.untyped_storage() for tensor in _tensors(content))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Raises RunFailedError if what is about to be written does not fit.
+    """Raises RunFailedError if a folder does not fit on its disk.
 
     Args:
-        folder: What will be written, which need not exist; the file system is that of its parent.
-        needed_bytes: Of its tensors. A few MiB for everything else are added.
+        folder: The folder to write. It need not exist; its parent decides which file system counts.
+        needed_bytes: Size of its tensors. A few MiB are added for everything else.
     """
     free = free_bytes(folder.parent)
     needed = needed_bytes + _OVERHEAD_BYTES
@@ -32,17 +32,17 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise RunFailedError(
             f"'{folder}' needs {_mebibytes(needed)} and '{folder.parent}' has {_mebibytes(free)} free; nothing was "
             "written, and earlier checkpoints are untouched: free space, or keep fewer with checkpoint.keep_last, and "
-            "go on with --ckpt_path auto"
+            "resume with --ckpt_path auto"
         )
 
 
 def free_bytes(folder: Path) -> int:
-    """Returns the bytes that this user may still write on the file system of a folder that exists."""
+    """Returns the free bytes, available to this user, on the file system of an existing folder."""
     return shutil.disk_usage(folder).free
 
 
 def describe_shortage(run: Path, checkpoint_bytes: int, num_checkpoints: int) -> str | None:
-    """Returns one line that warns of a run whose checkpoints will not all fit, None where they will."""
+    """Returns a one-line warning if the checkpoints of a run will not all fit, else None."""
     free, needed = free_bytes(run), num_checkpoints * (checkpoint_bytes + _OVERHEAD_BYTES)
     if free >= needed:
         return None

@@ -161,6 +161,6 @@ def _rename(content: Path, path: Path, make_way: Callable[[], bool] | None) -> N
 def _remove_abandoned(path: Path) -> None:
     """Deletes the attempts at a folder whose processes are dead. It leaves those of living processes alone."""
     for temporary in unfinished(path.parent, glob.escape(path.name)):
-        with suppress(OSError), (temporary / _LOCK).open("rb") as lock:
+        with suppress(OSError), (temporary / _LOCK).open("r+b") as lock:  # NFS locks only what is open for writing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(temporary)

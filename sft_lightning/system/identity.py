@@ -45,8 +45,8 @@ def _describe(value: Any, depth: int) -> str:
     if depth == 0:
         return public_name(type(value))
     if isinstance(value, dict):
-        items = (f"{_describe(key, depth - 1)}: {_describe(item, depth - 1)}" for key, item in value.items())
-        return "{" + ", ".join(sorted(items)) + "}"
+        pairs = (f"{_describe(key, depth - 1)}: {_describe(item, depth - 1)}" for key, item in value.items())
+        return "{" + ", ".join(sorted(pairs)) + "}"
     if isinstance(value, list | tuple | set | frozenset):
         items = [_describe(item, depth - 1) for item in value]
         ordered = items if isinstance(value, list | tuple) else sorted(items)

@@ -1,4 +1,4 @@
-"""Out of memory: how to tell, how much there was, and what to change."""
+"""Turn out-of-memory errors into one line of advice."""
 
 import errno
 import resource
@@ -11,20 +11,20 @@ import torch
 
 from sft_lightning.errors import RunFailedError
 
-# Where no class tells: the allocator for CPUs, mapped files and oneDNN raise a plain RuntimeError.
-_WORDS_OF_HOST = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
-_WORDS = (*_WORDS_OF_HOST, "out of memory")
+# The CPU allocator, mapped files and oneDNN raise a plain RuntimeError: only the text identifies it.
+_HOST_MESSAGES = ("can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc")
+_MESSAGES = (*_HOST_MESSAGES, "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory did not suffice, of the device or of the host."""
-    return isinstance(error, torch.OutOfMemoryError) or _says(error, _WORDS)
+    """Returns whether an error reports that the device or the host is out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or _says(error, _MESSAGES)
 
 
 def host_lacks_memory(error: BaseException) -> bool:
-    """Returns whether an error, or the one that it explains, says that the host's memory did not suffice."""
+    """Returns whether an error, or the one that it explains, reports that the host is out of memory."""
     reason = error.__cause__ if isinstance(error, RunFailedError) and error.__cause__ else error
-    return _says(reason, _WORDS_OF_HOST)
+    return _says(reason, _HOST_MESSAGES)
 
 
 def _says(error: BaseException, words: tuple[str, ...]) -> bool:
@@ -37,26 +37,26 @@ def _says(error: BaseException, words: tuple[str, ...]) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the most memory that tensors took on a CUDA device, or the process elsewhere, since it started."""
+    """Returns the peak memory of tensors on a CUDA device, or else of the whole process, since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024  # kilobytes everywhere but on macOS
+    return resident if sys.platform == "darwin" else resident * 1024  # kilobytes, except on macOS
 
 
 @contextmanager
 def translate_out_of_memory(
     where: Callable[[], str], advice: Callable[[], str], device: Callable[[], torch.device]
 ) -> Iterator[None]:
-    """Raises ``RunFailedError`` in place of an error that says that memory did not suffice.
+    """Raises ``RunFailedError`` in place of an out-of-memory error.
 
     Args:
         where: Returns what the memory was needed for.
         advice: Returns what to change.
-        device: Returns where tensors are.
+        device: Returns the device of the tensors.
 
     Raises:
-        RunFailedError: With all three in one line; the error itself is chained to it.
+        RunFailedError: One line with where, peak memory and advice; the original error is its cause.
     """
     try:
         yield
@@ -68,9 +68,9 @@ def translate_out_of_memory(
 
 
 def generation_advice(generator: Any) -> str:
-    """Returns what to change where answers do not fit."""
-    shown = [f"{name} (now {getattr(generator, name)})" for name in _OF_A_GENERATOR if hasattr(generator, name)]
-    return f"Lower the generator's {' or '.join(shown or _OF_A_GENERATOR)}, or shorten the prompts"
+    """Returns what to change when generation runs out of memory."""
+    shown = [f"{name} (now {getattr(generator, name)})" for name in _GENERATOR_SETTINGS if hasattr(generator, name)]
+    return f"Lower the generator's {' or '.join(shown or _GENERATOR_SETTINGS)}, or shorten the prompts"
 
 
-_OF_A_GENERATOR = ("max_new_tokens", "batch_tokens")
+_GENERATOR_SETTINGS = ("max_new_tokens", "batch_tokens")

@@ -1,9 +1,9 @@
-"""SFTDataModule: records -> template -> tokens -> plan -> micro-batches. Wires the data rooms, computes nothing."""
+"""Connect the data rooms to Lightning: files become records, tokens, planned steps and micro-batches."""
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningDataModule, Trainer
 
@@ -23,9 +23,10 @@ from sft_lightning.data.batching.plan import (
     num_steps,
     validation_batches,
 )
-from sft_lightning.data.correct_responses import CorrectResponses
-from sft_lightning.data.formats.base import Template
-from sft_lightning.data.records import Record, read_records
+from sft_lightning.data.filters import CorrectResponses
+from sft_lightning.data.formats.base import Record, Template
+from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings, Overlength, check_at_least
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
@@ -37,14 +38,15 @@ from sft_lightning.lightning_compat.trainer import (
     replicas,
     usable_layout,
 )
-from sft_lightning.training.data_options import check_at_least, check_same_steps, sets_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SetName: TypeAlias = Literal["train", "val", "test"]
+
 _DEFAULT_SEED = 42
-# What the token store calls otherwise than the user does.
-_OPTION_BEHIND = {
+# Entries of the token store's fingerprint that are not named after an option.
+_FINGERPRINT_LABELS = {
     "data": "the content of data.train_path",
     "tokenizer": "the tokenizer of data.tokenizer_path",
     "filter": "the grader of data.filter_correct",
@@ -57,26 +59,29 @@ class SFTDataModule(LightningDataModule):
     Args:
         train_path: JSONL or Parquet: a file, a folder or a glob. Rows have prompt and response, or question and answer.
         val_path: The same, for validation.
-        test_path: The same, for test and predict; val_path where it is not given.
-        tokenizer_path: Folder or hub name of the tokenizer; on the command line the model's, unless given.
+        test_path: The same, for test and predict; defaults to val_path.
+        tokenizer_path: Folder or hub name of the tokenizer; on the command line it defaults to the model's.
         template: auto chooses by each file's keys; or a template class such as R1Zero.
-        columns: Our name to the file's, for other column names, e.g. {prompt: instruction, response: output}.
-        batch_size: Rows of a micro-batch: at the most when padded, on average otherwise.
-        max_length: Tokens of prompt and response together.
-        overlength: drop, error or truncate_prompt (from the left) for longer rows. A response is never cut.
-        append_eos: End each response with the tokenizer's EOS, supervised.
-        max_bad_rows: Unreadable rows to skip; one more stops the run before a model is loaded.
-        filter_correct: Train on the rows only whose response the grader rewards against their ground_truth.
-        grader: Judges responses for filter_correct; by default evaluation.grader's on the command line, R1ZeroGrader.
-        max_train_examples: Train on the first so many rows in file order, after filtering.
+        columns: Our column name to the file's, e.g. {prompt: instruction, response: output}.
+        batch_size: Rows of a micro-batch: at most when padded, on average otherwise.
+        max_length: The most tokens of prompt and response together.
+        overlength: drop, error or truncate_prompt (from the left) for longer rows. Responses are never cut.
+        append_eos: End each response with the tokenizer's EOS, which is supervised.
+        max_bad_rows: The most unreadable rows to skip; one more stops the run before a model is loaded.
+        filter_correct: Train only on rows whose response the grader rewards against their ground_truth.
+        grader: Grades responses for filter_correct; defaults to evaluation.grader on the command line, R1ZeroGrader.
+        max_train_examples: Train only on the first rows in file order, after filtering.
         loss_normalization: token (mean over the step's response tokens), sequence, constant or micro_batch.
-        normalize_constant: Divides the loss of each row in the mode constant, instead of its token count.
-        layout: auto, padded, packed or shared_prefix; auto takes the last of them that the model supports.
+        normalize_constant: In the mode constant, divides the loss of each row, instead of its token count.
+        layout: auto, padded, packed or shared_prefix; auto chooses the last of them that the model supports.
         pad_to_multiple_of: Rounds row lengths up.
-        cache_dir: Where tokens are kept, by default in the user's cache folder.
-        num_workers: Processes that collate batches.
-        worker_timeout_seconds: How long to wait for a batch of theirs before the run ends.
-        seed: Of the data order, by default that of seed_everything.
+        cache_dir: Folder for cached tokens; defaults to a folder in the user's cache.
+        num_workers: The number of processes that collate batches.
+        worker_timeout_seconds: The longest wait for a worker's batch before the run stops.
+        seed: Seed of the data order; defaults to that of seed_everything.
+
+    Attributes:
+        sets: The settings of each set that has a path, by its name: ``train``, ``val`` and ``test``.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class SFTDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         batch_size: int = 4,
         max_length: int = 2048,
-        overlength: Literal["drop", "error", "truncate_prompt"] = "drop",
+        overlength: Overlength = "drop",
         append_eos: bool = True,
         max_bad_rows: int = 0,
         filter_correct: bool = False,
@@ -106,41 +111,35 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["template", "grader"], logger=False)
-        check_at_least(
-            1,
-            batch_size=batch_size,
-            max_length=max_length,
-            max_train_examples=max_train_examples,
-            pad_to_multiple_of=pad_to_multiple_of,
-            worker_timeout_seconds=worker_timeout_seconds,
-        )
+        check_at_least(1, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        check_at_least(1, worker_timeout_seconds=worker_timeout_seconds)
         check_at_least(0, num_workers=num_workers, seed=seed)
         if normalize_constant <= 0:
             raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
-        self.paths = {"train": train_path, "val": val_path, "test": test_path or val_path}
-        self.tokenizer_path = tokenizer_path
-        self.template: Literal["auto"] | Template = template
-        self.grader = grader or R1ZeroGrader()
-        self.reading: dict[str, Any] = {
-            "template": None if template == "auto" else template,
-            "columns": columns,
-            "max_bad_rows": max_bad_rows,
-        }
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.overlength: Literal["drop", "error", "truncate_prompt"] = overlength
-        self.append_eos = append_eos
-        self.row_filter = CorrectResponses(self.grader) if filter_correct else None
-        self.max_train_examples = max_train_examples
+        self.template, self.grader = template, grader or R1ZeroGrader()
+        options = DataSettings(
+            "",
+            columns=columns or {},
+            template=None if template == "auto" else template,
+            max_length=max_length,
+            overlength=overlength,
+            append_eos=append_eos,
+            max_bad_rows=max_bad_rows,
+            filter=CorrectResponses(self.grader) if filter_correct else None,
+            max_examples=max_train_examples,
+            cache_dir=cache_dir,
+        )
+        self.sets = _settings_of_sets(options, {"train": train_path, "val": val_path, "test": test_path or val_path})
+        self.max_length, self.append_eos = max_length, append_eos
+        self.tokenizer_path, self.batch_size = tokenizer_path, batch_size
         self.loss_normalization: LossNormalization = loss_normalization
         self.normalize_constant = normalize_constant
         self.layout: Literal["auto"] | Layout = layout
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.cache_dir = cache_dir
         self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._stores: dict[str, TokenStore] = {}
+        self._stores: dict[SetName, TokenStore] = {}
         self._usable_layout: Layout | None = None
 
     @property
@@ -160,12 +159,12 @@ class SFTDataModule(LightningDataModule):
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        # Called on one rank before the others set up: it tokenises, and they find the cache.
+        # Called on one rank before the others set up: it builds the token cache, and they read it.
         self.setup("")
 
     def setup(self, stage: str) -> None:
         self._usable_layout = None
-        for name in sets_of_run(self._running_trainer.state.fn, self.paths):
+        for name in sets_of_run(self._running_trainer.state.fn, self.sets):
             if name not in self._stores:
                 self._stores[name] = self._load_tokens(name)
 
@@ -181,42 +180,47 @@ class SFTDataModule(LightningDataModule):
     def predict_dataloader(self) -> RecordBatches:
         num_replicas, replica = replicas(self._running_trainer)
         mine = [asdict(record) for record in self.evaluation_records("test")[replica::num_replicas]]
-        if self.paths["test"] is None:
+        if "test" not in self.sets:
             raise UserError("data.test_path is not set, and no data.val_path either: there is nothing to predict")
-        # In one batch: the generator makes batches of its own, by length.
+        # One batch, because the generator makes its own batches by length.
         return RecordBatches(mine, max(len(mine), 1))
 
     def evaluation_records(self, name: Literal["val", "test"] = "val") -> list[Record]:
-        """Returns the records whose prompts are to be answered, in file order; none where there is no such set."""
-        if (path := self.paths[name]) is None:
-            return []
-        return list(read_records(path, **self.reading))
+        """Returns the records of a set in file order; none if there is no such set."""
+        return list(read_records(self.sets[name])) if name in self.sets else []
+
+    def settings(self, name: SetName) -> DataSettings:
+        """Returns how a set is read. Raises UserError if the set has no path."""
+        if name not in self.sets:
+            raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
+        return self.sets[name]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch, under the Trainer's limits."""
+        """The number of optimizer steps of one epoch, under the Trainer's limits."""
         return num_steps(self._num_epoch_examples, self._step_shape)
 
     @property
     def training_tokens(self) -> TokenStore:
-        """The tokenised training set, read on first use."""
+        """The tokenized training set, read on first use."""
         if "train" not in self._stores:
             self._stores["train"] = self._load_tokens("train")
         return self._stores["train"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"decides_steps": self._what_decides_steps()} if "train" in self._stores else {}
+        return {"decides_steps": self._step_fingerprint()} if "train" in self._stores else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._running_trainer.state.fn != "fit":
             return
-        check_same_steps(self._what_decides_steps(), state_dict["decides_steps"])
+        check_same_steps(self._step_fingerprint(), state_dict["decides_steps"])
 
-    def _what_decides_steps(self) -> dict[str, Any]:
-        """Returns what the tokens and the steps of a run follow from, by name."""
+    def _step_fingerprint(self) -> dict[str, Any]:
+        """Returns everything that decides the tokens and the steps of a run, by name."""
+        tokens = self.training_tokens.fingerprint
         return {
-            **{_OPTION_BEHIND.get(name, f"data.{name}"): v for name, v in self.training_tokens.fingerprint.items()},
-            "data.max_train_examples": self.max_train_examples,
+            **{_FINGERPRINT_LABELS.get(name, f"data.{name}"): value for name, value in tokens.items()},
+            "data.max_train_examples": self.settings("train").max_examples,
             "data.seed": self.seed,
             "data.loss_normalization": self.loss_normalization,
             "data.normalize_constant": self.normalize_constant,
@@ -227,7 +231,7 @@ class SFTDataModule(LightningDataModule):
     @property
     def _running_trainer(self) -> Trainer:
         if self.trainer is None:
-            raise UserError("SFTDataModule plans the steps of a Trainer: hand it to trainer.fit(module, datamodule)")
+            raise UserError("SFTDataModule plans the steps of a Trainer: pass it to trainer.fit(module, datamodule)")
         return self.trainer
 
     @property
@@ -235,25 +239,12 @@ class SFTDataModule(LightningDataModule):
         num_replicas, _ = replicas(self._running_trainer)
         return StepShape(self.batch_size, self._running_trainer.accumulate_grad_batches, num_replicas)
 
-    def _load_tokens(self, name: str) -> TokenStore:
-        path = self.paths[name]
-        if path is None:
-            raise UserError(f"data.{name}_path is not set: name a JSONL or Parquet file, a folder or a glob")
-        tokenizer = self.tokenizer
+    def _load_tokens(self, name: SetName) -> TokenStore:
+        settings, tokenizer = self.settings(name), self.tokenizer
         try:
-            store = load_or_build_tokens(
-                path,
-                tokenizer=tokenizer,
-                max_length=self.max_length,
-                overlength=self.overlength,
-                append_eos=self.append_eos,
-                row_filter=self.row_filter if name == "train" else None,
-                cache_dir=self.cache_dir,
-                **self.reading,
-            )
+            return load_or_build_tokens(settings, tokenizer)
         except UserError as error:
             raise UserError(f"data.{name}_path: {error}") from error
-        return store.first(self.max_train_examples) if name == "train" and self.max_train_examples else store
 
     @property
     def _num_epoch_examples(self) -> int:
@@ -265,7 +256,7 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def _layout(self) -> Layout:
-        # Asked for when a loader is: the model stands on its device then, and can be tried.
+        # Chosen when a loader is made: by then the model is on its device and can be tested.
         if self._usable_layout is None:
             self._usable_layout = usable_layout(self._running_trainer, self.layout)
         return self._usable_layout
@@ -289,12 +280,12 @@ class SFTDataModule(LightningDataModule):
     def _open_training_epoch(self) -> tuple[MicroBatches, int]:
         epoch, done = fit_position(self._running_trainer)
         if repeats_one_epoch(self._running_trainer):
-            epoch = 0  # the same examples in every epoch
+            epoch = 0  # every epoch has the same examples
         plan = self._epoch_plan(epoch)
         share = TrainingShare(plan, replicas(self._running_trainer)[1])
         return self._micro_batches("train", share, plan.num_micro_batches), done
 
-    def _evaluation_loader(self, name: str) -> PlannedLoader | list:
+    def _evaluation_loader(self, name: SetName) -> PlannedLoader | list:
         if name not in self._stores:
             return []
         lengths = self._stores[name].total_lengths
@@ -307,7 +298,7 @@ class SFTDataModule(LightningDataModule):
         workers = {"num_workers": self.num_workers, "timeout_seconds": self.worker_timeout_seconds}
         return PlannedLoader(length, open_epoch, pin_memory=on_gpu, **workers)
 
-    def _micro_batches(self, name: str, share: TrainingShare | ValidationShare, length: int) -> MicroBatches:
+    def _micro_batches(self, name: SetName, share: TrainingShare | ValidationShare, length: int) -> MicroBatches:
         return MicroBatches(
             self._stores[name],
             share,
@@ -316,3 +307,41 @@ class SFTDataModule(LightningDataModule):
             pad_to_multiple_of=self.pad_to_multiple_of,
             layout=self._layout,
         )
+
+
+def _settings_of_sets(train: DataSettings, paths: Mapping[SetName, str | None]) -> dict[SetName, DataSettings]:
+    """Returns the settings of each set that has a path. Only the training set is filtered and cut to its first rows."""
+    evaluation = replace(train, filter=None, max_examples=None)
+    return {
+        name: replace(train if name == "train" else evaluation, path=path)
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
+def sets_of_run(function: str | None, available: Container[SetName]) -> list[SetName]:
+    """Returns the sets that a run reads: those that it needs first, whether or not they are available.
+
+    Args:
+        function: The Trainer's: fit, validate, test or predict.
+        available: The sets that have a path.
+    """
+    assert function is not None
+    needed: dict[str, list[SetName]] = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": []}
+    optional: list[SetName] = ["val"] if function == "fit" else []
+    return needed[function] + [name for name in optional if name in available]
+
+
+def check_same_steps(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises UserError that names the first difference in what decides the tokens and the steps of two runs.
+
+    Args:
+        own: Of the run that is to continue.
+        saved: Of the checkpoint. A name that one of the two lacks counts as None.
+    """
+    for name in {**own, **saved}:
+        if own.get(name) != saved.get(name):
+            raise UserError(
+                f"cannot resume: {name} is {own.get(name)!r}, the checkpoint was trained with {saved.get(name)!r}; "
+                "set it back, or start from the checkpoint's weights with --model.model_path"
+            )

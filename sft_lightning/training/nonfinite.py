@@ -16,9 +16,10 @@ import numpy as np
 
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.data.batch import Example, MicroBatch
-from sft_lightning.data.formats.base import Plain
+from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
-from sft_lightning.data.records import Record, read_records
+from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import tokenize_records
 from sft_lightning.errors import UserError
 from sft_lightning.losses.linear_cross_entropy import LabelLosses
@@ -162,8 +163,8 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
         UserError: If there are none that can be read.
     """
     path = folder / ROWS
-    options = {name: about[name] for name in ("max_length", "overlength", "append_eos")}
-    tokenised = tokenize_records(read_records(path, template=Plain()), tokenizer, **options, load_report=LoadReport())
+    settings = DataSettings.of_saved_rows(path, about)
+    tokenised = tokenize_records(read_records(settings), tokenizer, settings, LoadReport())
     examples = {
         record.source: Example(np.array([*prompt, *response], dtype=np.int32), len(prompt), record.source)
         for record, prompt, response in tokenised

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from sft_lightning.checkpointing.run_folder import run_folder
 from sft_lightning.data.batch import MicroBatch
-from sft_lightning.data.records import SkippedRows, read_records
+from sft_lightning.data.load_report import SkippedRows
+from sft_lightning.data.records import read_records
 from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.distributed.fsdp import gradient_norm
 from sft_lightning.errors import NonFiniteError, UserError
-from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, logs_this_step, replicas
+from sft_lightning.lightning_compat.trainer import (
+    TrainingData,
+    datamodule_of,
+    is_dry_run,
+    logs_this_step,
+    replicas,
+)
 from sft_lightning.losses.linear_cross_entropy import LabelLosses
 from sft_lightning.training.metrics import step_sums
 from sft_lightning.training.nonfinite import (
@@ -167,19 +174,19 @@ def _everywhere(trainer: Trainer, rows: list[Any]) -> list[Any]:
 
 
 def _save(trainer: Trainer, numbers: dict[str, Any], rows: Sequence[StepRow], parts: Parts) -> None:
-    data: Any = datamodule_of(trainer)
+    data: TrainingData = datamodule_of(trainer)
+    settings = data.settings("train")
     module: Any = trainer.lightning_module
     run, checkpoint = run_folder(trainer, None), last_checkpoint(trainer)
-    records = find_records(lambda: read_records(data.paths["train"], **data.reading, bad_rows=SkippedRows()), rows)
-    tokens = {name: getattr(data, name) for name in ("max_length", "overlength", "append_eos")}
+    records = find_records(lambda: read_records(settings, SkippedRows()), rows)
     about = {
         **numbers,
         # Of this run by its name, so that the run's folder may move.
         "checkpoint": Path(checkpoint).name if checkpoint and Path(checkpoint).parent == run else checkpoint,
         "model_path": _absolute(module.hparams["model_path"]),
         **{name: module.hparams[name] for name in ("init", "attn_implementation")},
-        "tokenizer_path": _absolute(data.tokenizer_path),
-        **tokens,
+        "tokenizer_path": _absolute(str(data.tokenizer_path)),
+        **settings.token_options,
         "precision": str(trainer.precision),
         "layout": next((batch.layout for _, batch in parts if batch.num_rows), "padded"),
         "seed": data.seed,

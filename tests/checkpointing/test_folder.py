@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.checkpointing import folder as folders
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder as run_folders
 from sft_lightning.errors import RunFailedError, UserError
 
 WEIGHTS, CONFIG = b"0123456789", b'{"hidden_size": 8}'
@@ -83,7 +83,7 @@ def deaths(tmp_path, action, prepare):
 # Publishing
 
 
-def test_a_published_folder_has_its_files_and_a_manifest_of_them(tmp_path):
+def test_a_published_folder_has_files_and_manifest(tmp_path):
     folder = publish(tmp_path / "new" / "run", step=5, digest={"seed": 1})
     assert names(folder) == ["config.json", "manifest.json", "model.safetensors"]
     assert json.loads((folder / "manifest.json").read_text()) == {
@@ -99,7 +99,7 @@ def test_a_published_folder_has_its_files_and_a_manifest_of_them(tmp_path):
     assert folders.read_manifest(folder)["step"] == 5
 
 
-def test_files_in_folders_of_the_folder_are_named_too(tmp_path):
+def test_files_in_subfolders_are_in_the_manifest(tmp_path):
     def write(folder):
         (folder / "additional_chat_templates").mkdir()
         (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
@@ -119,7 +119,7 @@ def test_publishing_again_replaces_the_whole_folder(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path, error):
+def test_a_failed_write_leaves_only_the_old_folder(tmp_path, error):
     publish(tmp_path, text="old")
 
     def write(folder):
@@ -152,14 +152,14 @@ def test_a_failure_of_the_last_rename_loses_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-def test_what_an_earlier_process_of_the_same_id_left_is_no_part_of_it(tmp_path):
+def test_leftovers_of_an_earlier_process_are_not_published(tmp_path):
     leftover = tmp_path / f".checkpoint-5.tmp-{os.getpid()}"
     leftover.mkdir()
     (leftover / "stale").write_text("stale")
     assert "stale" not in names(publish(tmp_path))
 
 
-def test_a_death_at_any_moment_leaves_the_old_or_the_new_checkpoint_whole(tmp_path):
+def test_a_death_at_any_moment_leaves_one_whole_checkpoint(tmp_path):
     def prepare(run):
         publish(run, "checkpoint-4", text="before")
         publish(run, text="old")
@@ -199,7 +199,7 @@ def test_a_death_while_final_is_replaced_leaves_a_whole_one(tmp_path):
         assert [path.name for path in run.iterdir()] == ["final"]
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     synced = []
     rename = Path.rename
 
@@ -255,7 +255,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path, position):
     assert str(error.value).endswith("model.safetensors does not match its sha256")
 
 
-def test_a_file_that_the_manifest_does_not_know_is_no_damage(tmp_path):
+def test_a_file_outside_of_the_manifest_is_ignored(tmp_path):
     folder = publish(tmp_path)
     (folder / "notes.txt").write_text("mine")
     folders.verify(folder)
@@ -288,7 +288,7 @@ def test_a_manifest_that_says_nothing_is_one_line(tmp_path, manifest):
             check(folder)
 
 
-def test_any_flipped_byte_of_a_manifest_is_a_user_error_or_harmless(tmp_path):
+def test_a_flipped_byte_of_a_manifest_is_refused_or_harmless(tmp_path):
     folder = publish(tmp_path, step=5)
     good = (folder / "manifest.json").read_bytes()
     refused = 0
@@ -318,7 +318,7 @@ def test_a_folder_that_does_not_exist_has_no_checkpoints(tmp_path):
     assert not folders.is_run(tmp_path / "none")
 
 
-def test_auto_takes_the_newest_good_one_and_warns_about_newer_ones(tmp_path, caplog):
+def test_auto_takes_the_newest_good_checkpoint(tmp_path, caplog):
     for step in (8, 9, 10, 11, 12):
         publish(tmp_path, f"checkpoint-{step}")
     (tmp_path / "checkpoint-12" / "manifest.json").unlink()
@@ -335,7 +335,7 @@ def test_auto_is_none_only_where_there_is_no_checkpoint(tmp_path):
         folders.find(tmp_path, "auto")
 
 
-def test_what_is_not_of_our_making_is_moved_aside(tmp_path):
+def test_a_folder_of_the_user_is_moved_aside(tmp_path):
     theirs = tmp_path / "checkpoint-5"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("precious")
@@ -344,16 +344,16 @@ def test_what_is_not_of_our_making_is_moved_aside(tmp_path):
     folders.verify(theirs)
 
 
-def test_a_list_of_files_that_leads_out_of_the_run_deletes_nothing_there(tmp_path):
+def test_clearing_ignores_registered_names_outside_of_the_run(tmp_path):
     (tmp_path / "victim.txt").write_text("alive")
     run = tmp_path / "run"
     run.mkdir()
-    (run / claims.RUN_FILES).write_text('["../victim.txt"]')
-    claims.clear(run)
+    (run / run_folders.RUN_FILES).write_text('["../victim.txt"]')
+    run_folders.clear(run)
     assert (tmp_path / "victim.txt").read_text() == "alive"
 
 
-def test_last_and_best_are_where_their_links_point(tmp_path):
+def test_last_and_best_follow_their_links(tmp_path):
     publish(tmp_path, "checkpoint-5")
     publish(tmp_path, "checkpoint-10")
     folders.point(tmp_path / "last", tmp_path / "checkpoint-10")
@@ -362,7 +362,7 @@ def test_last_and_best_are_where_their_links_point(tmp_path):
     assert folders.find(tmp_path, "best") == tmp_path / "checkpoint-5"
 
 
-def test_last_and_best_without_a_checkpoint_are_errors_that_name_auto(tmp_path):
+def test_last_and_best_without_a_checkpoint_suggest_auto(tmp_path):
     publish(tmp_path)
     folders.point(tmp_path / "last", tmp_path / "checkpoint-gone")
     for word in ("last", "best"):
@@ -377,14 +377,14 @@ def test_a_checkpoint_that_a_crash_left_set_aside_is_found(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "last"]
 
 
-def test_a_set_aside_checkpoint_whose_place_is_taken_is_deleted(tmp_path):
+def test_a_replaced_checkpoint_is_deleted(tmp_path):
     publish(tmp_path, text="old").rename(tmp_path / ".checkpoint-5.replaced")
     publish(tmp_path, "checkpoint-6", text="new").rename(tmp_path / "checkpoint-5")
     assert text_of(folders.find(tmp_path, "auto")) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-def test_what_is_a_run(tmp_path):
+def test_a_run_has_a_config_or_a_checkpoint_or_final(tmp_path):
     (tmp_path / "metrics.csv").touch()
     (tmp_path / ".checkpoint-5.tmp-1").mkdir()
     assert not folders.is_run(tmp_path)
@@ -408,7 +408,7 @@ def test_a_link_moves_and_survives_a_move_of_the_run(tmp_path):
     assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["checkpoint-10", "checkpoint-5", "last"]
 
 
-def test_a_link_stands_for_a_checkpoint_at_every_moment(tmp_path):
+def test_a_link_points_at_a_checkpoint_at_every_moment(tmp_path):
     def prepare(run):
         for step in (5, 10):
             publish(run, f"checkpoint-{step}")
@@ -444,7 +444,7 @@ def run_of(run, steps, **links):
         (99, {}, [1, 2, 9, 10]),
     ],
 )
-def test_the_newest_are_kept_and_what_last_and_best_stand_for(tmp_path, keep_last, links, kept):
+def test_pruning_keeps_the_newest_and_linked_checkpoints(tmp_path, keep_last, links, kept):
     run_of(tmp_path, (1, 2, 9, 10), **links)
     folders.prune(tmp_path, keep_last)
     assert [path.name for path in folders.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
@@ -471,7 +471,7 @@ def test_a_death_while_pruning_leaves_no_half_a_checkpoint(tmp_path):
         assert sorted(path.name for path in run.iterdir()) == ["best", "checkpoint-1", "checkpoint-4", "last"]
 
 
-def test_what_died_unfinished_is_removed_and_nothing_else(tmp_path):
+def test_only_unfinished_files_are_removed(tmp_path):
     publish(tmp_path)
     folders.point(tmp_path / "last", tmp_path / "checkpoint-5")
     (tmp_path / ".checkpoint-6.tmp-123").mkdir()
@@ -494,21 +494,23 @@ def test_what_died_unfinished_is_removed_and_nothing_else(tmp_path):
 # Clearing a run
 
 
-def claimed(run):
+def registered(run):
     return json.loads((run / "run_files.json").read_text())
 
 
-def test_claims_are_kept_once_and_in_order(tmp_path):
+def test_registered_files_are_unique_and_ordered(tmp_path):
     run = tmp_path / "new" / "run"
     for name in ("config.yaml", "metrics.csv", "config.yaml", "evaluation/step-5/metrics.json"):
-        claims.register_file(run, name)
-    assert claimed(run) == ["config.yaml", "metrics.csv", "evaluation/step-5/metrics.json"]
+        run_folders.register_file(run, name)
+    assert registered(run) == ["config.yaml", "metrics.csv", "evaluation/step-5/metrics.json"]
     assert names(run) == ["run_files.json"]
 
 
-def test_a_death_while_claiming_keeps_the_earlier_claims(tmp_path):
-    for run in deaths(tmp_path, lambda run: claims.register_file(run, "b"), lambda run: claims.register_file(run, "a")):
-        assert claimed(run) in (["a"], ["a", "b"])
+def test_a_death_while_registering_keeps_earlier_files(tmp_path):
+    for run in deaths(
+        tmp_path, lambda run: run_folders.register_file(run, "b"), lambda run: run_folders.register_file(run, "a")
+    ):
+        assert registered(run) in (["a"], ["a", "b"])
         folders.remove_unfinished(run)
         assert names(run) == ["run_files.json"]
 
@@ -524,7 +526,7 @@ def whole_run(run):
 
     folders.publish(run / "final", write_final, {})
     for name in ("config.yaml", "evaluation/step-5/metrics.json", "evaluation/step-5/predictions.jsonl"):
-        claims.register_file(run, name)
+        run_folders.register_file(run, name)
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("ours")
     (run / ".checkpoint-15.tmp-123").mkdir()
@@ -546,14 +548,14 @@ def users_own_files(run):
 
 def test_clearing_deletes_a_run_to_the_last_file(tmp_path):
     whole_run(tmp_path)
-    claims.clear(tmp_path)
+    run_folders.clear(tmp_path)
     assert names(tmp_path) == []
 
 
 def test_clearing_keeps_what_no_manifest_names(tmp_path):
     whole_run(tmp_path)
     mine = users_own_files(tmp_path)
-    claims.clear(tmp_path)
+    run_folders.clear(tmp_path)
     assert sorted(path for path in names(tmp_path) if (tmp_path / path).is_file()) == sorted(mine)
     assert not (tmp_path / "last").is_symlink()
     assert not (tmp_path / "checkpoint-10").exists()
@@ -563,15 +565,15 @@ def test_clearing_a_folder_without_a_run_deletes_nothing(tmp_path):
     mine = users_own_files(tmp_path)
     (tmp_path / "last").write_text("mine")
     (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(WEIGHTS)
-    claims.clear(tmp_path)
+    run_folders.clear(tmp_path)
     found = sorted(path for path in names(tmp_path) if (tmp_path / path).is_file())
     assert found == sorted([*mine, "last", "checkpoint-5/model.safetensors"])
 
 
-def test_clearing_leaves_and_names_what_has_an_unreadable_manifest(tmp_path, caplog):
+def test_clearing_keeps_folders_with_an_unreadable_manifest(tmp_path, caplog):
     run_of(tmp_path, (5, 10, 15))
     (tmp_path / "checkpoint-10" / "manifest.json").write_text('{"files": ')
-    claims.clear(tmp_path)
+    run_folders.clear(tmp_path)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-10/manifest.json", "checkpoint-10/weights"]
     (warning,) = caplog.records
     assert f"checkpoint '{tmp_path}/checkpoint-10' has no readable manifest.json" in warning.message
@@ -583,17 +585,17 @@ def test_clearing_never_reaches_outside_of_the_checkpoint(tmp_path):
     for step, name in ((5, "../../precious"), (10, str(precious))):
         folder = publish(tmp_path / "run", f"checkpoint-{step}")
         (folder / "manifest.json").write_text(json.dumps({"files": {name: {"size": 4, "sha256": "0"}}}))
-    claims.clear(tmp_path / "run")
+    run_folders.clear(tmp_path / "run")
     assert precious.read_text() == "mine"
 
 
-def test_clearing_goes_on_where_an_earlier_one_died_and_never_takes_what_is_not_ours(tmp_path):
+def test_clearing_continues_after_a_death_and_keeps_user_files(tmp_path):
     def prepare(run):
         whole_run(run)
         users_own_files(run)
 
-    for run in deaths(tmp_path, claims.clear, prepare):
-        claims.clear(run)
+    for run in deaths(tmp_path, run_folders.clear, prepare):
+        run_folders.clear(run)
         assert sorted(path for path in names(run) if (run / path).is_file()) == [
             "checkpoint-5/notes.txt",
             "checkpoint-old/model",
@@ -610,5 +612,5 @@ def test_a_file_that_is_gone_already_does_no_harm(tmp_path):
     whole_run(tmp_path)
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "checkpoint-5" / "weights").unlink()
-    claims.clear(tmp_path)
+    run_folders.clear(tmp_path)
     assert names(tmp_path) == []

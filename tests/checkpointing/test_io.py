@@ -126,9 +126,7 @@ def test_weights_keep_their_dtype(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("append_eos", "stop"), [(True, 0), (False, 3)])
-def test_the_tokenizer_lies_beside_the_model_and_its_supervised_stop_is_the_models(
-    tmp_path, model_folder, append_eos, stop
-):
+def test_the_saved_model_has_tokenizer_and_supervised_eos(tmp_path, model_folder, append_eos, stop):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = make_model(tied=True, seed=0, vocabulary_size=len(tokenizer))
     io = checkpoint_io(model, datamodule=SimpleNamespace(tokenizer=tokenizer, append_eos=append_eos))
@@ -183,7 +181,7 @@ def test_a_plain_model_folder_will_do_unless_one_trains(tmp_path, during, tied, 
         checkpoint_io(model, during="fit").load_checkpoint(tmp_path / "plain")
 
 
-def test_weights_of_other_names_in_the_folder_are_not_the_models(tmp_path):
+def test_weights_with_other_file_names_are_ignored(tmp_path):
     model = make_model(tied=False, seed=0)
     model.save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no weights at all")

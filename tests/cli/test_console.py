@@ -12,7 +12,7 @@ from sft_lightning.cli.console import shorten
     ("message", "line"),
     [
         ("Expected a\n  number", "Expected a number"),
-        ("Problem: expected type <class 'sft_lightning.data.formats.base.R1Zero'>", "Problem: expected type R1Zero"),
+        ("Problem: expected type <class 'sft_lightning.data.formats.r1_zero.R1Zero'>", "Problem: expected type R1Zero"),
         (
             "data.seed: - Does not validate against any of the Union subtypes Errors: Expected an int "
             "Given value type: <class 'str'> Given value: x",

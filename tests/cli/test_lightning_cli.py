@@ -236,7 +236,9 @@ def test_filter_correct_defaults_to_the_evaluation_grader(command, tmp_path, tra
         grader = f"sft_lightning.R1ZeroGrader(time_limit_seconds={number}.0)"
         assert grader in digest["the grader of data.filter_correct"]
         assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
-    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["filter_correct"] is True
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["data"]["filter_correct"] is True
+    assert saved["data"]["grader"]["class_path"] == "sft_lightning.R1ZeroGrader"
 
 
 def test_validate_test_and_predict_a_checkpoint_and_a_final_model(command, tmp_path, val_file, capsys):

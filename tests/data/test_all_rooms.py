@@ -7,11 +7,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import load_or_build_tokens
 from sft_lightning.data.tokenization import tokenize_prompt_and_output
 
@@ -117,15 +119,15 @@ def expected_weight(mode, labels_by_micro_batch, mine, num_labels):
 
 
 @given(epochs())
-@settings(deadline=None, max_examples=60)
-def test_every_row_is_once_in_an_epoch_whole_and_with_its_weight(tokenizer, epoch):
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_every_row_is_in_an_epoch_once_with_its_weight(tokenizer, epoch):
     written, shape, layout, mode, multiple, number = epoch
     expected = expected_rows(written, tokenizer)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in written))
-        options = {"tokenizer": tokenizer, "max_length": 1000, "cache_dir": Path(folder) / "cache"}
-        stores = [load_or_build_tokens(path, **options) for _ in range(2)]  # made, and found again
+        settings = DataSettings(path, max_length=1000, cache_dir=Path(folder) / "cache")
+        stores = [load_or_build_tokens(settings, tokenizer) for _ in range(2)]  # built, then read from the cache
         for store in stores:
             assert [(e.tokens.tolist(), e.prompt_length) for e in map(store.__getitem__, range(len(store)))] == [
                 (ids, prompt_length) for ids, prompt_length, _ in expected
@@ -156,8 +158,8 @@ def test_every_row_is_once_in_an_epoch_whole_and_with_its_weight(tokenizer, epoc
 
 
 @given(st.lists(st.tuples(filled_texts, filled_texts), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=100)
-def test_the_guides_mask_is_true_on_responses_and_nowhere_else(tokenizer, pairs):
+@hypothesis_settings(deadline=None, max_examples=100)
+def test_response_mask_is_true_only_on_responses(tokenizer, pairs):
     prompts, outputs = zip(*pairs, strict=True)
     batch = tokenize_prompt_and_output(list(prompts), list(outputs), tokenizer)
     for row, pair in enumerate(pairs):

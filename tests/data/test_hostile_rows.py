@@ -9,7 +9,9 @@ import pytest
 from pyarrow import parquet
 
 from sft_lightning.cli.main import main
-from sft_lightning.data.records import SkippedRows, read_records
+from sft_lightning.data.load_report import SkippedRows
+from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import load_or_build_tokens
 from sft_lightning.errors import UserError
 
@@ -92,7 +94,7 @@ def write_mutated(path, num_lines, seed):
 
 def read_all(path):
     skipped = AllSkippedRows()
-    records = list(read_records(path, max_bad_rows=sys.maxsize, bad_rows=skipped))
+    records = list(read_records(DataSettings(path, max_bad_rows=sys.maxsize), skipped))
     return records, skipped
 
 
@@ -122,19 +124,18 @@ def assert_each_line_is_told_of(path, good):
     return records, reasons
 
 
-def test_two_thousand_mutated_lines(tmp_path, tokenizer, note_fault):
+def test_mutated_lines_are_records_or_named_bad_rows(tmp_path, tokenizer, note_fault):
     path = tmp_path / "train.jsonl"
     good = write_mutated(path, 2_000, seed=1)
     records, reasons = assert_each_line_is_told_of(path, good)
     assert len(reasons) > 500
-    store = load_or_build_tokens(
-        path, tokenizer=tokenizer, max_bad_rows=sys.maxsize, max_length=512, cache_dir=tmp_path / "cache"
-    )
+    settings = DataSettings(path, max_bad_rows=sys.maxsize, max_length=512, cache_dir=tmp_path / "cache")
+    store = load_or_build_tokens(settings, tokenizer)
     assert len(store) + store.load_report.num_rows >= len(records)
     with pytest.raises(
         UserError, match=rf"^too many bad rows \({len(reasons)}, data.max_bad_rows is 0\): {path}:\d+: "
     ):
-        list(read_records(path))
+        list(read_records(DataSettings(path)))
     note_fault(
         "line of JSONL that is no row (also: not UTF-8, no prompt or response, a wrong type)",
         provoked="2,000 good lines mutated: bits, cuts, copies, insertions, other types, huge numbers, deep nesting, "
@@ -145,7 +146,7 @@ def test_two_thousand_mutated_lines(tmp_path, tokenizer, note_fault):
     )
 
 
-def test_mutated_rows_of_gsm8k(tmp_path):
+def test_mutated_gsm8k_rows_are_read_or_named(tmp_path):
     rng = random.Random(5)
     path = tmp_path / "train.jsonl"
     good = b'{"question": "What is 2+2?", "answer": "2+2 = <<2+2=4>>4\\n#### 4"}'
@@ -186,7 +187,7 @@ def test_check_shows_mutated_rows_to_a_terminal(tmp_path, model_folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_mutated_lines(tmp_path):
+def test_many_mutated_lines_are_records_or_named_bad_rows(tmp_path):
     for seed in range(2, 12):
         path = tmp_path / f"{seed}.jsonl"
         _, reasons = assert_each_line_is_told_of(path, write_mutated(path, 10_000, seed))

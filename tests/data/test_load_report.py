@@ -1,7 +1,9 @@
 from pathlib import Path
 
-from sft_lightning.data.load_report import LoadReport
-from sft_lightning.data.records import SkippedRows
+import pytest
+
+from sft_lightning.data.load_report import LoadReport, SkippedRows, check_bad_rows
+from sft_lightning.errors import UserError
 
 FULL = LoadReport(
     bad_rows=SkippedRows(1, [("a.jsonl:1", "not JSON")]),
@@ -12,7 +14,7 @@ FULL = LoadReport(
 )
 
 
-def test_each_reason_is_a_sentence_with_its_count_and_the_first_five_rows():
+def test_each_reason_is_a_sentence_with_count_and_five_rows():
     assert FULL.sentences == [
         "bad rows skipped (1): a.jsonl:1: not JSON",
         "rows over data.max_length dropped (2): a.jsonl:2: 9 tokens; a.jsonl:3: 8 tokens",
@@ -26,11 +28,11 @@ def test_each_reason_is_a_sentence_with_its_count_and_the_first_five_rows():
     assert str(LoadReport()) == ""
 
 
-def test_rows_that_are_kept_with_a_shorter_prompt_are_not_left_out():
+def test_rows_with_a_cut_prompt_do_not_count_as_skipped():
     assert FULL.num_rows == 10
 
 
-def test_places_get_the_names_that_the_files_have_now():
+def test_loaded_places_get_current_file_names():
     saved = {
         "bad_rows": {"count": 30, "first": [["old:dir/a.jsonl:7", "not JSON"]]},
         "overlength_rows": {"count": 0, "first": []},
@@ -46,7 +48,23 @@ def test_places_get_the_names_that_the_files_have_now():
     )
 
 
-def test_the_way_out_follows_from_the_reasons():
+def test_advice_depends_on_the_reasons():
     assert LoadReport(overlength_rows=FULL.overlength_rows).advice(8) == "Raise data.max_length (8)"
     assert "data.filter_correct: false" in LoadReport(rejected_rows=FULL.rejected_rows).advice(8)
     assert "data.filter_correct: false" in LoadReport(ungraded_rows=FULL.ungraded_rows).advice(8)
+
+
+def test_skipped_rows_count_all_and_keep_the_first_twenty():
+    rows = SkippedRows()
+    for line in range(1, 26):
+        rows.add(f"a:{line}", "bad")
+    assert (rows.count, rows.first) == (25, [(f"a:{line}", "bad") for line in range(1, 21)])
+    assert str(rows) == "a:1: bad; a:2: bad; a:3: bad; a:4: bad; a:5: bad; and 20 more"
+
+
+def test_more_bad_rows_than_allowed_are_an_error():
+    rows = SkippedRows(2, [("a:1", "not JSON"), ("a:4", "not JSON")])
+    check_bad_rows(rows, 2)
+    with pytest.raises(UserError) as error:
+        check_bad_rows(rows, 1)
+    assert str(error.value) == "too many bad rows (2, data.max_bad_rows is 1): a:1: not JSON; a:4: not JSON"

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sft_lightning.data.formats.base import Plain, R1Zero
-from sft_lightning.data.records import Record, SFTDataset, read_records, resolve_files
+from sft_lightning.data.formats.base import Record
+from sft_lightning.data.formats.prompt_response import Plain
+from sft_lightning.data.formats.r1_zero import R1Zero
+from sft_lightning.data.records import SFTDataset, check_ground_truth, check_text, check_weight, read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.errors import UserError
 
 GSM8K = Path(os.environ.get("SFT_GSM8K_DIR", Path(__file__).parents[3] / "shared" / "gsm8k"))
@@ -21,7 +25,7 @@ def write(file, content):
 
 
 def read(path, **options):
-    return list(read_records(path, **options))
+    return list(read_records(DataSettings(path, **options)))
 
 
 def error_of(path, **options):
@@ -34,7 +38,7 @@ def error_of(path, **options):
 # Reading
 
 
-def test_rows_in_file_order_with_their_lines(tmp_path):
+def test_records_are_in_file_order_with_their_lines(tmp_path):
     file = write(
         tmp_path / "a.jsonl",
         b'{"prompt": "1+1=", "response": "2", "ground_truth": 2, "weight": 0.5}\n'
@@ -46,22 +50,7 @@ def test_rows_in_file_order_with_their_lines(tmp_path):
     ]
 
 
-def test_bom_crlf_blank_lines_and_a_missing_last_newline(tmp_path):
-    content = b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.strip()
-    file = write(tmp_path / "a.jsonl", content)
-    assert [(record.prompt, record.source) for record in read(file)] == [("a", f"{file}:1"), ("a", f"{file}:3")]
-    write(file, GOOD + b"\n  \n")
-    assert len(read(file)) == 1
-
-
-def test_unicode_line_separators_end_no_line(tmp_path):
-    row = {"prompt": "a\u2028b\x85c", "response": "\U0001f600"}
-    file = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False).encode() + b"\n" + GOOD)
-    assert [record.prompt for record in read(file)] == ["a\u2028b\x85c", "a"]
-    assert read(file)[0].response == "\U0001f600"
-
-
-def test_parquet_reads_as_jsonl_does(tmp_path):
+def test_parquet_gives_the_same_records_as_jsonl(tmp_path):
     table = {"question": ["1+1?", "2+2?"], "answer": ["t\n#### 2", "u\n#### 4"], "weight": [None, 0.5]}
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table(table), file)
@@ -73,64 +62,10 @@ def test_parquet_reads_as_jsonl_does(tmp_path):
     ]
 
 
-def test_parquet_rows_are_numbered_across_row_groups_and_batches(tmp_path):
-    responses = ["b"] * 2500
-    responses[2100] = None
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["a"] * 2500, "response": responses}), file, row_group_size=700)
-    assert error_of(file).endswith(f"{file}:2101: field 'response' is missing")
-
-
-def test_a_parquet_value_that_is_not_utf8_is_one_bad_row(tmp_path):
-    values = pyarrow.array([b"x", b"y\xff", b"z"]).view(pyarrow.string())
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"prompt": values, "response": ["b"] * 3}), file)
-    assert error_of(file).endswith(f"{file}:2: not UTF-8: byte 0xff at position 2")
-    assert [record.prompt for record in read(file, max_bad_rows=1)] == ["x", "z"]
-
-
-def test_a_parquet_column_whose_name_is_not_utf8(tmp_path):
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["a"], "response": ["b"]}), file, store_schema=False)
-    write(file, file.read_bytes().replace(b"prompt", b"prom\xffx"))
-    assert f"cannot read '{file}' as Parquet: 'utf-8' codec can't decode byte 0xff" in error_of(file)
-
-
-def test_a_file_that_is_no_parquet(tmp_path):
-    file = write(tmp_path / "a.parquet", GOOD)
-    assert error_of(file).startswith(f"cannot read '{file}' as Parquet: ")
-
-
-# Finding files
-
-
-def test_a_folder_gives_its_data_files_sorted(tmp_path):
-    for name in ("b.jsonl", "a.parquet", "c.txt", "d.json"):
-        (tmp_path / name).touch()
-    (tmp_path / "e.jsonl").mkdir()
-    assert resolve_files(tmp_path) == [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
-
-
-def test_a_glob_gives_its_files_sorted_and_a_file_is_taken_literally(tmp_path):
-    for name in ("part-2.jsonl", "part-1.jsonl", "other.jsonl", "part-[1].jsonl"):
-        (tmp_path / name).touch()
-    assert resolve_files(f"{tmp_path}/part-?.jsonl") == [tmp_path / "part-1.jsonl", tmp_path / "part-2.jsonl"]
-    assert resolve_files(f"{tmp_path}/part-[1].jsonl") == [tmp_path / "part-[1].jsonl"]
-
-
-def test_several_files_are_read_one_after_the_other_each_with_its_template(tmp_path):
+def test_each_of_several_files_gets_its_own_template(tmp_path):
     write(tmp_path / "b.jsonl", GOOD)
     write(tmp_path / "a.jsonl", b'{"question": "q", "answer": "t\\n#### 1"}\n')
     assert [record.response for record in read(tmp_path)] == [" t </think> <answer> 1 </answer>", "b"]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl"])
-def test_a_path_that_leads_nowhere(tmp_path, name):
-    assert error_of(tmp_path / name).startswith(f"data path '{tmp_path / name}' is no file, no folder and matches none")
-
-
-def test_a_folder_without_data(tmp_path):
-    assert error_of(tmp_path).startswith(f"data folder '{tmp_path}' holds no .jsonl and no .parquet file")
 
 
 # Bad rows
@@ -189,19 +124,13 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, row, reason):
     assert [record.source for record in read(file, max_bad_rows=1)] == [f"{file}:1", f"{file}:3"]
 
 
-@pytest.mark.parametrize("row", [b"[" * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}"])
-def test_json_that_python_refuses_is_a_bad_row_too(tmp_path, row):
-    file = write(tmp_path / "bad.jsonl", GOOD + row + b"\n")
-    assert f"{file}:2: not JSON that can be read: " in error_of(file)
-
-
 def test_a_bad_first_row_does_not_choose_the_template(tmp_path):
     file = write(tmp_path / "bad.jsonl", b'{"prompt": "a"}\n' + GOOD)
     assert error_of(file).endswith(f"{file}:1: field 'response' is missing")
     assert len(read(file, max_bad_rows=1)) == 1
 
 
-def test_what_a_template_refuses_is_a_bad_row(tmp_path):
+def test_a_row_that_its_template_rejects_is_a_bad_row(tmp_path):
     file = write(tmp_path / "bad.jsonl", b'{"question": "q", "answer": "no number"}\n')
     assert error_of(file).endswith(f"{file}:1: field 'answer' must be a worked solution that ends with '#### <number>'")
 
@@ -215,7 +144,7 @@ def test_an_empty_rendered_response_is_a_bad_row(tmp_path):
     assert error_of(file, template=Silent()).endswith(f"{file}:1: rendered response is empty")
 
 
-def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
+def test_too_many_bad_rows_are_counted_and_five_named(tmp_path):
     file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" * 7 + GOOD)
     message = error_of(file, max_bad_rows=6)
     assert message.startswith(f"too many bad rows (7, data.max_bad_rows is 6): {file}:2: not JSON")
@@ -224,15 +153,15 @@ def test_too_many_bad_rows_are_counted_and_the_first_five_named(tmp_path):
     assert message.endswith("; and 2 more")
 
 
-def test_no_record_comes_after_one_bad_row_too_many(tmp_path):
+def test_no_record_follows_too_many_bad_rows(tmp_path):
     file = write(tmp_path / "bad.jsonl", GOOD + b"x\n" + GOOD)
-    records = read_records(file)
+    records = read_records(DataSettings(file))
     assert next(records).source == f"{file}:1"
     with pytest.raises(UserError):
         next(records)
 
 
-def test_skipped_rows_are_warned_of(tmp_path, caplog):
+def test_skipped_rows_are_logged_as_a_warning(tmp_path, caplog):
     file = write(tmp_path / "bad.jsonl", GOOD + b"7\n")
     with caplog.at_level(logging.WARNING):
         read(file, max_bad_rows=3)
@@ -240,35 +169,92 @@ def test_skipped_rows_are_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
-def test_an_empty_file(tmp_path, content):
+def test_an_empty_file_is_an_error(tmp_path, content):
     file = write(tmp_path / "a.jsonl", content)
     assert error_of(file) == f"data path '{file}' has no usable row: it is empty"
 
 
-def test_nothing_but_bad_rows_is_an_error_however_many_may_be(tmp_path):
+def test_only_bad_rows_are_an_error_under_any_limit(tmp_path):
     file = write(tmp_path / "a.jsonl", b"1\n2\n")
     assert error_of(file, max_bad_rows=9).startswith(
         f"data path '{file}' has no usable row: {file}:1: not a JSON object"
     )
 
 
+# Fields
+
+deep = []
+for _ in range(100_000):
+    deep = [deep]
+
+
+@pytest.mark.parametrize("value", ["a", " \u2028x", "\x00", "\U0001f600"])
+def test_valid_text_passes(value):
+    check_text("field 'prompt'", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "field 'prompt' is missing"),
+        (3, "field 'prompt' must be text, got int"),
+        (deep, "field 'prompt' must be text, got list"),
+        (" \n\u2028", "field 'prompt' is empty"),
+        ("x\ud800", "field 'prompt' holds half a surrogate pair, which is no character: surrogates not allowed"),
+    ],
+)
+def test_invalid_text_is_refused_with_the_reason(value, reason):
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        check_text("field 'prompt'", value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 0.5, 1e308])
+def test_valid_weights_pass(value):
+    check_weight(value)
+
+
+@pytest.mark.parametrize("value", [-1, -1e-9, math.inf, math.nan, 10**400, True, "1", None, deep, [1]])
+def test_an_invalid_weight_is_refused(value):
+    with pytest.raises(ValueError, match=r"^field 'weight' must be a finite number, at least 0, got .{1,40}$"):
+        check_weight(value)
+
+
+@pytest.mark.parametrize("value", [None, "", "a", 3, -0.5, 10**400, [], ["a", 3]])
+def test_valid_ground_truths_pass(value):
+    check_ground_truth(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, True, {}, [None], [["a"]], ["a", math.inf], deep, [deep]])
+def test_an_invalid_ground_truth_is_refused(value):
+    with pytest.raises(
+        ValueError, match=r"^field 'ground_truth' must be text, a number or a list of those, got .{1,40}$"
+    ):
+        check_ground_truth(value)
+
+
+@pytest.mark.parametrize("value", ["\ud800", ["a", "x\udfff"]])
+def test_a_ground_truth_that_is_not_utf8_is_refused(value):
+    with pytest.raises(ValueError, match=r"^field 'ground_truth' holds half a surrogate pair"):
+        check_ground_truth(value)
+
+
 # Columns and templates
 
 
-def test_columns_map_our_names_to_the_files(tmp_path):
+def test_columns_map_our_names_to_the_names_in_the_file(tmp_path):
     row = b'{"instruction": "a", "output": "b", "prompt": "not this", "label": "c"}\n'
     file = write(tmp_path / "a.jsonl", row)
     columns = {"prompt": "instruction", "response": "output", "ground_truth": "label"}
     assert read(file, columns=columns) == [Record("a", "b", "c", 1.0, f"{file}:1")]
 
 
-def test_columns_can_swap_and_use_one_twice(tmp_path):
+def test_columns_can_swap_names_and_repeat_one(tmp_path):
     file = write(tmp_path / "a.jsonl", GOOD)
     columns = {"prompt": "response", "response": "prompt", "ground_truth": "prompt"}
     assert read(file, columns=columns) == [Record("b", "a", "a", 1.0, f"{file}:1")]
 
 
-def test_a_mapped_column_counts_by_our_name_only(tmp_path):
+def test_a_mapped_column_loses_its_old_name(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"prompt": "q", "response": "t\\n#### 1"}\n')
     record = read(file, columns={"question": "prompt", "answer": "response"})[0]
     assert record.response == " t </think> <answer> 1 </answer>"
@@ -280,7 +266,7 @@ def test_a_mapped_column_that_a_row_lacks_is_named(tmp_path):
     assert f"{file}:1: field 'prompt' (column 'instruction') is missing" in message
 
 
-def test_keys_that_fit_no_template_are_listed_with_the_place(tmp_path):
+def test_keys_that_fit_no_template_are_listed_with_their_place(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"in": "a", "out": "b"}\n' * 3)
     assert error_of(file).startswith(f"{file}:1: found the keys ['in', 'out'], expected 'prompt' and 'response'")
 

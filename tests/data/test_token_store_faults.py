@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import load_or_build_tokens
 from sft_lightning.errors import UserError
 
@@ -34,7 +35,7 @@ def data(tmp_path, num_rows):
 @pytest.fixture
 def load(data, tokenizer, tmp_path):
     def read():
-        return load_or_build_tokens(data, tokenizer=tokenizer, max_length=512, cache_dir=tmp_path / "cache")
+        return load_or_build_tokens(DataSettings(data, max_length=512, cache_dir=tmp_path / "cache"), tokenizer)
 
     return read
 

@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from sft_lightning.data import tokenization
-from sft_lightning.data.records import Record
+from sft_lightning.data.formats.base import Record
+from sft_lightning.data.load_report import LoadReport
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import (
-    LoadReport,
     encode_prompts,
     encode_responses,
     load_tokenizer,
@@ -60,17 +61,17 @@ def byte_level():
 # Prompts and responses
 
 
-def test_prompts_get_no_special_token_where_the_tokenizer_wants_none():
+def test_prompts_get_no_bos_if_the_tokenizer_adds_none():
     assert not wants_bos(PLAIN)
     assert encode_prompts(PLAIN, ["one plus two", "three"]) == [[3, 5, 4], [7]]
 
 
-def test_prompts_get_one_bos_where_the_tokenizer_wants_one():
+def test_prompts_get_one_bos_if_the_tokenizer_adds_one():
     assert wants_bos(WITH_BOS)
     assert encode_prompts(WITH_BOS, ["one plus two", "three"]) == [[BOS, 3, 5, 4], [BOS, 7]]
 
 
-def test_a_prompt_that_begins_with_bos_gets_no_second(note_fault):
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(note_fault):
     assert encode_prompts(WITH_BOS, ["<s> one", "one <s>"]) == [[BOS, 3], [BOS, 3, BOS]]
     note_fault(
         "prompt that brings its own BOS",
@@ -88,7 +89,7 @@ def test_a_prompt_that_begins_with_bos_gets_no_second(note_fault):
         word_tokenizer(adds_eos=True, bos_token="</s>", eos_token="</s>"),  # one token for both ends, put at the end
     ],
 )
-def test_an_eos_or_an_unused_bos_of_the_tokenizer_does_not_come_into_prompts(tokenizer):
+def test_prompts_get_no_eos_and_no_unused_bos(tokenizer):
     assert not wants_bos(tokenizer)
     assert encode_prompts(tokenizer, ["one"]) == [[3]]
 
@@ -98,37 +99,37 @@ def test_responses_end_with_one_eos_and_have_no_bos():
     assert encode_responses(WITH_BOS, ["is three"], append_eos=False) == [[6, 7]]
 
 
-def test_a_special_token_in_the_text_is_that_token(byte_level):
+def test_text_that_spells_a_special_token_becomes_it(byte_level):
     end = byte_level.eos_token_id
     prompt = encode_prompts(byte_level, ["a<|end|>b"])[0]
     assert prompt.count(end) == 1
     assert len(prompt) == 3
 
 
-def test_no_eos_to_append_is_an_error_that_names_the_option():
+def test_append_eos_without_an_eos_is_an_error():
     with pytest.raises(UserError, match=r"no EOS token for data\.append_eos"):
         encode_responses(BARE, ["is"], append_eos=True)
     assert encode_responses(BARE, ["is"], append_eos=False) == [[6]]
 
 
-def test_no_texts_make_no_rows():
+def test_no_texts_give_no_rows():
     assert encode_prompts(WITH_BOS, []) == []
     assert encode_responses(PLAIN, [], append_eos=True) == []
 
 
-def test_padding_falls_back_to_eos_and_then_to_zero():
+def test_pad_token_falls_back_to_eos_then_zero():
     assert pad_token_id(word_tokenizer(pad_token="?", eos_token="</s>")) == 8
     assert pad_token_id(word_tokenizer(eos_token="</s>")) == EOS
     assert pad_token_id(BARE) == 0
 
 
-def test_any_text_comes_back_from_its_tokens(byte_level):
+def test_any_text_survives_a_round_trip(byte_level):
     texts = ["2 + 2 = 4, \u00e9t\u00e9 \U0001f600\n\t{x}", " two plus two"]
     assert [byte_level.decode(row) for row in encode_prompts(byte_level, texts)] == texts
 
 
 @pytest.mark.parametrize("splits_special_tokens", [False, True])
-def test_ids_are_those_of_the_tokenizers_own_call(byte_level, splits_special_tokens):
+def test_ids_equal_those_of_the_tokenizers_own_call(byte_level, splits_special_tokens):
     texts = ["two plus two", " two <|end|> two", "\u00e9t\u00e9 \U0001f600\r\n\t{x}", "<|end|>", "a" * 5000]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer,
@@ -142,7 +143,7 @@ def test_ids_are_those_of_the_tokenizers_own_call(byte_level, splits_special_tok
     assert (tokenizer.eos_token_id in own[1]) is not splits_special_tokens
 
 
-def test_padding_and_truncation_left_behind_by_others_change_nothing():
+def test_earlier_padding_and_truncation_change_no_ids():
     tokenizer = word_tokenizer(eos_token="</s>", pad_token="<pad>")
     before = tokenizer_fingerprint(tokenizer)
     tokenizer(["one", "one two"], padding=True, truncation=True, max_length=1)
@@ -155,7 +156,7 @@ def test_padding_and_truncation_left_behind_by_others_change_nothing():
 # The guide's function
 
 
-def test_prompt_and_output_side_by_side():
+def test_prompt_and_output_are_joined_and_shifted():
     tensors = tokenize_prompt_and_output(["one plus two", "two"], ["is three", "is"], PLAIN)
     expected = {
         # one plus two is three; two is <pad> <pad> <pad>
@@ -169,28 +170,28 @@ def test_prompt_and_output_side_by_side():
         assert torch.equal(tensors[name], tensor), name
 
 
-def test_prompt_and_output_with_bos():
+def test_prompt_and_output_begin_with_bos():
     tensors = tokenize_prompt_and_output(["one"], ["is three"], WITH_BOS)
     assert tensors["input_ids"].tolist() == [[BOS, 3, 6]]
     assert tensors["labels"].tolist() == [[3, 6, 7]]
     assert tensors["response_mask"].tolist() == [[False, True, True]]
 
 
-def test_the_mask_goes_by_position_where_padding_is_eos():
+def test_response_mask_goes_by_position_if_padding_is_eos():
     tokenizer = word_tokenizer(eos_token="</s>")
     tensors = tokenize_prompt_and_output(["one", "one"], ["</s>", "two three"], tokenizer)
     assert tensors["labels"].tolist() == [[EOS, EOS], [4, 7]]
     assert tensors["response_mask"].tolist() == [[True, False], [True, True]]
 
 
-def test_an_output_without_tokens_masks_nothing_in():
+def test_an_empty_output_has_an_empty_mask():
     tensors = tokenize_prompt_and_output(["one two", "one"], ["", "two"], BARE)
     assert tensors["labels"].tolist() == [[4], [4]]
     assert tensors["response_mask"].tolist() == [[False], [True]]
 
 
 @pytest.mark.parametrize(("prompts", "outputs"), [(["one"], []), ([], []), (["one"], ["is", "is"])])
-def test_lists_must_pair_up(prompts, outputs):
+def test_prompts_and_outputs_must_pair_up(prompts, outputs):
     with pytest.raises(UserError, match=f"got {len(prompts)} prompt_strs and {len(outputs)} output_strs"):
         tokenize_prompt_and_output(prompts, outputs, PLAIN)
 
@@ -199,9 +200,8 @@ def test_lists_must_pair_up(prompts, outputs):
 
 
 def encoded(records, tokenizer=WITH_BOS, *, append_eos=True):
-    return tokenize_records(
-        iter(records), tokenizer, max_length=99, overlength="error", append_eos=append_eos, load_report=LoadReport()
-    )
+    settings = DataSettings("rows.jsonl", max_length=99, overlength="error", append_eos=append_eos)
+    return tokenize_records(iter(records), tokenizer, settings, LoadReport())
 
 
 def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
@@ -223,7 +223,7 @@ def test_a_prompt_with_several_responses_is_encoded_once(monkeypatch):
     assert prompts == ["one", "two"]
 
 
-def test_rows_are_read_while_earlier_ones_are_encoded_and_come_in_order(monkeypatch):
+def test_rows_are_read_ahead_and_stay_in_order(monkeypatch):
     has_read_on = threading.Event()
 
     def read():
@@ -242,7 +242,7 @@ def test_rows_are_read_while_earlier_ones_are_encoded_and_come_in_order(monkeypa
     assert [prompt for _, prompt, _ in rows] == [[BOS, 3], [BOS, 4]] * 1250
 
 
-def test_what_goes_wrong_while_reading_or_encoding_reaches_the_caller():
+def test_errors_in_reading_or_encoding_reach_the_caller():
     def read():
         yield from [Record("one", "two")] * 2000
         raise UserError("a:2001 is bad")
@@ -261,10 +261,8 @@ SHORT = Record("one", "is", source="a:2")
 
 
 def tokenised(records, tokenizer, max_length, overlength):
-    load_report = LoadReport()
-    rows = tokenize_records(
-        iter(records), tokenizer, max_length=max_length, overlength=overlength, append_eos=True, load_report=load_report
-    )
+    load_report, settings = LoadReport(), DataSettings("rows.jsonl", max_length=max_length, overlength=overlength)
+    rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     return [(record.source, prompt, response) for record, prompt, response in rows], load_report
 
 
@@ -274,13 +272,13 @@ def test_a_row_of_exactly_max_length_fits():
     assert load_report == LoadReport()
 
 
-def test_a_longer_row_is_dropped_and_told():
+def test_an_overlong_row_is_dropped_and_reported():
     rows, load_report = tokenised([LONG, SHORT], WITH_BOS, 8, "drop")
     assert rows == [("a:2", [BOS, 3], [6, EOS])]
     assert (load_report.overlength_rows.count, load_report.overlength_rows.first) == (1, [("a:1", "9 tokens")])
 
 
-def test_a_longer_row_is_an_error_where_so_chosen():
+def test_an_overlong_row_is_an_error_under_error():
     message = r"rows over data\.max_length 3 \(2\): a:1: 9 tokens; a:2: 4 tokens\. Raise it, or set data\.overlength"
     with pytest.raises(UserError, match=message):
         tokenised([LONG, SHORT], WITH_BOS, 3, "error")
@@ -298,7 +296,7 @@ def test_a_longer_row_is_an_error_where_so_chosen():
         (PLAIN, 2, None),
     ],
 )
-def test_a_prompt_is_cut_from_the_left_and_a_response_never(tokenizer, max_length, prompt):
+def test_prompts_are_cut_from_the_left_and_responses_never(tokenizer, max_length, prompt):
     rows, load_report = tokenised([LONG], tokenizer, max_length, "truncate_prompt")
     if prompt is None:
         assert rows == []
@@ -308,12 +306,12 @@ def test_a_prompt_is_cut_from_the_left_and_a_response_never(tokenizer, max_lengt
         assert (load_report.overlength_rows.count, load_report.truncated_prompts) == (0, 1)
 
 
-def test_truncation_leaves_what_fits_alone():
+def test_a_prompt_that_fits_is_not_truncated():
     assert truncate_prompt(PLAIN, [3, 4], 2) == [3, 4]
     assert truncate_prompt(WITH_BOS, [BOS], 0) == [BOS]
 
 
-def test_text_that_makes_no_token_is_a_bad_row():
+def test_text_without_tokens_is_a_bad_row():
     backend = Tokenizer(models.WordLevel({"one": 0, "?": 1}, unk_token="?"))
     backend.normalizer = normalizers.Replace("two", "")
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -324,9 +322,8 @@ def test_text_that_makes_no_token_is_a_bad_row():
         Record("two", "one", source="a:2"),
         Record("one", "one", source="a:3"),
     ]
-    rows = tokenize_records(
-        iter(records), tokenizer, max_length=9, overlength="drop", append_eos=False, load_report=load_report
-    )
+    settings = DataSettings("rows.jsonl", max_length=9, append_eos=False)
+    rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     assert [record.source for record, _, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
         ("a:1", "the tokenizer makes no token of the response"),
@@ -337,14 +334,14 @@ def test_text_that_makes_no_token_is_a_bad_row():
 # Loading and identity
 
 
-def test_a_saved_tokenizer_loads_and_keeps_its_fingerprint(tmp_path):
+def test_a_saved_tokenizer_keeps_its_fingerprint(tmp_path):
     WITH_BOS.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert encode_prompts(loaded, ["one plus"]) == [[BOS, 3, 5]]
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(WITH_BOS)
 
 
-def test_fingerprints_differ_where_ids_would(byte_level):
+def test_fingerprints_differ_if_ids_would(byte_level):
     tokenizers = [PLAIN, WITH_BOS, BARE, byte_level, word_tokenizer(eos_token="?", pad_token="<pad>"), ByT5Tokenizer()]
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
     assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer())
@@ -357,12 +354,12 @@ def test_an_added_token_changes_the_fingerprint():
     assert tokenizer_fingerprint(tokenizer) != before
 
 
-def test_a_tokenizer_written_in_python_works_too():
+def test_a_slow_tokenizer_works():
     assert encode_prompts(ByT5Tokenizer(), ["ab"]) == [[100, 101]]  # ByT5: byte + 3
     assert encode_responses(ByT5Tokenizer(), ["b"], append_eos=True) == [[101, 1]]
 
 
-def test_a_folder_without_a_tokenizer(tmp_path):
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(UserError, match=f"no tokenizer '{tmp_path}' in the folder"):
         load_tokenizer(str(tmp_path))
 
@@ -373,7 +370,7 @@ def test_a_model_config_alone_is_no_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_damaged_tokenizer_file(tmp_path):
+def test_a_damaged_tokenizer_file_is_an_error(tmp_path):
     PLAIN.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(UserError, match=f"no tokenizer '{tmp_path}' in the folder") as error:
@@ -381,7 +378,7 @@ def test_a_damaged_tokenizer_file(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_path_that_is_no_folder(tmp_path):
+def test_a_tokenizer_path_that_is_no_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match="it is no folder here, and the hub did not give it"):
         load_tokenizer(str(tmp_path / "missing"))
     file = tmp_path / "tokenizer.json"

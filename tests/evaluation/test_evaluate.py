@@ -52,7 +52,7 @@ class Numbered(Generator):
         return [Generation(f"{prompt} {number}", 1, "eos") for prompt, number in zip(prompts, numbers, strict=True)]
 
 
-def test_each_answer_has_its_number_whatever_part_of_the_evaluation_it_is_in():
+def test_answer_numbers_do_not_depend_on_the_part():
     def answers(prompts, **settings):
         result = evaluate(None, prompts, [1] * len(prompts), tokenizer=object(), generator=Numbered(), **settings)
         return [(one["index"], one["sample"], one["response"]) for one in result.samples]

@@ -36,7 +36,7 @@ def test_wilson_interval(num_correct, num_examples, low, high):
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_bounds_are_the_rates_at_which_the_score_test_is_on_the_edge(counts):
+def test_wilson_bounds_solve_the_score_test(counts):
     num_correct, num_examples = counts
     rate = num_correct / num_examples
     for bound in wilson_interval(num_correct, num_examples):
@@ -69,7 +69,7 @@ def test_mcnemar_p_value(num_fixed, num_broken, p_value):
 
 
 @pytest.mark.parametrize(("num_fixed", "num_broken"), [(4, 2), (7, 1), (2, 6)])
-def test_mcnemar_counts_the_coin_throws_at_least_as_lopsided(num_fixed, num_broken):
+def test_mcnemar_is_the_exact_binomial_test(num_fixed, num_broken):
     throws = list(itertools.product([0, 1], repeat=num_fixed + num_broken))
     middle, distance = (num_fixed + num_broken) / 2, abs(num_fixed - num_broken) / 2
     lopsided = [throw for throw in throws if abs(sum(throw) - middle) >= distance]
@@ -98,7 +98,7 @@ def test_bootstrap_interval_agrees_with_the_normal_one_for_many_prompts():
     assert bootstrap_interval(values) == pytest.approx((0.4 - margin, 0.4 + margin), abs=0.003)
 
 
-def test_rate_interval_is_wilsons_for_one_sample_a_prompt_and_wider_for_samples_that_agree():
+def test_rate_interval_is_wider_for_samples_that_agree():
     assert rate_interval([[True]] * 8 + [[False]] * 2) == wilson_interval(8, 10)
     low, high = rate_interval([[True] * 4] * 8 + [[False] * 4] * 2)
     as_if_independent = wilson_interval(32, 40)
@@ -107,7 +107,7 @@ def test_rate_interval_is_wilsons_for_one_sample_a_prompt_and_wider_for_samples_
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 6])
-def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_one(num_samples):
+def test_pass_at_k_counts_subsets_with_a_right_sample(num_samples):
     for num_correct in range(num_samples + 1):
         right = [index < num_correct for index in range(num_samples)]
         for k in range(1, num_samples + 1):

@@ -92,7 +92,7 @@ def test_answers_end_alike_on_every_kind_of_server(server, kind):
     assert sent == [None if kind == "OpenAI" else ["</answer>", "<end>"]] * len(ENDINGS)
 
 
-def test_stop_strings_are_not_sent_where_no_answer_shows_what_the_server_does(server):
+def test_stop_strings_are_not_sent_if_no_probe_has_text(server):
     server.answer = Served({"nothing": "", "half a letter": "\ufffd?"}, "vLLM")
     generate(generator_of(server), ["nothing", "half a letter"])
     assert [body.get("stop") for _, _, body, _ in server.requests] == [None] * 4  # two of them probes
@@ -104,7 +104,7 @@ def test_without_stop_strings_nothing_is_probed(server):
     assert len(server.requests) == 1
 
 
-def test_stop_string_of_the_servers_own_is_an_end_like_eos(server):
+def test_a_stop_string_of_the_server_ends_like_eos(server):
     server.answer = lambda path, body: (200, {}, completion("hi", stop_reason=(body.get("stop") or ["<|im_end|>"])[0]))
     generation = OpenAIServerGenerator(server.url, "tiny", stop_strings=()).generate(None, None, ["x"])
     assert generation == [Generation("hi", 3, "eos")]
@@ -161,7 +161,7 @@ def test_order_of_the_answers_is_that_of_the_prompts(server):
     assert sorted(arrived, key=int) == prompts
 
 
-def test_as_many_requests_as_allowed_are_on_their_way_and_no_more(server):
+def test_requests_in_flight_are_limited(server):
     lock, counts = threading.Lock(), []
     now = 0
 
@@ -205,16 +205,16 @@ def test_no_prompts_need_no_server():
         ({"choices": ["x"], "usage": {}}, "no completion: TypeError"),
         ({**completion("x"), "usage": None}, "no completion: TypeError"),
         ({**completion("x"), "usage": {}}, "no completion: KeyError 'completion_tokens'"),
-        (completion("x", num_tokens=True), "no completion: usage.completion_tokens is no count"),
-        (completion("x", num_tokens=-1), "no completion: usage.completion_tokens is no count"),
-        (completion("x", num_tokens=None), "no completion: usage.completion_tokens is no count"),
+        (completion("x", num_tokens=True), "no completion: usage.completion_tokens is not a count"),
+        (completion("x", num_tokens=-1), "no completion: usage.completion_tokens is not a count"),
+        (completion("x", num_tokens=None), "no completion: usage.completion_tokens is not a count"),
         (completion(None), "no completion: its text is NoneType"),
         (completion("x", finish_reason=None), "no completion: its finish_reason is 'None'"),
         (completion("x", finish_reason="abort"), "no completion: its finish_reason is 'abort'"),
         (completion("x", finish_reason=["stop"]), "no completion: its finish_reason is"),
     ],
 )
-def test_answer_of_another_shape_is_asked_for_again_and_then_told(server, broken, problem):
+def test_a_malformed_answer_is_requested_again_then_reported(server, broken, problem):
     answers = iter([broken, completion("fine"), broken, broken])
     server.answer = lambda path, body: (200, {}, next(answers))
     generator = generator_of(server, stop_strings=(), num_retries=1)
@@ -271,8 +271,8 @@ def test_interrupt_ends_at_once_and_cuts_the_requests(server, caplog):
 @pytest.mark.parametrize(
     ("models", "problem"),
     [
-        ([], r"lists 0 models \(none\); say which with model"),
-        ([{"id": "a"}, {"id": "b"}], r"lists 2 models \(a, b\); say which with model"),
+        ([], r"lists 0 models \(none\); choose one with model"),
+        ([{"id": "a"}, {"id": "b"}], r"lists 2 models \(a, b\); choose one with model"),
         ([{"name": "a"}], "^model is not given, and http.*/models: no list of models: KeyError 'id'"),
         (None, "/models: no list of models: TypeError"),
     ],
@@ -291,7 +291,7 @@ def test_the_only_model_is_taken(server):
     assert generate(generator_of(server, model=None, stop_strings=()), ["x"])[0].text == "checkpoints/final"
 
 
-def test_key_comes_from_the_environment_and_stays_out_of_the_generator(server, monkeypatch):
+def test_the_key_comes_from_the_environment_only(server, monkeypatch):
     monkeypatch.setenv("TEST_SERVER_KEY", " s3cret\n")
     server.answer = lambda path, body: (200, {}, completion("x"))
     generator = generator_of(server, stop_strings=(), api_key_variable="TEST_SERVER_KEY")
@@ -301,9 +301,9 @@ def test_key_comes_from_the_environment_and_stays_out_of_the_generator(server, m
 
 
 @pytest.mark.parametrize(
-    ("key", "problem"), [(None, "is not set"), ("", "is not set"), ("a\nb", "letters"), ("\u00e9", "letters")]
+    ("key", "problem"), [(None, "is not set"), ("", "is not set"), ("a\nb", "characters"), ("\u00e9", "letters")]
 )
-def test_missing_or_broken_key_is_told_before_any_request(monkeypatch, key, problem):
+def test_a_missing_or_broken_key_fails_before_requests(monkeypatch, key, problem):
     monkeypatch.delenv("TEST_SERVER_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("TEST_SERVER_KEY", key)

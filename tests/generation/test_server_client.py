@@ -89,7 +89,7 @@ def test_senseless_retry_after_is_no_wait(server, wait):
     assert time.monotonic() - started < 5
 
 
-def test_retry_after_longer_than_the_time_out_is_cut_to_it(server):
+def test_retry_after_is_limited_to_the_time_out(server):
     server.answer = in_turn((429, {"Retry-After": "86400"}, {}), OK)
     assert client_of(server, timeout_seconds=0.2).ask("/completions", {}, same) == {"fine": 1}
 
@@ -102,12 +102,12 @@ def test_retry_after_longer_than_the_time_out_is_cut_to_it(server):
         (422, {"detail": "Unexpected fields"}, "HTTP 422: Unexpected fields"),
         (400, {"object": "error", "message": "Prompt cannot be empty"}, "HTTP 400: Prompt cannot be empty"),
         (400, {"detail": [{"loc": ["body"]}]}, 'HTTP 400: [{"loc": ["body"]}]'),
-        (404, b"<h1>\x1b[31mNot\r\n found</h1>", "HTTP 404: <h1> [31mNot found</h1>; base_url mostly ends in /v1"),
+        (404, b"<h1>\x1b[31mNot\r\n found</h1>", "HTTP 404: <h1> [31mNot found</h1>; base_url usually ends in /v1"),
         (413, b"x" * 5000, "HTTP 413: " + "x" * 300 + "..."),
         (418, b"\xff", "HTTP 418: \ufffd"),
     ],
 )
-def test_refusal_is_told_at_once_in_the_servers_words(server, status, content, message):
+def test_a_refusal_shows_the_message_of_the_server(server, status, content, message):
     server.answer = in_turn((status, {}, content))
     with pytest.raises(UserError) as caught:
         client_of(server).ask("/completions", {}, same)
@@ -148,7 +148,7 @@ def test_reader_may_want_another_answer(server):
     assert client_of(server).ask("/completions", {}, read) == "read"
 
 
-def test_after_the_last_retry_the_error_names_address_problem_and_remedy(server):
+def test_the_last_error_names_address_problem_and_fix(server):
     server.answer = in_turn((503, {}, {"error": "loading"}))
     with pytest.raises(UserError) as caught:
         client_of(server, num_retries=2).ask("/completions", {}, same)
@@ -202,13 +202,13 @@ def test_time_out_is_tried_again(server):
     assert len(server.requests) == 2
 
 
-def test_time_out_is_told(server):
+def test_a_time_out_is_reported(server):
     server.answer = lambda path, body: (server.closing.wait(10), OK)[1]
     with pytest.raises(UserError, match=r"no answer within 0.2 seconds \(asked 2 times\)"):
         client_of(server, timeout_seconds=0.2, num_retries=1).ask("/completions", {}, same)
 
 
-def test_stop_ends_requests_that_wait_for_an_answer_or_a_retry(server):
+def test_stop_ends_waiting_and_retrying_requests(server):
     def answer(path, body):
         if path == "/slow":
             server.closing.wait(30)

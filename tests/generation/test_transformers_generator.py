@@ -202,7 +202,7 @@ def test_sampling_repeats_with_its_seed(random_model, tokenizer):
     assert texts(seed=4) != first
 
 
-def test_samples_do_not_depend_on_batch_order_and_company(random_model, tokenizer):
+def test_samples_do_not_depend_on_the_batch(random_model, tokenizer):
     def texts(prompts, numbers=None, rows=16):
         generator = TransformersGenerator(max_new_tokens=24, seed=3, top_p=0.95, batch_tokens=rows * (27 + 24))
         return [each.text for each in generator.generate(random_model, tokenizer, prompts, numbers=numbers)]

@@ -38,7 +38,7 @@ def test_a_row_is_graded():
     assert grade_row(Returns(Grade(True, False, "wrong")), 3, "a", "b") == Grade(True, False, "wrong")
 
 
-def test_a_bug_in_a_grader_is_told_with_its_row_and_place():
+def test_an_exception_of_a_grader_names_row_and_line():
     with pytest.raises(UserError) as caught:
         grade_row(Returns(ZeroDivisionError("by\nzero")), 3, "a", "b")
     line = Returns.grade.__code__.co_firstlineno + 2
@@ -48,7 +48,7 @@ def test_a_bug_in_a_grader_is_told_with_its_row_and_place():
 
 
 @pytest.mark.parametrize(("what", "kind"), [(True, "bool"), (1.0, "float"), (None, "NoneType")])
-def test_what_is_no_grade_is_refused(what, kind):
+def test_a_result_that_is_not_a_grade_is_refused(what, kind):
     with pytest.raises(UserError, match=rf"Returns returned a {kind} for row 3; it must return a Grade$"):
         grade_row(Returns(what), 3, "a", "b")
 

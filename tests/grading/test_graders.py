@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.errors import UserError
 from sft_lightning.grading import math_processes as grading_pool
 from sft_lightning.grading.graders import (

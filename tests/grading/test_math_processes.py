@@ -52,7 +52,7 @@ def test_one_process_serves_many_answers_until_it_is_closed(started):
     assert len(started) == 2
 
 
-def test_the_time_limit_is_hard_and_the_next_answer_gets_a_new_process(started):
+def test_a_time_out_kills_the_process_and_it_is_replaced(started):
     before = time.perf_counter()
     assert compare(TOWER, "72", 0.5) is Verdict.TIMED_OUT
     assert 0.4 < time.perf_counter() - before < 5
@@ -62,7 +62,7 @@ def test_the_time_limit_is_hard_and_the_next_answer_gets_a_new_process(started):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_a_process_killed_at_work_is_a_crash_and_the_next_answer_is_safe(parrot, number):
+def test_a_killed_process_is_a_crash_and_is_replaced(parrot, number):
     assert compare("same", "same", 5.0) is Verdict.EQUAL
     with ThreadPoolExecutor(1) as threads:
         verdict = threads.submit(compare, "hang", "72", 30.0)
@@ -85,7 +85,7 @@ def test_a_process_killed_while_idle_is_replaced(parrot):
     assert len(parrot) == 2
 
 
-def test_a_process_that_dies_between_check_and_question_is_a_crash(parrot, monkeypatch):
+def test_a_death_after_the_alive_check_is_a_crash(parrot, monkeypatch):
     assert compare("same", "same", 5.0) is Verdict.EQUAL
     monkeypatch.setattr(WorkerProcess, "is_alive", property(lambda worker: True))
     os.kill(parrot[0].pid, signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_a_process_that_dies_between_check_and_question_is_a_crash(parrot, monke
 
 
 @pytest.mark.parametrize("last_words", ["os.abort()", "raise SystemExit(0)", "os.kill(os.getpid(), 9)"])
-def test_a_crash_is_told_apart(tmp_path, monkeypatch, started, last_words):
+def test_a_dying_program_is_a_crash(tmp_path, monkeypatch, started, last_words):
     program(monkeypatch, tmp_path / "crashing.py", f"import os\nprint('ready', flush=True)\ninput()\n{last_words}\n")
     assert compare("1/2", "0.5", 5.0) is Verdict.CRASHED
     assert math_processes._idle_workers == []
@@ -200,7 +200,7 @@ def test_hostile_expressions_are_never_right_and_take_no_longer_than_they_may(st
     )
 
 
-def test_a_script_without_main_guard_beside_torch_threads_leaves_no_process(tmp_path):
+def test_a_script_without_main_guard_leaves_no_process(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent("""

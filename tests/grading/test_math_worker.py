@@ -106,7 +106,7 @@ def test_each_line_gets_one_reply_and_nothing_else_is_printed():
     assert process.returncode == 0  # at the end of its input
 
 
-def test_it_dies_at_its_time_limit_and_not_before():
+def test_the_worker_dies_at_its_time_limit():
     with running_worker() as process:
         give(process, "144/2", seconds=5.0)
         assert process.stdout.readline() == "true\n"  # and the five seconds count no longer
@@ -116,7 +116,7 @@ def test_it_dies_at_its_time_limit_and_not_before():
 
 
 @pytest.mark.parametrize("inherited", ["blocked", "ignored"])
-def test_the_time_limit_holds_whatever_signals_the_parent_turned_off(inherited):
+def test_the_time_limit_survives_inherited_signal_settings(inherited):
     def in_child():
         if inherited == "blocked":
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
@@ -148,7 +148,7 @@ def test_memory_and_core_dumps_are_limited():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads Linux's /proc")
-def test_it_loads_nothing_of_the_program_it_works_for():
+def test_the_worker_does_not_load_the_package():
     with running_worker() as process:
         give(process, "144/2")
         assert process.stdout.readline() == "true\n"
@@ -157,7 +157,7 @@ def test_it_loads_nothing_of_the_program_it_works_for():
     assert "libtorch" not in loaded
 
 
-def test_running_out_of_memory_is_the_end_of_the_process_and_of_no_other(tmp_path):
+def test_running_out_of_memory_ends_only_the_worker(tmp_path):
     """Whatever the worker makes of a MemoryError, the address space of 2 GiB is not exceeded."""
     greedy = tmp_path / "greedy.py"
     folder = Path(math_worker.__file__).parent
@@ -178,7 +178,7 @@ def test_running_out_of_memory_is_the_end_of_the_process_and_of_no_other(tmp_pat
     assert done.returncode == 1
 
 
-def test_signals_to_all_processes_of_a_job_make_no_answer_wrong():
+def test_signals_of_schedulers_do_not_end_the_worker():
     with running_worker() as process:
         give(process, "144/2")
         assert process.stdout.readline() == "true\n"

@@ -102,14 +102,14 @@ def test_the_time_limit_of_a_class_counts(graders, started):
 
 
 @pytest.mark.parametrize("response", ["bug", "no grade"])
-def test_a_bug_is_loud(graders, started, response):
+def test_an_exception_of_a_grader_is_raised(graders, started, response):
     message = {"bug": r"failed on row 1: ZeroDivisionError: division by zero \(somebodys_graders.py, line 2\d\)"}
     message["no grade"] = "returned a float for row 1; it must return a Grade"
     with pytest.raises(UserError, match=rf"^grader somebodys_graders\.Mine {message[response]}$"):
         grade_all(graders.Mine(), ["a", response, "sleep", "sleep"], [1] * 4, num_workers=2)
 
 
-def test_what_a_grader_starts_ends_with_it(graders, started, tmp_path):
+def test_child_processes_of_a_grader_end_with_it(graders, started, tmp_path):
     grades = grade_all(graders.Mine(time_limit_seconds=1.0), ["child"], [str(tmp_path / "pid")])
     assert grades == [TIMED_OUT]
     child = int((tmp_path / "pid").read_text())
@@ -121,17 +121,17 @@ def test_what_a_grader_starts_ends_with_it(graders, started, tmp_path):
         pytest.fail("the child lives")
 
 
-def test_what_a_grader_prints_is_for_the_user_and_it_reads_nothing(graders, started, capfd):
+def test_a_grader_prints_to_stderr_and_reads_nothing(graders, started, capfd):
     assert grade_all(graders.Mine(), ["print", "read"], [5, 4]) == [RIGHT, RIGHT]
     assert capfd.readouterr() == ("", "printed by the grader\n")
 
 
-def test_strange_text_travels(graders, started):
+def test_surrogates_and_long_texts_reach_the_grader(graders, started):
     responses = ["\ud800\x00\n", "a" * 3_000_000]
     assert grade_all(graders.Mine(), responses, [3, 3_000_000]) == [RIGHT, RIGHT]
 
 
-def test_a_grader_that_cannot_travel_grades_here_and_says_so_once(started, caplog):
+def test_a_grader_that_cannot_be_pickled_runs_here(started, caplog):
     class Local:
         def grade(self, response, ground_truth):
             return Grade(True, True, failure=str(os.getpid()))
@@ -142,13 +142,11 @@ def test_a_grader_that_cannot_travel_grades_here_and_says_so_once(started, caplo
     assert [grade.failure for grade in grades] == [str(os.getpid())] * 2
     assert started == []
     (line,) = caplog.messages
-    assert line.startswith(
-        "grader test_a_grader_that_cannot_travel_grades_here_and_says_so_once.<locals>.Local runs in"
-    )
+    assert line.startswith("grader test_a_grader_that_cannot_be_pickled_runs_here.<locals>.Local runs in")
     assert "\n" not in line
 
 
-def test_a_grader_that_no_other_process_can_import_grades_here(graders, started, caplog, tmp_path):
+def test_a_grader_that_cannot_be_imported_runs_here(graders, started, caplog, tmp_path):
     (tmp_path / "somebodys_graders.py").write_text("raise OSError('no rubric')")
     sandbox._warn_once.cache_clear()
     assert grade_all(graders.Mine(), ["a", "pid"], [1, 1])[1].failure == str(os.getpid())

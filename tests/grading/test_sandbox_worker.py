@@ -39,7 +39,7 @@ def give(process, *tasks):
     process.stdin.flush()
 
 
-def test_each_task_gets_one_line_and_the_process_ends_with_its_input(worker):
+def test_each_task_gets_one_line_until_end_of_input(worker):
     give(
         worker,
         (sys.path, pickle.dumps(ExactMatchGrader())),
@@ -59,7 +59,7 @@ def test_each_task_gets_one_line_and_the_process_ends_with_its_input(worker):
     assert worker.returncode == 0
 
 
-def test_a_grader_that_cannot_be_imported_is_an_error_of_one_line(worker):
+def test_a_grader_that_cannot_be_imported_is_one_line(worker):
     give(worker, (sys.path, pickle.dumps(ExactMatchGrader()).replace(b"ExactMatchGrader", b"ExactMatchGradex")))
     reply = json.loads(worker.stdout.readline())
     assert reply["error"].startswith("AttributeError: ")
@@ -67,7 +67,7 @@ def test_a_grader_that_cannot_be_imported_is_an_error_of_one_line(worker):
     assert worker.wait(10) == 0
 
 
-def test_it_dies_at_its_time_limit_though_nobody_waits(worker, tmp_path, monkeypatch):
+def test_the_worker_dies_at_its_time_limit_without_a_caller(worker, tmp_path, monkeypatch):
     (tmp_path / "slow_grader.py").write_text(GRADER)
     monkeypatch.syspath_prepend(tmp_path)
     import slow_grader
@@ -83,7 +83,7 @@ def test_it_dies_at_its_time_limit_though_nobody_waits(worker, tmp_path, monkeyp
     worker.stdin = None  # closed: communicate() must not flush it
 
 
-def test_signals_to_all_processes_of_a_job_make_no_answer_wrong(worker):
+def test_signals_of_schedulers_do_not_end_the_worker(worker):
     give(worker, (sys.path, pickle.dumps(ExactMatchGrader())))
     assert json.loads(worker.stdout.readline()) == {}
     worker.send_signal(signal.SIGTERM)

@@ -117,7 +117,7 @@ def test_a_program_without_a_greeting_does_not_start(tmp_path, started, text):
     assert started[0].returncode is not None
 
 
-def test_a_program_finds_neither_its_folder_nor_a_module_of_this_package(program):
+def test_a_program_does_not_import_from_its_folder(program):
     """So that files of any name beside a program are harmless, and the program may not need the package."""
     (program.parent / "json.py").write_text("raise SystemExit('the wrong json')")
     script = f"{PROGRAM}\nimport json\nassert not any(name.startswith('sft_lightning') for name in sys.modules)\n"

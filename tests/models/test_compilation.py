@@ -127,7 +127,7 @@ def test_a_missing_compiler_is_named_before_training(fit, monkeypatch):
 
 
 def test_recomputed_activations_are_refused(fit):
-    with pytest.raises(UserError, match=r"model\.compile does not go with model\.gradient_checkpointing"):
+    with pytest.raises(UserError, match=r"model\.compile cannot be combined with model\.gradient_checkpointing"):
         fit(model={"compile": True, "gradient_checkpointing": True})
 
 

@@ -129,7 +129,7 @@ def test_gradients_are_compared_also_where_a_validation_is_the_first_to_ask(fit,
 def test_a_model_of_few_positions_is_not_tried(choice, layout, tmp_path, caplog):
     config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     assert guard(random_model(config, tmp_path), choice) == layout
-    assert "the model takes only 32 tokens" in caplog.text
+    assert "the model is limited to 32 tokens" in caplog.text
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_layout(model, monkeypatch):

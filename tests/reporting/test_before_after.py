@@ -81,7 +81,7 @@ def test_one_evaluation_is_compared_with_nothing(tmp_path, write_run, samples_of
     assert before_and_after(read_run(write_run(tmp_path / "none", {}))).note == ""
 
 
-def test_rates_come_from_the_samples_where_the_metrics_are_lost(tmp_path, write_run, samples_of):
+def test_rates_come_from_samples_if_metrics_are_missing(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(10, 8, strict_format_correct=None)})
     with_metrics = rates_of(read_run(run).latest)
     assert with_metrics["answer_accuracy"] == pytest.approx((0.8, 0.490, 0.943), abs=5e-4)

@@ -59,7 +59,7 @@ def test_failures_and_right_answers_are_shares_of_all(figure_of, samples_of):
     assert bars.parts == {"right": [0, 0.75], "wrong": [0.75, 0.25], "cut at limit": [0.25, 0]}
 
 
-def test_stop_reasons_of_several_samples_a_prompt_are_shares_of_answers(figure_of, samples_of):
+def test_stop_reasons_are_shares_of_samples(figure_of, samples_of):
     rows = [*samples_of(2, 2), *samples_of(2, 2, sample=1, stop_reason="eos")]
     assert figure_of("stop-reasons", {3: rows}).parts == {"eos": [0.5], "stop string": [0.5]}
 
@@ -91,9 +91,7 @@ def test_a_rate_takes_the_interval_that_was_written():
 @pytest.mark.parametrize(
     ("values", "is_logarithmic"), [((3.1, 0.1), True), ((2.9, 0.1), False), ((3.0, 0.0), False), ((3.0, -1.0), False)]
 )
-def test_a_loss_that_falls_by_more_than_a_decade_and_a_half_is_drawn_by_its_logarithm(
-    figure_of, values, is_logarithmic
-):
+def test_a_loss_that_falls_far_has_a_logarithmic_axis(figure_of, values, is_logarithmic):
     figure = figure_of("loss", {}, ("step,train/loss", *(f"{step},{value}" for step, value in enumerate(values))))
     assert figure.is_logarithmic == is_logarithmic
     assert figure.y_label == "nats per label token" + (", logarithmic" if is_logarithmic else "")

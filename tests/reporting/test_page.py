@@ -67,7 +67,7 @@ def test_the_state_is_read_off_the_folder(tmp_path, write_run, samples_of, final
     assert not list((run / "report").glob("*.png"))
 
 
-def test_the_environment_is_that_of_the_run_where_it_is_recorded(tmp_path, write_run):
+def test_a_recorded_environment_is_shown(tmp_path, write_run):
     run = write_run(tmp_path, {})
     now = write_report(run).read_text()
     assert f"<dt>torch</dt><dd>{version('torch')}</dd>" in now
@@ -88,7 +88,7 @@ def test_any_part_alone_makes_a_page(tmp_path, write_run, samples_of, left):
     assert "</html>" in write_report(run, with_plots=False).read_text()
 
 
-def test_a_page_that_is_read_while_it_is_written_is_whole(tmp_path, write_run):
+def test_a_page_is_whole_while_it_is_rewritten(tmp_path, write_run):
     run = write_run(tmp_path, {})
     first = write_report(run).stat().st_ino
     assert write_report(run).stat().st_ino != first, "it is replaced, not written over"
@@ -203,7 +203,7 @@ def test_a_row_opens_to_its_texts_by_mouse_and_by_key(browser, page):
     assert browser.evaluate("document.querySelector('.opener').getAttribute('aria-expanded')") == "false"
 
 
-def test_spaces_and_line_ends_are_visible_until_they_are_switched_off(browser, page):
+def test_whitespace_is_visible_until_switched_off(browser, page):
     browser.open(page)
     browser.click("tr.sample:nth-child(8) .opener")
     browser.wait_for("document.querySelector('.texts')")

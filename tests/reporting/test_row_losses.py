@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.cli.commands.prepare import prepare_quickstart
-from sft_lightning.data.formats.base import R1Zero
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.errors import UserError
 from sft_lightning.quickstart.arithmetic import make_problems
 from sft_lightning.reporting.row_losses import describe_row_losses, read_row_losses
@@ -55,20 +55,20 @@ def test_a_run_without_a_ledger_has_no_findings(tmp_path):
     assert read_row_losses(tmp_path) is None
 
 
-def test_after_one_epoch_there_are_hard_rows_and_no_other_claim(write):
+def test_one_epoch_gives_only_hard_rows(write):
     findings = read_row_losses(write({"data:1": 0.001, "data:2": 3.0, "data:3": 1.0}), most=2)
     assert (findings.epochs, findings.num_rows) == ((0,), 3)
     assert [(row.source, row.nll, row.num_labels) for row in findings.hardest] == [
         ("data:2", (3.0,), 10),
         ("data:3", (1.0,), 10),
     ]
-    assert findings.memorised == findings.mislabelled == []
+    assert findings.memorized == findings.mislabeled == []
     assert describe_row_losses(findings, most=1) == [
-        "row ledger: 3 rows, 1 epochs, nll in nats per label token",
+        "row losses: 3 rows, 1 epochs, nll in nats per label token",
         "hardest: 1 of 3 rows",
         "   3.000  data:2",
-        "memorised: cannot be told before 2 epochs",
-        "likely mislabelled: cannot be told before 3 epochs",
+        "memorized: cannot be found before 2 epochs",
+        "likely mislabeled: cannot be found before 3 epochs",
     ]
 
 
@@ -86,14 +86,14 @@ def test_an_epoch_that_still_runs_does_not_count(write):
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:1", (5.0,)), ("data:2", (2.0,))]
 
 
-def test_rows_that_an_epoch_did_not_have_are_none_in_it(write):
+def test_rows_missing_in_an_epoch_are_none(write):
     """As under limit_train_batches, where each epoch has rows of its own."""
     findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
     assert describe_row_losses(findings)[2] == "       -  3.000  data:3"
 
 
-def test_memorised_is_a_whole_response_that_became_likely(write):
+def test_memorized_is_a_whole_response_that_became_likely(write):
     """Ten labels: 0.06 nats each are 0.6, below log 2 = 0.693, and 0.08 are above it."""
     findings = read_row_losses(
         write(
@@ -102,11 +102,11 @@ def test_memorised_is_a_whole_response_that_became_likely(write):
         ),
         most=1,
     )
-    assert findings.num_memorised == 2
-    assert [(row.source, row.score) for row in findings.memorised] == [("data:2", pytest.approx(29.9))]
+    assert findings.num_memorized == 2
+    assert [(row.source, row.score) for row in findings.memorized] == [("data:2", pytest.approx(29.9))]
 
 
-def test_mislabelled_stays_high_while_the_others_fall(write):
+def test_mislabeled_stays_high_while_the_others_fall(write):
     """The median of rows 0 to 8 falls from 1.0 to 0.25, so a row must keep more than half of its loss."""
     stays, falls, low = {"bad:1": 4.0}, {"hard:1": 4.0}, {"easy:1": 0.9}
     findings = read_row_losses(
@@ -116,9 +116,9 @@ def test_mislabelled_stays_high_while_the_others_fall(write):
             many(0.25) | {"bad:1": 3.0, "hard:1": 1.9, "easy:1": 0.9},
         )
     )
-    assert sources(findings.mislabelled) == ["bad:1"]
-    assert findings.num_mislabelled == 1
-    (row,) = findings.mislabelled
+    assert sources(findings.mislabeled) == ["bad:1"]
+    assert findings.num_mislabeled == 1
+    (row,) = findings.mislabeled
     assert row.nll == (4.0, 4.0, 3.0)
     # Means of the two later epochs. The nine: 0.625 times 0.8, 0.85 ... 1.2. With 0.9, 2.95 and 3.5 the median of
     # twelve lies between 1.05 and 1.1 times 0.625: 0.671875. Deviations in units of 0.625, of which the median lies
@@ -130,23 +130,23 @@ def test_the_loss_of_the_first_epoch_accuses_nobody(write):
     first = many(2.0) | {"early:1": 50.0}
     later = many(0.5) | {"early:1": 0.5}
     last = many(0.1) | {"early:1": 0.1}
-    assert read_row_losses(write(first, later, last)).mislabelled == []
+    assert read_row_losses(write(first, later, last)).mislabeled == []
 
 
 @pytest.mark.parametrize("last", [1.0, 2.0])
 def test_where_nothing_is_learned_nobody_is_accused(write, last):
     epochs = [many(1.0) | {"bad:1": 40.0}, many(1.0) | {"bad:1": 40.0}, many(last) | {"bad:1": 90.0}]
-    assert read_row_losses(write(*epochs)).mislabelled == []
+    assert read_row_losses(write(*epochs)).mislabeled == []
 
 
 def test_two_epochs_accuse_nobody(write):
-    assert read_row_losses(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabelled == []
+    assert read_row_losses(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabeled == []
 
 
 def test_rows_that_are_all_alike_are_no_outliers(write):
     alike = {f"data:{i}": 0.5 for i in range(9)}
     fallen = {f"data:{i}": 0.1 for i in range(9)}
-    assert read_row_losses(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabelled == []
+    assert read_row_losses(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabeled == []
 
 
 # Excerpts
@@ -158,7 +158,7 @@ def excerpts(write, file, *lines):
     return [row.excerpt for row in findings.hardest]
 
 
-def test_an_excerpt_is_the_end_of_the_prompt_and_both_ends_of_the_response(write, tmp_path):
+def test_an_excerpt_has_ends_of_prompt_and_response(write, tmp_path):
     prompt, response = "p" * 300 + "\n the   question", "First " + "r" * 300 + " last"
     lines = [
         json.dumps({"prompt": prompt, "response": response}),
@@ -194,7 +194,7 @@ def test_a_terminal_obeys_nothing_in_a_text(write, tmp_path):
 def test_a_damaged_part_is_named(write, tmp_path):
     path = write({"data:1": 1.0}) / "ledger" / "epoch-0" / "step-1.rank-0.parquet"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match=re.escape(f"ledger file '{path}' cannot be read")):
+    with pytest.raises(UserError, match=re.escape(f"row losses file '{path}' cannot be read")):
         read_row_losses(tmp_path)
 
 
@@ -247,10 +247,10 @@ def test_most_planted_wrong_answers_are_found_and_few_others_accused(tmp_path):
     )
     trainer.fit(SFTModule(model, learning_rate=3e-3, betas=(0.9, 0.9), lr_schedule="cosine", warmup_steps=20), data)
     findings = read_row_losses(tmp_path / "run", most=1000)
-    accused = {int(row.source.rpartition(":")[2]) for row in findings.mislabelled}
+    accused = {int(row.source.rpartition(":")[2]) for row in findings.mislabeled}
     precision, recall = len(accused & planted) / len(accused), len(accused & planted) / len(planted)
     print(f"precision {precision:.2f}, recall {recall:.2f} of {len(planted)}, {len(accused)} accused")
     print("\n".join(describe_row_losses(findings)))
     assert recall >= 0.7
     assert precision >= 0.6
-    assert all(row.excerpt for row in findings.mislabelled)
+    assert all(row.excerpt for row in findings.mislabeled)

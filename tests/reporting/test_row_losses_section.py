@@ -30,7 +30,7 @@ def write_ledger(run, rows, epoch):
     parquet.write_table(pyarrow.table(columns), folder / f"step-{epoch + 1}.rank-0.parquet")
 
 
-def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, write_run, samples_of):
+def test_listed_rows_are_escaped(tmp_path, write_run, samples_of):
     data = tmp_path / "train.jsonl"
     texts = ["<script>alert(1)</script>", "easy", "middling"]
     data.write_text("".join(json.dumps({"prompt": text, "response": " r"}) + "\n" for text in texts))
@@ -40,15 +40,15 @@ def test_rows_that_stand_out_are_listed_and_their_text_is_escaped(tmp_path, writ
         write_ledger(run, rows, epoch)
     section = row_losses_section(contents_of(run))
     assert section.title == "Training rows"
-    assert "3 rows in 3 whole epochs" in section.html
+    assert "3 rows in 3 complete epochs" in section.html
     hardest = section.html.split("<tbody>")[1].split("</tbody>")[0]
     first = hardest.split("</tr>")[0]
     assert f"{data}:1" in first
     assert first.count('<td class="number">4.000</td>') == 2  # nats a label token, in the first and in the last epoch
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in first
     assert "<script>" not in section.html
-    # 2.0 * 0.25 nats are below log 2, and were above it: row 2 is memorised, row 3 at 1.0 is not.
-    heart = section.html.split("Memorised</h3>")[1]
+    # 2.0 * 0.25 nats are below log 2, and were above it: row 2 is memorized, row 3 at 1.0 is not.
+    heart = section.html.split("Memorized</h3>")[1]
     assert f"{data}:2" in heart
     assert f"{data}:3" not in heart
 
@@ -65,9 +65,9 @@ def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
     assert "step-1.rank-0.parquet" in row_losses_section(contents_of(run)).html
 
 
-def test_what_takes_more_epochs_says_so(tmp_path, write_run, samples_of):
+def test_rules_that_need_more_epochs_are_named(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
     write_ledger(run, [("gone.jsonl:1", 2, 8.0)], 0)
     html = row_losses_section(contents_of(run)).html
-    assert "Cannot be told before 3 epochs" in html
+    assert "Cannot be found before 3 epochs" in html
     assert "gone.jsonl:1" in html

@@ -50,7 +50,7 @@ def test_decades_are_equally_far_apart_on_a_logarithmic_scale():
     assert {"0.01", "0.1", "1", "10"} <= {one.text for one in elements(svg, "text")}
 
 
-def test_a_band_goes_along_its_upper_and_back_along_its_lower_bound():
+def test_a_band_follows_its_upper_and_lower_bound():
     svg = draw(lines(Line("a", [(0, 0.5), (100, 0.5)], [(0.0, 1.0), (0.25, 0.75)]), is_share=True))
     (band,) = [one.get("d") for one in elements(svg, "path") if "band" in one.get("class")]
     assert band == "M46.0 10.0L370.0 54.5L370.0 143.5L46.0 188.0Z"

@@ -25,7 +25,7 @@ def test_memory_is_in_bytes_on_every_system(monkeypatch, platform, expected):
 
 
 @pytest.mark.gpu
-def test_peak_memory_on_a_gpu_is_that_of_its_tensors():
+def test_gpu_peak_memory_counts_tensors():
     device = torch.device("cuda")
     tensor = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     del tensor
@@ -58,7 +58,7 @@ def cpu():
     return torch.device("cpu")
 
 
-def test_the_error_is_told_in_one_line_and_chained():
+def test_out_of_memory_is_one_line_with_its_cause():
     with pytest.raises(RunFailedError) as raised, translate_out_of_memory(lambda: "a test", lambda: "Buy more", cpu):
         torch.empty(1 << 60, dtype=torch.uint8)
     assert re.fullmatch(r"out of memory in a test; peak memory \d+\.\d\d GB\. Buy more", str(raised.value))
@@ -66,7 +66,7 @@ def test_the_error_is_told_in_one_line_and_chained():
     assert host_lacks_memory(raised.value)
 
 
-def test_an_explanation_is_not_explained_again_and_other_errors_pass():
+def test_errors_are_translated_once_and_others_pass():
     outer, inner = (
         translate_out_of_memory(lambda: "the outer", str, cpu),
         translate_out_of_memory(lambda: "the inner", str, cpu),

@@ -64,7 +64,7 @@ def test_known_gpus_have_the_peak_of_their_data_sheet(monkeypatch, name, dtype, 
 
 
 @pytest.mark.gpu
-def test_what_is_measured_on_a_gpu_is_near_the_data_sheet():
+def test_measured_peak_is_near_the_data_sheet():
     device = torch.device("cuda")
     peak = peak_of(device, torch.bfloat16)
     begun = time.perf_counter()

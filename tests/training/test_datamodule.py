@@ -9,11 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sft_lightning.data.batching.loader import PlannedLoader
 from sft_lightning.data.batching.plan import shuffled
-from sft_lightning.data.formats.base import Plain
+from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grade, Grader
+from sft_lightning.lightning_compat.trainer import TrainingData
 from sft_lightning.training import datamodule as datamodule_file
-from sft_lightning.training.datamodule import SFTDataModule
+from sft_lightning.training.datamodule import SFTDataModule, check_same_steps, sets_of_run
 
 # 42 rows for training in micro-batches of 4, two of them a step: five steps of 8 and a last one of 2.
 
@@ -96,6 +97,14 @@ def assert_steps_are_exact(batches, accumulate=2):
         assert sum(batch.loss_weights.sum().item() for batch in step) == pytest.approx(1.0, rel=1e-12)
 
 
+def test_the_data_module_keeps_its_protocol(make):
+    data = make()
+    promised = {*TrainingData.__annotations__, *(name for name in vars(TrainingData) if not name.startswith("_"))}
+    assert {"tokenizer", "sets", "steps_per_epoch", "evaluation_records", "append_eos", "batch_size"} <= promised
+    kept = {*dir(type(data)), *vars(data)}
+    assert promised <= kept
+
+
 # Training
 
 
@@ -110,7 +119,7 @@ def test_each_epoch_has_every_row_once_in_planned_steps(fit):
     assert trainer.global_step == 18
 
 
-def test_lightning_takes_our_loaders_as_they_are(fit):
+def test_lightning_uses_our_loaders_unchanged(fit):
     _, _, trainer = fit()
     assert type(trainer.train_dataloader) is PlannedLoader
     assert type(trainer.val_dataloaders) is PlannedLoader
@@ -130,7 +139,7 @@ def test_rows_are_tokens_of_prompt_and_response_with_eos(fit, train_file, tokeni
             )
 
 
-def test_padding_is_rounded_up_and_is_the_tokenizers(fit, tokenizer):
+def test_rows_are_padded_to_a_multiple_with_the_pad_token(fit, tokenizer):
     module, _, _ = fit({"pad_to_multiple_of": 64})
     for batch in module.epochs[0]:
         assert batch.input_ids.shape[1] % 64 == 0
@@ -151,7 +160,7 @@ def test_the_normalization_reaches_the_weights(fit, mode, step_weight):
         assert sum(batch.loss_weights.sum().item() for batch in step) == pytest.approx(expected, rel=1e-12)
 
 
-def test_workers_bring_the_same_batches(fit):
+def test_workers_return_the_same_batches(fit):
     (alone, _, _), (helped, _, _) = fit(max_epochs=2), fit({"num_workers": 2}, max_epochs=2)
     for epoch in (0, 1):
         for ours, theirs in zip(alone.epochs[epoch], helped.epochs[epoch], strict=True):
@@ -160,7 +169,7 @@ def test_workers_bring_the_same_batches(fit):
             assert torch.equal(ours.input_ids, theirs.input_ids)
 
 
-def test_two_replicas_share_each_step_and_the_validation_without_repeats(fit, monkeypatch):
+def test_two_replicas_split_steps_and_validation_without_repeats(fit, monkeypatch):
     ranks = []
     for rank in (0, 1):
         monkeypatch.setattr(datamodule_file, "replicas", lambda trainer, rank=rank: (2, rank))
@@ -229,7 +238,7 @@ def test_max_train_examples_are_counted_after_filter_correct(fit, doubtful_file)
     assert all_lines(module.epochs[0]) == [1, 2, 4, 6, 7, 9]
 
 
-def test_filter_correct_goes_by_the_grader_that_is_given(fit, doubtful_file):
+def test_filter_correct_uses_the_given_grader(fit, doubtful_file):
     module, _, _ = fit({"train_path": doubtful_file, "filter_correct": True, "grader": OnlyFormat()})
     assert all_lines(module.epochs[0]) == [line for line in range(1, 43) if line not in (5, 8)]
 
@@ -239,7 +248,7 @@ def test_a_grader_alone_filters_nothing(fit, doubtful_file):
     assert all_lines(module.epochs[0]) == list(range(1, 43))
 
 
-def test_filter_correct_that_leaves_nothing_is_one_line_with_the_counts(make, tmp_path):
+def test_filter_correct_that_drops_all_rows_is_an_error(make, tmp_path):
     path = tmp_path / "wrong.jsonl"
     path.write_text(
         '{"prompt": "a", "response": "b", "ground_truth": "c"}\n' * 2 + '{"prompt": "a", "response": "b"}\n'
@@ -276,7 +285,7 @@ def test_limit_train_batches_cuts_the_plan(fit, limit, num_batches, num_steps):
     # In floating point 0.7 * 6 * 5 is less than 21, and 0.3 * 3 * 10 less than 9.
     [(30, 5, 0.7, 21), (30, 10, 0.3, 9), (42, 5, 0.6, 27)],
 )
-def test_a_limit_that_is_a_share_is_rounded_as_lightning_does(fit, num_rows, accumulate, limit, num_batches):
+def test_a_fractional_limit_is_rounded_like_lightnings(fit, num_rows, accumulate, limit, num_batches):
     module, data, trainer = fit(
         {"batch_size": 1, "max_train_examples": num_rows},
         accumulate_grad_batches=accumulate,
@@ -317,7 +326,7 @@ def test_a_limit_below_one_batch_is_lightnings_error(fit):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_validation_has_every_row_once_and_each_label_weighs_one(make, batch_size):
+def test_validation_has_every_row_once_with_weight_one(make, batch_size):
     module = Recorder()
     quiet_trainer().validate(module, make(train_path=None, batch_size=batch_size))
     assert all_lines(module.validated) == list(range(1, 12))
@@ -333,7 +342,7 @@ def test_fit_works_without_validation(fit):
     assert trainer.global_step == 6
 
 
-def test_test_reads_the_validation_set_unless_it_has_its_own(make, train_file, val_file):
+def test_test_set_defaults_to_the_validation_set(make, train_file, val_file):
     for options, path, num_rows in (({}, val_file, 11), ({"test_path": train_file}, train_file, 42)):
         module = Recorder()
         quiet_trainer().test(module, make(train_path=None, **options))
@@ -357,7 +366,7 @@ def test_predict_gets_the_records_in_file_order(make, val_file):
     }
 
 
-def test_predict_of_two_replicas_deals_the_records_out(make, monkeypatch):
+def test_predict_splits_records_between_replicas(make, monkeypatch):
     answered = []
     for rank in (0, 1):
         monkeypatch.setattr(datamodule_file, "replicas", lambda trainer, rank=rank: (2, rank))
@@ -382,7 +391,7 @@ def test_training_tokens_need_no_trainer(make):
 # Settings
 
 
-def test_the_seed_is_seed_everythings_unless_given(make, monkeypatch):
+def test_the_seed_defaults_to_that_of_seed_everything(make, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     assert make().seed == 42
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
@@ -390,13 +399,13 @@ def test_the_seed_is_seed_everythings_unless_given(make, monkeypatch):
     assert make(seed=0).seed == 0
 
 
-def test_tokens_are_made_once_and_found_by_the_next_run(fit, make, monkeypatch, tmp_path):
+def test_tokens_are_built_once_and_cached(fit, make, monkeypatch, tmp_path):
     fit({"cache_dir": str(tmp_path)})
     assert len(list(tmp_path.iterdir())) == 2
     loaded = []
     load = datamodule_file.load_or_build_tokens
     monkeypatch.setattr(
-        datamodule_file, "load_or_build_tokens", lambda path, **o: loaded.append(path) or load(path, **o)
+        datamodule_file, "load_or_build_tokens", lambda *arguments: loaded.append(arguments) or load(*arguments)
     )
     _, data, trainer = fit({"cache_dir": str(tmp_path)})
     trainer.validate(Recorder(), data)
@@ -450,7 +459,7 @@ def test_a_missing_path_is_one_line_that_names_it(make, function, options, messa
     assert str(error.value) == message
 
 
-def test_a_path_to_nothing_is_one_line_that_names_it(make, tmp_path):
+def test_a_path_without_files_is_one_line_that_names_it(make, tmp_path):
     missing = str(tmp_path / "gone.jsonl")
     for function, name in (("fit", "train_path"), ("fit", "val_path"), ("test", "test_path"), ("predict", "test_path")):
         with pytest.raises(UserError, match=r"^[^\n]*gone\.jsonl[^\n]*$"):
@@ -511,7 +520,7 @@ def test_a_resume_with_other_data_is_refused(make, checkpoint, train_file, tmp_p
         resume(checkpoint, make(seed=7, train_path=str(moved)))
 
 
-def test_a_resume_with_another_limit_is_refused_unless_it_changes_no_step(fit, make, checkpoint):
+def test_a_resume_with_a_limit_that_changes_steps_is_refused(fit, make, checkpoint):
     resume(checkpoint, make(seed=7), limit_train_batches=11)  # 11 micro-batches of 4 still hold all 42 rows
     # Two steps an epoch in both: one of 8 rows, and one of 4 or of 8.
     (_, three, _), (_, four, _) = fit(limit_train_batches=3), fit(limit_train_batches=4)
@@ -539,7 +548,7 @@ def test_a_resume_with_another_filter_is_refused_by_name(fit, make, checkpoint):
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (1, 8), (2, 4)])
-def test_a_resume_may_split_the_step_otherwise(make, checkpoint, batch_size, accumulate):
+def test_a_resume_may_split_the_step_differently(make, checkpoint, batch_size, accumulate):
     saved = torch.load(checkpoint, weights_only=True)["SFTDataModule"]
     data = make(seed=7, batch_size=batch_size)
     quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate).fit(Recorder(), data)
@@ -547,7 +556,7 @@ def test_a_resume_may_split_the_step_otherwise(make, checkpoint, batch_size, acc
     assert data.state_dict() == saved
 
 
-def test_a_checkpoint_says_in_plain_words_what_decided_its_steps(checkpoint):
+def test_a_checkpoint_records_what_decided_its_steps(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)["SFTDataModule"]["decides_steps"]
     decided = {name: value for name, value in saved.items() if not re.search("content|tokenizer|template", name)}
     assert decided == {
@@ -564,7 +573,30 @@ def test_a_checkpoint_says_in_plain_words_what_decided_its_steps(checkpoint):
     }
 
 
-def test_validating_a_checkpoint_asks_nothing_of_the_data(make, checkpoint):
+def test_validating_a_checkpoint_does_not_compare_data(make, checkpoint):
     module = Recorder()
     quiet_trainer().validate(module, make(train_path=None, seed=99), ckpt_path=checkpoint, weights_only=True)
     assert all_lines(module.validated) == list(range(1, 12))
+
+
+def test_a_difference_in_steps_is_named():
+    check_same_steps({"data.seed": 7}, {"data.seed": 7})
+    with pytest.raises(UserError, match=r"^cannot resume: data\.seed is 8, the checkpoint was trained with 7; set it"):
+        check_same_steps({"a": 1, "data.seed": 8}, {"a": 1, "data.seed": 7})
+
+
+def test_a_missing_name_is_a_difference():
+    with pytest.raises(UserError, match="the filter is 'x', the checkpoint was trained with None"):
+        check_same_steps({"the filter": "x"}, {})
+    with pytest.raises(UserError, match="the filter is None, the checkpoint was trained with 'x'"):
+        check_same_steps({}, {"the filter": "x"})
+
+
+def test_sets_that_each_function_reads():
+    every, only_train = {"train", "val", "test"}, {"train"}
+    assert sets_of_run("fit", every) == ["train", "val"]
+    assert sets_of_run("fit", only_train) == ["train"]
+    assert sets_of_run("validate", every) == ["val"]
+    assert sets_of_run("test", every) == ["test"]
+    assert sets_of_run("predict", only_train) == []
+    assert sets_of_run("validate", only_train) == ["val"], "needed, there or not"

@@ -8,7 +8,9 @@ import torch
 
 from sft_lightning.checkpointing.run_folder import RUN_FILES
 from sft_lightning.data.batch import Example, collate_padded
-from sft_lightning.data.records import Record, read_records
+from sft_lightning.data.formats.base import Record
+from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.errors import UserError
 from sft_lightning.losses.linear_cross_entropy import LabelLosses
 from sft_lightning.training.nonfinite import (
@@ -96,7 +98,7 @@ def test_what_is_saved_is_data_again_and_belongs_to_the_run(tmp_path, tokenizer)
     save_step(tmp_path, RECORDS[:2], {**about, "loss": float("nan")})
     folder = tmp_path / "nonfinite" / "step-7"
     assert read_about(folder) == {**about, "loss": "nan"}
-    again = list(read_records(folder / "rows.jsonl"))
+    again = list(read_records(DataSettings(folder / "rows.jsonl")))
     assert [(r.prompt, r.response, r.ground_truth, r.weight) for r in again] == [
         ("say 1:", " 1", "1", 0.5),
         ("say 2:", " 2", "2", 0.5),

@@ -60,30 +60,13 @@ def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettin
     """Returns the settings of the check, from the config of fit and the classes built from it."""
     from sft_lightning.data.batching.plan import StepShape
     from sft_lightning.diagnostics.check.check import CheckSettings
-    from sft_lightning.diagnostics.check.rows import RowSettings
+    from sft_lightning.diagnostics.check.rows import CheckedSet
     from sft_lightning.grading.graders import R1ZeroGrader
 
     data, trainer = built.data, config.trainer
-    if data.paths["train"] is None:
-        raise UserError("data.train_path is not set: name a JSONL or Parquet file, a folder or a glob")
-    sets = tuple(
-        RowSettings(
-            name=name,
-            path=data.paths[name],
-            tokenizer=data.tokenizer,
-            reading=data.reading,
-            max_length=data.max_length,
-            overlength=data.overlength,
-            append_eos=data.append_eos,
-            cache_dir=data.cache_dir,
-            max_examples=data.max_train_examples if name == "train" else None,
-            row_filter=data.row_filter if name == "train" else None,
-        )
-        for name in ("train", "val")
-        if data.paths[name] is not None
-    )
+    names = ["train", "val"] if "val" in data.sets else ["train"]
     return CheckSettings(
-        sets=sets,
+        sets=tuple(CheckedSet(name, data.settings(name), data.tokenizer) for name in names),
         step_shape=StepShape(data.batch_size, trainer.accumulate_grad_batches, _num_replicas(trainer)),
         layout=data.layout,
         pad_to_multiple_of=data.pad_to_multiple_of,

@@ -58,8 +58,9 @@ def _summary(metrics: dict[str, Any]) -> list[str]:
 def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
     import torch
 
-    from sft_lightning.data.formats.base import template_named
+    from sft_lightning.data.formats.detect import template_named
     from sft_lightning.data.records import read_records
+    from sft_lightning.data.settings import DataSettings
     from sft_lightning.evaluation.evaluate import evaluate
     from sft_lightning.grading.graders import grader_named
     from sft_lightning.system.out_of_memory import generation_advice, translate_out_of_memory
@@ -68,8 +69,8 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
     generator, grader = _generator(options), grader_named(options.grader)
     template = None if options.template == "auto" else template_named(options.template)
-    records = [record for record in read_records(options.data, template=template) if record.ground_truth is not None]
-    records = records[: options.num_examples]
+    settings = DataSettings(options.data, template=template)
+    records = [record for record in read_records(settings) if record.ground_truth is not None][: options.num_examples]
     if not records:
         raise UserError(f"--data '{options.data}' has no row with a ground_truth, which grading needs")
     model, tokenizer = (None, None) if options.server else _load(options.model)

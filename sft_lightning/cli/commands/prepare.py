@@ -22,12 +22,13 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
     Raises:
         UserError: If a row is not a GSM8K row; no output is left then.
     """
-    from sft_lightning.data.formats.base import R1Zero
+    from sft_lightning.data.formats.r1_zero import R1Zero
     from sft_lightning.data.records import read_records
+    from sft_lightning.data.settings import DataSettings
 
     num_rows = 0
     with write_atomically(Path(output_path)) as file:
-        for record in read_records(input_path, template=R1Zero(template_path)):
+        for record in read_records(DataSettings(input_path, template=R1Zero(template_path))):
             row = {"prompt": record.prompt, "response": record.response, "ground_truth": record.ground_truth}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_rows += 1
@@ -44,7 +45,7 @@ def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
     Raises:
         UserError: If ``output_dir`` is a file.
     """
-    from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+    from sft_lightning.data.formats.r1_zero import R1_ZERO_PROMPT
     from sft_lightning.quickstart.arithmetic import write_arithmetic
     from sft_lightning.quickstart.tiny_model import write_tiny_model
 

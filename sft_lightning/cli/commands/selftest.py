@@ -76,8 +76,7 @@ def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
     """Returns the setup of the selftest, from the config of fit and the classes built from it."""
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
-    if built.data.paths["train"] is None:
-        raise UserError("data.train_path is not set: name a JSONL or Parquet file, a folder or a glob")
+    built.data.settings("train")  # stops here if there is no training set
     trainer = config.trainer
     clipping = {name: trainer[name] for name in ("gradient_clip_val", "gradient_clip_algorithm")}
     return SelftestSetup(

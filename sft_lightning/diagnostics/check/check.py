@@ -1,4 +1,4 @@
-"""The whole check: goes once through each set, lets every check look at its rows, and gathers what they say."""
+"""Run all checks in one pass over each set, and collect their findings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 from sft_lightning.data.batch import Layout
 from sft_lightning.data.batching.plan import StepShape
-from sft_lightning.data.records import resolve_files
+from sft_lightning.data.sources.files import resolve_files
 from sft_lightning.data.token_store import TokenStore
 from sft_lightning.data.tokenization import pad_token_id
 from sft_lightning.diagnostics.check.duplicates import RowDigests, check_duplicates, check_overlap
@@ -26,7 +26,7 @@ from sft_lightning.diagnostics.check.memory_estimate import (
     check_positions,
     estimate_memory,
 )
-from sft_lightning.diagnostics.check.rows import RowAccount, RowSettings
+from sft_lightning.diagnostics.check.rows import CheckedSet, RowAccount
 from sft_lightning.diagnostics.check.samples import Sample, draw_samples
 from sft_lightning.diagnostics.check.texts import Texts
 from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
@@ -38,15 +38,15 @@ _ORDER = ("error", "warning", "info")
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What of a config decides data, steps and memory.
+    """The part of a config that decides data, steps and memory.
 
     Attributes:
-        sets: The training set, then the validation set where there is one.
-        num_graded_answers: As ``evaluation.num_examples``.
-        precision: Of the Trainer, by its name.
+        sets: The training set, then the validation set if there is one.
+        num_graded_answers: ``evaluation.num_examples``.
+        precision: The Trainer's name of it.
     """
 
-    sets: tuple[RowSettings, ...]
+    sets: tuple[CheckedSet, ...]
     step_shape: StepShape
     layout: Literal["auto"] | Layout
     pad_to_multiple_of: int | None
@@ -62,11 +62,11 @@ class CheckSettings:
 
 @dataclass
 class SetReport:
-    """What was seen of a set.
+    """The numbers and samples of one set.
 
     Attributes:
-        lengths: Of ``prompt``, ``response`` and ``row``, those in use.
-        samples: A few rows to look at.
+        lengths: Token counts of ``prompt``, ``response`` and ``row``, over the rows in use.
+        samples: A few rows, token by token.
     """
 
     name: str
@@ -104,12 +104,12 @@ class SetReport:
 
 @dataclass
 class CheckReport:
-    """All that a check says.
+    """The result of a check.
 
     Attributes:
         findings: Errors first.
-        memory: None where the formula does not know the model.
-        memory_layout: What the estimate is for.
+        memory: None if the formula does not cover the model.
+        memory_layout: The layout that the estimate is for.
     """
 
     sets: list[SetReport]
@@ -120,12 +120,12 @@ class CheckReport:
     memory_layout: Layout
 
     def number_of(self, severity: str) -> int:
-        """Returns how many findings are as bad as that."""
+        """Returns the number of findings of a severity."""
         return sum(finding.severity == severity for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
-        """1 where something would spoil the run, else 0."""
+        """1 if there is an error, else 0."""
         return int(self.number_of("error") > 0)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,32 +140,32 @@ class CheckReport:
         }
 
 
-def check(settings: CheckSettings, tell: Callable[[str], None] = lambda message: None) -> CheckReport:
-    """Reads both sets and returns what there is to say about them. Loads no weights.
+def check(settings: CheckSettings, progress: Callable[[str], None] = lambda message: None) -> CheckReport:
+    """Returns the report on the sets of a run. Loads no weights.
 
     Args:
-        settings: Of the run.
-        tell: Is told what is being done.
+        settings: The settings of the run.
+        progress: Called with a description of each stage as it begins.
 
     Raises:
-        UserError: For a mistake in the config that `fit` stops at before it reads a row.
+        UserError: For a mistake in the config that stops `fit` before it reads a row.
     """
     model = empty_model(settings.model_path)
     check_vocabulary(model, settings.sets[0].tokenizer)
     sets, findings, digests = [], [], []
     stores: list[TokenStore | None] = []
     for each in settings.sets:
-        files = resolve_files(each.path)
-        tell(f"tokenising {each.name}")
+        files = resolve_files(each.settings.path)
+        progress(f"tokenizing {each.name}")
         stores.append(each.load_tokens())
-        tell(f"looking at the rows of {each.name}")
+        progress(f"checking the rows of {each.name}")
         report, found, seen = _check_set(each, stores[-1], settings)
         sets.append(report)
         findings += check_files(each.name, files) + found
         digests.append(seen)
     if len(digests) == 2 and len(digests[0]) and len(digests[1]):
         findings += check_overlap(*digests)
-    tell("planning an epoch in each layout")
+    progress("planning an epoch in each layout")
     layout: Layout = "shared_prefix" if settings.layout == "auto" else settings.layout
     layouts, memory = [], None
     if (train := _used(stores[0], settings.sets[0])) is not None:
@@ -185,20 +185,20 @@ def check(settings: CheckSettings, tell: Callable[[str], None] = lambda message:
 
 
 def _check_set(
-    each: RowSettings, store: TokenStore | None, settings: CheckSettings
+    each: CheckedSet, store: TokenStore | None, settings: CheckSettings
 ) -> tuple[SetReport, list[Finding], RowDigests]:
-    report = SetReport(each.name, each.path, each.max_length)
+    report = SetReport(each.name, str(each.settings.path), each.settings.max_length)
     account = report.account
     digests = RowDigests(each.name, account.sources)
     texts, borders = Texts(each.name), TokenBoundaries(each.name, each.tokenizer)
     ground_truths = GroundTruths(each.name, settings.grader)
     for rows in account.read(each, store):
-        for one in (digests, texts, borders, ground_truths):
-            one.add(rows)
+        for collector in (digests, texts, borders, ground_truths):
+            collector.add(rows)
     stops = each.name == "val" and settings.num_graded_answers > 0
     findings = [
         *account.findings(each),
-        *borders.findings(append_eos=each.append_eos),
+        *borders.findings(append_eos=each.settings.append_eos),
         *ground_truths.findings(stops_evaluation=stops),
         *check_duplicates(digests),
         *texts.findings(account.sources),
@@ -209,13 +209,14 @@ def _check_set(
         parts = {"prompt": total - labels, "response": labels, "row": total}
         report.lengths = {kind: LengthSummary.of(lengths) for kind, lengths in parts.items()}
         over = np.array(account.overlength_lengths, dtype=np.int64)
-        report.histogram = histogram(total, over, each.max_length)
+        report.histogram = histogram(total, over, each.settings.max_length)
         report.samples = draw_samples(used, each.tokenizer, settings.seed)
     return report, findings, digests
 
 
-def _used(store: TokenStore | None, settings: RowSettings) -> TokenStore | None:
-    return store.first(settings.max_examples) if store is not None and settings.max_examples else store
+def _used(store: TokenStore | None, each: CheckedSet) -> TokenStore | None:
+    max_examples = each.settings.max_examples
+    return store.first(max_examples) if store is not None and max_examples else store
 
 
 def _memory(settings: CheckSettings, shape: ModelShape, layout: LayoutStatistics) -> MemoryEstimate:

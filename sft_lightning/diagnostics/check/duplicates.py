@@ -1,7 +1,7 @@
-"""Rows that stand more than once, in a set or in both, found by digests: no text is kept.
+"""Find rows that occur more than once, in one set or in both, by digests of their texts.
 
-A row gets 16 bytes of blake2b for each way of being equal. Two different texts of a billion rows share one with a
-probability of 1e-21.
+A row gets a blake2b digest of 16 bytes for each kind of equality. The probability that two different texts among a
+billion rows share a digest is 1e-21.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ class RowDigests:
 
     Args:
         set_name: ``train`` or ``val``.
-        sources: Where the rows stand; may grow with them.
+        sources: ``file:line`` of each row; may grow along with the rows.
     """
 
     def __init__(self, set_name: str, sources: Sources) -> None:
@@ -29,13 +29,13 @@ class RowDigests:
         self._digests = {name: bytearray() for name in ("prompt", "row", "loose_prompt", "loose_row")}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Takes rows in file order."""
+        """Adds rows, in file order."""
         for record, _ in rows:
             texts = record.prompt, record.response
             for kind, (prompt, response) in (("", texts), ("loose_", map(_loosely, texts))):
                 digest = hashlib.blake2b(prompt.encode(), digest_size=_DIGEST_BYTES)
                 self._digests[f"{kind}prompt"] += digest.digest()
-                # Behind the prompt's digest, so that no shift of the border between the two makes rows equal.
+                # Includes the prompt's digest, so that rows with the same text but another boundary are not equal.
                 digest = hashlib.blake2b(digest.digest() + response.encode(), digest_size=_DIGEST_BYTES)
                 self._digests[f"{kind}row"] += digest.digest()
 
@@ -48,10 +48,9 @@ class RowDigests:
 
 
 def check_duplicates(digests: RowDigests) -> list[Finding]:
-    """Returns what a set holds more than once.
+    """Returns findings about rows that repeat an earlier row of the set, exactly or up to case and white space.
 
-    Several different responses to one prompt are as it should be, and only told. A row that is equal up to case and
-    white space is told apart from one that is equal.
+    Several different responses to one prompt are legitimate, and reported as information.
     """
     name, num_rows = digests.set_name, len(digests)
     exact, loose = _first_equals(digests.of("row")), _first_equals(digests.of("loose_row"))
@@ -64,7 +63,7 @@ def check_duplicates(digests: RowDigests) -> list[Finding]:
                 "duplicate_rows",
                 "warning",
                 f"{name}: {counted(len(again), 'row repeats', 'rows repeat')} an earlier one, prompt and response",
-                "delete them, unless a row shall count twice: data.weight does that, too",
+                "delete them; to count a row twice, set its field weight",
                 len(again),
                 [Place(digests.sources[row], digests.sources[exact[row]]) for row in again],
             )
@@ -84,7 +83,7 @@ def check_duplicates(digests: RowDigests) -> list[Finding]:
 
 
 def check_overlap(train: RowDigests, val: RowDigests) -> list[Finding]:
-    """Returns which rows of ``val`` have a prompt that stands in ``train``, up to case and white space.
+    """Returns a finding about the rows of ``val`` whose prompt is also in ``train``, up to case and white space.
 
     Args:
         train: At least one row.
@@ -107,7 +106,7 @@ def check_overlap(train: RowDigests, val: RowDigests) -> list[Finding]:
             by_share(len(shared), len(val)),
             f"val: {len(shared):,} of {counted(len(val), 'row')} have a prompt that is in train, "
             f"{sum(same_response):,} of them with the same response",
-            "take them out of one of the two: what was learned by heart says nothing about new prompts",
+            "remove them from one of the two: memorized responses say nothing about new prompts",
             len(shared),
             rows,
         )
@@ -134,7 +133,7 @@ def _several_responses(digests: RowDigests, first_equal: np.ndarray) -> list[Fin
 
 
 def _first_equals(digests: np.ndarray) -> np.ndarray:
-    """Returns for each row the first one that equals it, itself where it is the first. Shape [rows], int64."""
+    """Returns for each row the index of the first row that equals it, possibly its own. Shape [rows], int64."""
     _, first, number = np.unique(digests, return_index=True, return_inverse=True)
     return first[number]
 

@@ -1,4 +1,4 @@
-"""Data files as bytes: line ends and byte-order marks, which are read over here but not by every other tool."""
+"""Find unusual line ends and byte-order marks in data files, which our reader accepts but other tools may not."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from sft_lightning.diagnostics.check.findings import Finding, Place, counted
 
 
 def check_files(set_name: str, files: Sequence[Path]) -> list[Finding]:
-    """Returns what is unusual about the JSONL files of a set; Parquet has no lines.
+    """Returns findings about the JSONL files of a set; Parquet files have no lines.
 
     Args:
         set_name: ``train`` or ``val``.
-        files: As ``resolve_files`` returns them.
+        files: From ``resolve_files``.
     """
     marks, line_ends, num_lines = [], [], 0
     for file in files:
@@ -32,8 +32,8 @@ def check_files(set_name: str, files: Sequence[Path]) -> list[Finding]:
                 "byte_order_mark",
                 "info",
                 f"{set_name}: {counted(len(marks), 'file begins', 'files begin')} with a byte-order mark, which is "
-                "read over",
-                "save as UTF-8 without BOM: other readers take it for a part of the first key",
+                "skipped",
+                "save as UTF-8 without BOM: other readers make it part of the first key",
                 len(marks),
                 marks,
             )
@@ -43,8 +43,8 @@ def check_files(set_name: str, files: Sequence[Path]) -> list[Finding]:
             Finding(
                 "crlf_line_ends",
                 "info",
-                f"{set_name}: {len(line_ends):,} of {counted(num_lines, 'line')} end with CRLF, which is read over",
-                "harmless here; dos2unix makes them LF",
+                f"{set_name}: {len(line_ends):,} of {counted(num_lines, 'line')} end with CRLF, which is read as LF",
+                "harmless here; dos2unix converts them to LF",
                 len(line_ends),
                 line_ends,
             )

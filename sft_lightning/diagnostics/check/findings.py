@@ -1,4 +1,4 @@
-"""What a check finds: one kind of fault, how bad it is, where it is and what to do about it."""
+"""Define a finding: one kind of fault, its severity, its places and its fix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
 
-# Up to this share of its rows a set may have a fault of data that no run fails over: a warning, above it an error. On
-# 1,319 rows it is a third of the 95% interval of an accuracy of 50%: below, it cannot be what decides a comparison.
+# A data fault that does not stop a run is a warning up to this share of a set's rows, and an error above it. On 1,319
+# rows it is a third of the 95% interval of an accuracy of 50%: fewer rows cannot decide a comparison.
 TOLERATED_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something is.
+    """A row that a finding is about.
 
     Attributes:
         source: ``file:line``, counted from 1.
-        other: The place that it is about as well, such as the first of two equal rows.
-        reason: What is wrong there, where that differs from place to place.
+        other: ``file:line`` of a second row, such as the first of two equal rows.
+        reason: What is wrong with the row, if that differs between the places of a finding.
     """
 
     source: str
@@ -26,7 +26,7 @@ class Place:
     reason: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """Returns ``source``, and of the others what there is."""
+        """Returns the fields that are not empty."""
         values = {"source": self.source, "other": self.other, "reason": self.reason}
         return {name: value for name, value in values.items() if value}
 
@@ -36,12 +36,12 @@ class Finding:
     """All faults of one kind in one set.
 
     Attributes:
-        name: Of the kind, in lower case with underscores.
-        severity: ``error`` would spoil the run, ``warning`` wants a look, ``info`` is good to know.
+        name: The kind of fault, in lower case with underscores.
+        severity: ``error`` would spoil the run, ``warning`` needs a look, ``info`` is good to know.
         message: One sentence with the numbers.
-        fix: What to do, one sentence; empty where there is nothing to do.
-        count: How many rows, files or prompts.
-        places: All of them where they are rows of a file.
+        fix: What to do, in one sentence; empty if there is nothing to do.
+        count: The number of rows, files or prompts.
+        places: All of them, if they are rows of a file.
     """
 
     name: str
@@ -69,7 +69,7 @@ def by_share(count: int, num_rows: int) -> Severity:
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
-    """Returns the number with its noun.
+    """Returns a number with its noun.
 
     Example:
         >>> counted(1, "row"), counted(1200, "row"), counted(2, "response has", "responses have")

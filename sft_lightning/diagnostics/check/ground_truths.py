@@ -1,4 +1,4 @@
-"""Whether the grader takes the ground truths, and whether a row's own response passes by them."""
+"""Grade each response against the ground truth of its own row."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from sft_lightning.diagnostics.check.findings import Finding, Place, by_share, c
 from sft_lightning.diagnostics.check.rows import Row
 from sft_lightning.grading.graders import Grade, Grader, grade_all
 
-# Grading processes start anew for each call.
+# Large, because each call starts new grading processes.
 _GRADED_AT_ONCE = 8192
-# A set of which so many fail tells nothing new with one more, and each may take seconds of a computer algebra system.
+# Grading stops after this many failures: more add no information, and each can take seconds of computer algebra.
 _MOST_FAILED = 2000
 
 
 class GroundTruths:
-    """Grades each response of a set against the ground truth of its row.
+    """Collects findings about responses that fail by their own ground truth, and about unusable ground truths.
 
     Args:
         set_name: ``train`` or ``val``.
-        grader: Of the config's evaluation.
+        grader: ``evaluation.grader``.
     """
 
     def __init__(self, set_name: str, grader: Grader) -> None:
@@ -30,11 +30,11 @@ class GroundTruths:
         self.num_graded = 0
         self._num_form_correct = 0
         self._rejected: list[Place] = []
-        self._failed: dict[bool, list[Place]] = {False: [], True: []}  # by whether the form is right
+        self._failed: dict[bool, list[Place]] = {False: [], True: []}  # by whether the format is correct
         self._gave_up = False
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Takes rows in file order."""
+        """Adds rows, in file order."""
         for record, _ in rows:
             self.num_rows += 1
             if record.ground_truth is not None and not self._gave_up:
@@ -43,11 +43,11 @@ class GroundTruths:
             self._grade()
 
     def findings(self, *, stops_evaluation: bool) -> list[Finding]:
-        """Returns what was found.
+        """Returns the findings.
 
         Args:
-            stops_evaluation: Whether the evaluation of a run grades by these ground truths, and would stop at one that
-                the grader rejects.
+            stops_evaluation: Whether a run grades answers against these ground truths, and would stop at one that the
+                grader rejects.
         """
         self._grade()
         name, grader = self._set_name, type(self._grader).__name__
@@ -55,7 +55,7 @@ class GroundTruths:
         if count := len(self._rejected):
             severity = "error" if stops_evaluation else by_share(count, self.num_rows)
             message = f"{name}: {counted(count, 'ground truth is', 'ground truths are')} refused by {grader}"
-            fix = "give a text, a number or a list of those, not empty"
+            fix = "use text, a number or a list of those, not empty"
             findings.append(Finding("rejected_ground_truths", severity, message, fix, count, self._rejected))
         rest = ", and no more were graded" if self._gave_up else ""
         if self.num_graded and not self._num_form_correct:
@@ -94,10 +94,10 @@ class GroundTruths:
         self._gave_up |= sum(map(len, self._failed.values())) >= _MOST_FAILED
 
     def _grades(self, rows: Sequence[tuple[str, str, Any]]) -> list[Grade | None]:
-        """Returns the grades, None where the grader does not take the ground truth."""
+        """Returns the grades, None for each ground truth that the grader rejects."""
         try:
             return list(grade_all(self._grader, [row[1] for row in rows], [row[2] for row in rows]))
-        except Exception as error:  # a grader may be anyone's code
+        except Exception as error:  # graders are user code
             if len(rows) == 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self._rejected.append(Place(rows[0][0], reason=f"{reason:.120}"))

@@ -1,4 +1,4 @@
-"""What each layout makes of an epoch: padding, shared tokens and the largest micro-batch, from the plan itself."""
+"""Measure padding, shared tokens and the largest micro-batch of each layout, on the plan of an epoch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from sft_lightning.data.batching.loader import MicroBatches, TrainingShare
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
 from sft_lightning.data.token_store import TokenStore
 
-# Enough for the rates: they are sums over thousands of rows.
+# Enough for the rates, which are sums over thousands of rows.
 _NUM_STEPS = 100
-# Besides, so many of the steps with most tokens and with the longest rows, for the largest micro-batch.
+# To find the largest micro-batch, this many steps with the most tokens and with the longest rows are measured, too.
 _NUM_LARGE_STEPS = 4
 
 
@@ -22,9 +22,9 @@ class LargestMicroBatch:
     """The micro-batch with the most positions.
 
     Attributes:
-        num_positions: That go through the model, padding included.
-        num_labels: In the micro-batch with the most of them, which may be another one.
-        width: Tokens of one of its rows in the model, the whole of a packed one.
+        num_positions: Positions that go through the model, including padding.
+        num_labels: The most labels of any micro-batch, possibly another one.
+        width: Positions of one of its rows in the model; all positions if packed.
     """
 
     num_positions: int = 0
@@ -34,14 +34,14 @@ class LargestMicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayoutStatistics:
-    """What a layout makes of the first steps of epoch 0.
+    """The efficiency of a layout in the first steps of epoch 0.
 
     Attributes:
         padding_waste: The share of the computed positions that are padding, as ``train/padding_waste``.
-        sharing_gain: Tokens over computed tokens, as ``train/sharing_gain``; 1 where nothing is shared.
-        positions_per_step: Mean over the steps, all replicas together.
-        num_steps: Steps that were looked at.
-        largest: Of all micro-batches that were looked at, among them those of the steps that are likely to have it.
+        sharing_gain: Tokens divided by computed tokens, as ``train/sharing_gain``; 1 if nothing is shared.
+        positions_per_step: Mean over the steps, of all replicas together.
+        num_steps: The number of measured steps.
+        largest: The largest of the measured micro-batches and of those in the steps that are likely to contain it.
     """
 
     layout: Layout
@@ -71,9 +71,9 @@ def measure_layouts(
 
     Args:
         store: The rows of the training set.
-        shape: Of the run's steps.
-        seed: Of the run's data.
-        pad_token_id: Fills rows up.
+        shape: Shape of the run's steps.
+        seed: Seed of the run's data order.
+        pad_token_id: Fills padding.
         pad_to_multiple_of: Rounds row lengths up.
     """
     results = []

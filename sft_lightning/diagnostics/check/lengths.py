@@ -1,4 +1,4 @@
-"""How long the rows of a set are, in tokens, against the most that a row may have."""
+"""Summarize the lengths of a set's rows in tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ _MOST_BARS = 12
 
 @dataclass(frozen=True, slots=True)
 class LengthSummary:
-    """Of prompts, responses or whole rows.
+    """Lengths of prompts, responses or whole rows, in tokens.
 
     Attributes:
-        percentiles: By number, each the length of a row that is there.
+        percentiles: Percent -> length. Each is the length of an actual row.
     """
 
     least: int
@@ -50,7 +50,7 @@ class Bar:
 
 
 def histogram(used: np.ndarray, over: np.ndarray, max_length: int) -> list[Bar]:
-    """Returns bars of one width, a round number, and behind them one for all rows that are over ``max_length``.
+    """Returns bars whose equal width is a round number, then one bar for all rows over ``max_length``.
 
     Args:
         used: Shape [rows], tokens of the rows in use, at least one.
@@ -70,7 +70,7 @@ def histogram(used: np.ndarray, over: np.ndarray, max_length: int) -> list[Bar]:
 
 
 def _round_up(width: float) -> int:
-    """Returns the next of 1, 2, 5, 10, 20, 50, ..."""
+    """Returns the smallest of 1, 2, 5, 10, 20, 50, ... that is at least ``width``."""
     power = 1
     while True:
         for step in (1, 2, 5):

@@ -1,27 +1,28 @@
-"""What a training step takes of the device's memory: an estimate from ``config.json`` and the largest micro-batch.
+"""Estimate the memory of a training step from ``config.json`` and the largest micro-batch.
 
-Written: P positions of the micro-batch (B x T padded, T packed), M labels, V vocabulary, D hidden size, A query heads x
-head size, K key/value heads x head size, I inner size of the feed-forward layer times the experts a token goes to, N
+Symbols: P positions of the micro-batch (B x T padded, T packed), M labels, V vocabulary, D hidden size, A query heads x
+head size, K key/value heads x head size, I inner size of the feed-forward layer times the experts per token, N
 parameters; w bytes of a parameter, c bytes of a computed number (2 in the 16-bit precisions).
 
     weights       w N
-    gradients     w N, beside the activations where gradients are accumulated
+    gradients     w N, at the same time as the activations if gradients are accumulated
     optimizer     2 w N, AdamW's two averages in the parameters' dtype
     16-bit copies 2 N without the input embedding, under autocast: a layer keeps them for its backward pass
-    activations   P x (layers x per layer + 8 D for the last norm) + 3 c I P while a layer goes backward
-      per layer   n times the width of its norms + c (2 D + 2 A + 2 K + 4 I), where a norm keeps its input and what it
-                  made of it, in float32 (n = 8; 6 where parameters have 16 bits); matrix products their input, one for
-                  query, key and value together and one for gate and up (under autocast one each: 5 D); attention its
-                  query, key, value and output; the feed-forward layer gate, its activation, up and their product
-      checkpointed  the input of each layer, and all of one layer at a time
+    activations   P x (layers x per layer + 8 D for the last norm) + 3 c I P during the backward pass of a layer
+      per layer   n times the width of its norms + c (2 D + 2 A + 2 K + 4 I): a norm keeps its input and its normalized
+                  input in float32 (n = 8; 6 if parameters have 16 bits); matrix products keep their input, one for
+                  query, key and value together and one for gate and up (under autocast one each: 5 D); attention keeps
+                  its query, key, value and output; the feed-forward layer keeps gate, its activation, up and their
+                  product
+      checkpointed  the input of each layer, and everything of one layer at a time
     loss          R V x (4 + c below float32 + 4 with entropy) for the R labels whose logits exist at a time, 4 V D for
-                  the weight's gradient until it is added, 2 V D for a 16-bit copy of the weight, M D x (w + c)
+                  the weight's gradient before it is added, 2 V D for a 16-bit copy of the weight, M D x (w + c)
 
-The list of kept tensors is that of transformers' Llama and Qwen2 layers with PyTorch's attention, counted with
-``saved_tensors_hooks``; it follows Korthikanti et al. (https://arxiv.org/abs/2205.05198, section 4.1) without dropout,
-with gated feed-forward layers and with attention that keeps no matrix of scores. The loss is ``linear_cross_entropy``.
-One replica holds everything: under FSDP weights, gradients and optimizer are divided by the number of devices. What
-CUDA itself and fragmentation take is left to the tenth of the device that is not filled.
+The kept tensors are those of transformers' Llama and Qwen2 layers with PyTorch's attention, counted with
+``saved_tensors_hooks``. The formula follows Korthikanti et al. (https://arxiv.org/abs/2205.05198, section 4.1) without
+dropout, with gated feed-forward layers and with attention that keeps no matrix of scores. The loss is
+``linear_cross_entropy``. The estimate is for one replica that holds everything: under FSDP, weights, gradients and
+optimizer are divided by the number of devices. A tenth of the device is reserved for CUDA itself and fragmentation.
 """
 
 from dataclasses import dataclass
@@ -35,23 +36,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FREE_SHARE = 0.1
-# Inputs of matrix products, in units of D a layer: one tensor for several of them, or under autocast a copy for each.
+# Inputs of matrix products per layer, in units of D: products share a tensor, but under autocast each has a copy.
 _PRODUCT_INPUTS, _PRODUCT_INPUTS_AUTOCAST = 2, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the run is to fit into."""
+    """The device that the run must fit on."""
 
     name: str
     memory_bytes: int
     is_cuda: bool
-    is_known: bool  # False for the memory of this machine, where the run may not take place
+    is_known: bool  # False for the memory of this machine if the run may take place on another
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the formula reads off a model. Sizes are those of the module's docstring."""
+    """The sizes of a model that the formula uses, as in the module's docstring."""
 
     num_parameters: int
     num_input_embeddings: int
@@ -66,7 +67,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "ModelShape | None":
-        """Returns the shape of a decoder of attention and feed-forward layers; None where the sizes have other names.
+        """Returns the shape of a decoder of attention and feed-forward layers; None if its sizes have other names.
 
         Args:
             model: May be on the meta device.
@@ -90,13 +91,13 @@ class ModelShape:
             for module in model.modules()
             if "Norm" in type(module).__name__
         ]
-        # One norm is behind the last layer. Those of the width of a head go over all heads of queries, or of keys.
+        # One norm follows the last layer. Norms of a head's width are applied to all heads of queries, or of keys.
         norm_size = hidden * max(1, (norm_sizes.count(hidden) - 1) // layers)
         if head_size != hidden:
             norm_size += norm_sizes.count(head_size) // layers * (query_size + key_size) // 2
         total = sum(parameter.numel() for parameter in parameters.values())
         if is_tied and embedding.weight is not head.weight:
-            total -= num_embeddings  # on the meta device two tensors, in a loaded model one
+            total -= num_embeddings  # two tensors on the meta device, one in a loaded model
         return cls(
             num_parameters=total,
             num_input_embeddings=num_embeddings,
@@ -138,12 +139,12 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of a training step, by what takes them, and what fits.
+    """The memory of a training step by part, and the largest micro-batch that fits.
 
     Attributes:
         parts: Name -> bytes.
-        num_positions: Of the micro-batch that it is for.
-        num_fitting_positions: The most positions of a micro-batch that fit; 0 where not even the model does.
+        num_positions: Positions of the micro-batch that the estimate is for.
+        num_fitting_positions: The most positions of a micro-batch that fits; 0 if not even the model fits.
     """
 
     parts: dict[str, int]
@@ -159,7 +160,7 @@ class MemoryEstimate:
 
     @property
     def state_bytes(self) -> int:
-        """What is there whatever the micro-batch."""
+        """The bytes that do not depend on the micro-batch."""
         return sum(self.parts[name] for name in ("weights", "gradients", "optimizer"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,13 +188,13 @@ def estimate_memory(
     """Returns the memory of a training step by the formula in the module's docstring.
 
     Args:
-        shape: Of the model.
+        shape: Sizes of the model.
         largest: The micro-batch with the most positions.
-        precision: Of training.
-        device: Where it trains.
+        precision: Precision of training.
+        device: The device of the training.
         packed: Whether rows are packed: attention on a CPU then computes in float32.
-        with_entropy: As ``model.log_token_statistics``.
-        gradient_checkpointing: As the option of the model.
+        with_entropy: ``model.log_token_statistics``.
+        gradient_checkpointing: ``model.gradient_checkpointing``.
     """
     size, compute = precision.parameter_bytes, precision.compute_bytes
     layer = activation_bytes_per_layer(shape, precision, float32_attention=packed and not device.is_cuda)
@@ -216,7 +217,7 @@ def estimate_memory(
 
 
 def activation_bytes_per_layer(shape: ModelShape, precision: Precision, *, float32_attention: bool = False) -> int:
-    """Returns what a layer keeps of one position for its backward pass, in bytes."""
+    """Returns the bytes that a layer keeps per position for its backward pass."""
     hidden, compute = shape.hidden_size, precision.compute_bytes
     is_half = compute == 2
     norm = 6 if is_half and not precision.autocast else 2 * max(4, compute)
@@ -224,12 +225,12 @@ def activation_bytes_per_layer(shape: ModelShape, precision: Precision, *, float
     attention = 2 * shape.query_size + 2 * shape.key_size
     attention_bytes = compute * attention
     if float32_attention and is_half:
-        attention_bytes = 4 * attention + compute * shape.query_size  # and what the output projection sees
+        attention_bytes = 4 * attention + compute * shape.query_size  # and the input of the output projection
     return norm * shape.norm_size + compute * (inputs * hidden + 4 * shape.inner_size) + attention_bytes
 
 
 def check_memory(estimate: MemoryEstimate) -> list[Finding]:
-    """Returns what does not fit into the device."""
+    """Returns a finding if the step does not fit on the device."""
     device, total = estimate.device, estimate.total_bytes
     if total <= (1 - _FREE_SHARE) * device.memory_bytes:
         return []
@@ -237,14 +238,14 @@ def check_memory(estimate: MemoryEstimate) -> list[Finding]:
     message = f"memory: a step takes about {in_gib(total)}, {device.name} has {in_gib(device.memory_bytes)}"
     if not device.is_known:
         message += " (another device: --memory_gib N)"
-    fix = "a smaller data.batch_size or data.max_length, or model.gradient_checkpointing: true"
+    fix = "use a smaller data.batch_size or data.max_length, or model.gradient_checkpointing: true"
     if never:
-        fix = "trainer.precision bf16-true takes half; else a larger device, or FSDP over several"
+        fix = "trainer.precision bf16-true takes half; else use a larger device, or FSDP over several"
     return [Finding("memory", "error" if never and device.is_known else "warning", message, fix)]
 
 
 def check_positions(shape: ModelShape, longest_tokens: int) -> list[Finding]:
-    """Returns whether rows are longer than the positions that the model knows."""
+    """Returns a finding if rows are longer than the model's position limit."""
     if shape.max_positions is None or longest_tokens <= shape.max_positions:
         return []
     message = f"train: the longest row has {longest_tokens:,} tokens, the model knows {shape.max_positions:,} positions"
@@ -252,7 +253,7 @@ def check_positions(shape: ModelShape, longest_tokens: int) -> list[Finding]:
 
 
 def in_gib(num_bytes: int) -> str:
-    """Returns bytes in GiB, or in MiB where there are few."""
+    """Returns bytes as text in GiB, or in MiB below 1 GiB."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 

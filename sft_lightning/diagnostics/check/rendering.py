@@ -1,4 +1,4 @@
-"""A check's report for a terminal, and as plain text where there is none: nothing is said by colour alone."""
+"""Print a check's report to a terminal or as plain text. Color never carries information on its own."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,26 +21,26 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _PROMPT, _RESPONSE, _EOS, _BORDER = "cyan", "green", "bold magenta", "dim"
 _BAR_WIDTH = 32
 _MOST_PLACES = 5
-# Characters that prompts must have in common with the one before for that beginning to be left out.
+# A prompt's beginning is abbreviated if at least this many characters are the same as in the prompt before.
 _LONG_BEGINNING = 80
-# Of these every place is named, with its reason, however many: fit would stop at them.
+# For these findings, which stop fit, every place is listed with its reason.
 _ALL_PLACES = {"bad_rows"}
 
 
 class _Marks:
-    """What stands for what cannot be seen, in characters that the terminal has."""
+    """Symbols for invisible characters, in the terminal's encoding."""
 
     def __init__(self, encoding: str) -> None:
-        fancy = encoding.lower().startswith("utf")
+        is_unicode = encoding.lower().startswith("utf")
         self.space, self.newline, self.tab, self.border, self.bar, self.gap = (
             ("\u00b7", "\u23ce\n", "\u21e5", "\u2502", "\u2588", "\u2026")
-            if fancy
+            if is_unicode
             else ("_", "\\n\n", "\\t", "|", "#", "...")
         )
         self._encoding = encoding
 
     def visible(self, text: str) -> str:
-        """Returns text with white space to be seen, and with nothing in it that could steer a terminal."""
+        """Returns text with visible white space, and with control characters escaped."""
         special = {" ": self.space, "\n": self.newline, "\t": self.tab}
         shown = "".join(special.get(character) or _escaped(character) for character in text)
         return shown.encode(self._encoding, "backslashreplace").decode(self._encoding)
@@ -63,14 +63,14 @@ def render(report: CheckReport, console: Console) -> None:
 def _print_set(report: SetReport, console: Console, marks: _Marks) -> None:
     account = report.account
     console.print(Text.assemble((report.name, "bold"), f"  {report.path}"))
-    load_report = [
+    counts = [
         (account.num_unused, "not used (max_train_examples)"),
         (account.bad_rows.count, "bad"),
         (len(account.overlength_rows), f"over {report.max_length} tokens"),
         (len(account.filtered_rows), "dropped by data.filter_correct"),
         (len(account.truncated_rows), "with a cut prompt"),
     ]
-    parts = [f"{account.num_used:,} rows used", *(f"{count:,} {what}" for count, what in load_report if count)]
+    parts = [f"{account.num_used:,} rows used", *(f"{count:,} {what}" for count, what in counts if count)]
     if account.num_used:
         parts.append(f"EOS supervised in {report.num_eos_supervised:,} of {account.num_used:,}")
     if report.num_graded:
@@ -131,7 +131,7 @@ def _print_samples(samples: Sequence[Sample], console: Console, marks: _Marks) -
 
 
 def _behind(prompt: Pieces, before: Sequence[str]) -> Pieces:
-    """Returns a prompt without its beginning, where that has just been shown: templates put long ones everywhere."""
+    """Returns a prompt without the beginning that it shares with the prompt shown before, if that is long."""
     differs = (number for number, pair in enumerate(zip(prompt.head, before, strict=False)) if pair[0] != pair[1])
     num_common = next(differs, min(len(prompt.head), len(before)))
     if sum(map(len, prompt.head[:num_common])) < _LONG_BEGINNING:
@@ -146,7 +146,7 @@ def _tokens(pieces: Pieces, style: str, marks: _Marks) -> Text:
     for part, gap in ((pieces.head, pieces.num_left_out), (pieces.tail, 0)):
         for piece in filter(None, part):
             shown = marks.visible(piece)
-            # The border stands in front of the line break, so that no line begins with one.
+            # The border goes before the line break, so that no line begins with a border.
             body, line_break = (shown[:-1], "\n") if shown.endswith("\n") else (shown, "")
             text.append(body, style).append(marks.border, _BORDER).append(line_break)
         if gap:
@@ -181,7 +181,7 @@ def _print_memory(report: CheckReport, console: Console) -> None:
     memory = report.memory
     if memory is None:
         if report.layouts:
-            console.print("memory: no estimate, the formula does not know this kind of model")
+            console.print("memory: no estimate, the formula does not cover this kind of model")
         return
     console.print(
         Text.assemble(
@@ -245,7 +245,7 @@ def _places(finding: Finding, marks: _Marks) -> str:
 
 
 def _lines(places: Iterable[Place]) -> Iterator[str]:
-    """Yields the line of each place in one file, with the other's; a file is named where it is not that of before."""
+    """Yields the line of each place in one file, with its other place, whose file is named only when it changes."""
     known = ""
     for place in places:
         file, line = file_and_line(place.source)

@@ -1,17 +1,19 @@
-"""The rows of a set as `fit` would read them: which it trains on, which it leaves out, and why, line by line."""
+"""Walk over a set's rows as `fit` would read them, and note which are used, which are skipped, and why."""
 
 import itertools
 import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.filters import RowFilter
-from sft_lightning.data.records import Record, SkippedRows, read_records
+from sft_lightning.data.formats.base import Record
+from sft_lightning.data.load_report import SkippedRows
+from sft_lightning.data.records import read_records
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
-from sft_lightning.data.tokenization import Overlength, encode_prompts, encode_responses
+from sft_lightning.data.tokenization import encode_prompts, encode_responses
 from sft_lightning.diagnostics.check.findings import Finding, Place, Severity, counted
 from sft_lightning.errors import NoRowsError, UserError
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 1024
-# Over-long rows are dropped by design; more than this share looks like a max_length that does not suit the data.
+# Over-long rows are dropped by design; a larger share suggests that max_length does not suit the data.
 _MANY_DROPPED = 0.05
 
 
@@ -31,7 +33,7 @@ class Row(NamedTuple):
 
 
 class Sources:
-    """``file:line`` of any number of rows, in 12 bytes each."""
+    """A list of ``file:line`` that takes 12 bytes an entry."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
@@ -51,7 +53,7 @@ class Sources:
 
 
 class AllSkippedRows(SkippedRows):
-    """Skipped rows of which every place is kept."""
+    """Skipped rows that keep every place."""
 
     def add(self, source: str, reason: str) -> None:
         self.count += 1
@@ -59,63 +61,49 @@ class AllSkippedRows(SkippedRows):
 
 
 @dataclass(frozen=True)
-class RowSettings:
-    """How `fit` would read and tokenise a set, by the names of its options.
+class CheckedSet:
+    """A set as `fit` would read and tokenize it.
 
     Attributes:
         name: ``train`` or ``val``.
-        reading: ``template``, ``columns`` and ``max_bad_rows`` as ``read_records`` takes them.
-        max_examples: The first so many rows are used, after filtering.
-        row_filter: That of ``data.filter_correct``, where it is on.
+        settings: The settings of `fit`.
+        tokenizer: Makes the ids.
     """
 
     name: str
-    path: str
+    settings: DataSettings
     tokenizer: "PreTrainedTokenizerBase"
-    reading: dict[str, Any]
-    max_length: int
-    overlength: Overlength
-    append_eos: bool
-    cache_dir: str | None
-    max_examples: int | None = None
-    row_filter: RowFilter | None = None
 
     def load_tokens(self) -> TokenStore | None:
-        """Returns the whole set's tokens, from the cache that `fit` uses; None where no row is left.
+        """Returns the whole set's tokens, from the cache that `fit` uses; None if no row is left.
+
+        ``max_bad_rows`` and ``max_examples`` are not applied.
 
         Raises:
-            UserError: For everything else that stops `fit`, but for bad rows and over-long ones.
+            UserError: For everything that stops `fit`, except bad rows and over-long rows.
         """
+        whole = replace(self.settings, max_bad_rows=sys.maxsize, max_examples=None)
         try:
-            return load_or_build_tokens(
-                self.path,
-                tokenizer=self.tokenizer,
-                max_length=self.max_length,
-                overlength=self.overlength,
-                append_eos=self.append_eos,
-                cache_dir=self.cache_dir,
-                row_filter=self.row_filter,
-                **{**self.reading, "max_bad_rows": sys.maxsize},
-            )
+            return load_or_build_tokens(whole, self.tokenizer)
         except NoRowsError:
             return None
         except UserError as error:
-            if self.overlength != "error":
+            if whole.overlength != "error":
                 raise UserError(f"data.{self.name}_path: {error}") from error
-        # Over-long rows, then, or a mistake that comes again. The rows that fit are looked at all the same.
-        return replace(self, overlength="drop").load_tokens()
+        # The error is about over-long rows, or it comes again. The rows that fit are checked in any case.
+        return replace(self, settings=replace(self.settings, overlength="drop")).load_tokens()
 
 
 @dataclass
 class RowAccount:
-    """What became of the rows of a set.
+    """Which rows of a set are used, skipped or cut.
 
     Attributes:
-        sources: Of the rows that the run uses.
-        num_unused: Rows behind ``max_examples``.
-        bad_rows: Every row that cannot be read, or of which the tokenizer makes no token.
+        sources: ``file:line`` of each row that the run uses.
+        num_unused: The number of rows after the first ``max_examples``.
+        bad_rows: Every row that cannot be read, or whose prompt or response gives no token.
         overlength_rows: Every row with more than ``max_length`` tokens.
-        overlength_lengths: Their tokens.
+        overlength_lengths: The number of tokens of each over-long row.
         truncated_rows: Every row whose prompt is cut.
         filtered_rows: Every row that ``data.filter_correct`` drops.
     """
@@ -128,31 +116,31 @@ class RowAccount:
     truncated_rows: list[Place] = field(default_factory=list)
     filtered_rows: list[Place] = field(default_factory=list)
 
-    def read(self, settings: RowSettings, store: TokenStore | None) -> Iterator[list[Row]]:
-        """Yields the rows in use, ``ROWS_AT_ONCE`` at the most, in file order, and fills the account on the way.
+    def read(self, checked: CheckedSet, store: TokenStore | None) -> Iterator[list[Row]]:
+        """Yields the rows in use, at most ``ROWS_AT_ONCE`` at a time, in file order, and fills the account.
 
-        Both the file's records and the store's rows are in file order, so one walk along both tells what was left out.
+        The file's records and the store's rows are both in file order, so one pass over both finds the skipped rows.
         """
-        reading = {**settings.reading, "max_bad_rows": sys.maxsize}
-        records = _until_no_rows(read_records(settings.path, **reading, bad_rows=self.bad_rows))
+        max_examples = checked.settings.max_examples
+        records = _until_no_rows(read_records(replace(checked.settings, max_bad_rows=sys.maxsize), self.bad_rows))
         stored = 0 if store is None else len(store)
         index = 0
         while chunk := list(itertools.islice(records, ROWS_AT_ONCE)):
             rows: list[Row] = []
-            load_report: list[Record] = []
+            skipped: list[Record] = []
             for record in chunk:
                 example = store[index] if store is not None and index < stored else None
                 if example is None or example.source != record.source:
-                    load_report.append(record)
+                    skipped.append(record)
                     continue
                 index += 1
-                if settings.max_examples is not None and self.num_used >= settings.max_examples:
+                if max_examples is not None and self.num_used >= max_examples:
                     self.num_unused += 1
                 else:
                     rows.append(Row(record, example))
                     self.sources.append(record.source)
-            self._note_load_report(load_report, settings)
-            self._note_truncated(rows, settings)
+            self._note_skipped(skipped, checked)
+            self._note_truncated(rows, checked)
             if rows:
                 yield rows
         assert index == stored, "the token store holds rows that the files do not"
@@ -160,16 +148,16 @@ class RowAccount:
 
     @property
     def num_used(self) -> int:
-        """Rows that the run uses."""
+        """The number of rows that the run uses."""
         return len(self.sources)
 
-    def findings(self, settings: RowSettings) -> list[Finding]:
-        """Returns what to say about rows left out or cut."""
-        name, findings = settings.name, []
+    def findings(self, checked: CheckedSet) -> list[Finding]:
+        """Returns the findings about rows that are skipped or cut."""
+        name, settings, findings = checked.name, checked.settings, []
         num_rows = self.num_used + self.num_unused + self.bad_rows.count
         num_rows += len(self.overlength_rows) + len(self.filtered_rows)
         if self.bad_rows.count:
-            allowed = settings.reading["max_bad_rows"]
+            allowed = settings.max_bad_rows
             too_many = self.bad_rows.count > allowed
             message = f"{name}: {counted(self.bad_rows.count, 'row')} of {num_rows:,} cannot be used"
             findings.append(
@@ -183,7 +171,7 @@ class RowAccount:
                 )
             )
         if self.overlength_rows:
-            findings.append(self._overlength_finding(settings, num_rows))
+            findings.append(self._overlength_finding(checked, num_rows))
         if self.truncated_rows:
             findings.append(
                 Finding(
@@ -205,8 +193,8 @@ class RowAccount:
             findings.append(Finding("no_rows", "error", f"{name}: no row is left", "see the rows above", num_rows))
         return findings
 
-    def _overlength_finding(self, settings: RowSettings, num_rows: int) -> Finding:
-        count = len(self.overlength_rows)
+    def _overlength_finding(self, checked: CheckedSet, num_rows: int) -> Finding:
+        count, settings = len(self.overlength_rows), checked.settings
         severity: Severity = "warning" if count > _MANY_DROPPED * num_rows else "info"
         action = "dropped"
         if settings.overlength == "error":
@@ -214,18 +202,18 @@ class RowAccount:
         return Finding(
             "overlength_rows",
             severity,
-            f"{settings.name}: {counted(count, 'row')} of {num_rows:,} over data.max_length {settings.max_length}, "
+            f"{checked.name}: {counted(count, 'row')} of {num_rows:,} over data.max_length {settings.max_length}, "
             f"{action}",
             f"the longest has {max(self.overlength_lengths):,} tokens: raise data.max_length or set data.overlength",
             count,
             self.overlength_rows,
         )
 
-    def _note_load_report(self, records: list[Record], settings: RowSettings) -> None:
-        for record, prompt, response in _encoded(records, settings):
+    def _note_skipped(self, records: list[Record], checked: CheckedSet) -> None:
+        for record, prompt, response in _encoded(records, checked):
             if prompt and response:
                 num_tokens = len(prompt) + len(response)
-                if num_tokens <= settings.max_length:  # nothing else is left out
+                if num_tokens <= checked.settings.max_length:  # only the filter skips a row that fits
                     self.filtered_rows.append(Place(record.source))
                     continue
                 self.overlength_lengths.append(num_tokens)
@@ -234,12 +222,12 @@ class RowAccount:
                 empty = "response" if prompt else "prompt"
                 self.bad_rows.add(record.source, f"the tokenizer makes no token of the {empty}")
 
-    def _note_truncated(self, rows: list[Row], settings: RowSettings) -> None:
-        if settings.overlength != "truncate_prompt":
+    def _note_truncated(self, rows: list[Row], checked: CheckedSet) -> None:
+        if checked.settings.overlength != "truncate_prompt":
             return
-        # A cut prompt leaves a row of just the allowed length.
-        full = [row for row in rows if len(row.example.tokens) == settings.max_length]
-        prompts = encode_prompts(settings.tokenizer, [row.record.prompt for row in full])
+        # A row with a cut prompt has exactly the allowed length.
+        full = [row for row in rows if len(row.example.tokens) == checked.settings.max_length]
+        prompts = encode_prompts(checked.tokenizer, [row.record.prompt for row in full])
         for (record, example), prompt in zip(full, prompts, strict=True):
             if len(prompt) > example.prompt_length:
                 reason = f"{len(prompt)} tokens, {example.prompt_length} left"
@@ -247,17 +235,17 @@ class RowAccount:
 
 
 def _until_no_rows(records: Iterator[Record]) -> Iterator[Record]:
-    """A set without any row ends here as an empty one does: its bad rows are in the account by then."""
+    """Ends a set without any usable row like an empty one: its bad rows are in the account by then."""
     try:
         yield from records
     except NoRowsError:
         return
 
 
-def _encoded(records: list[Record], settings: RowSettings) -> Iterator[tuple[Record, list[int], list[int]]]:
-    prompts = encode_prompts(settings.tokenizer, [record.prompt for record in records])
+def _encoded(records: list[Record], checked: CheckedSet) -> Iterator[tuple[Record, list[int], list[int]]]:
+    prompts = encode_prompts(checked.tokenizer, [record.prompt for record in records])
     texts = [record.response for record in records]
-    responses = encode_responses(settings.tokenizer, texts, append_eos=settings.append_eos)
+    responses = encode_responses(checked.tokenizer, texts, append_eos=checked.settings.append_eos)
     return zip(records, prompts, responses, strict=True)
 
 

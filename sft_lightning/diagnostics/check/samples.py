@@ -1,4 +1,4 @@
-"""A few rows drawn from a set, token by token, to look at."""
+"""Draw a few rows of a set and split them into tokens for display."""
 
 import random
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NUM_SAMPLES = 5
-# Tokens shown of a prompt and of a response, half of them from each end.
+# The most tokens shown of a prompt or a response; of a longer one, half of them from each end.
 _MOST_TOKENS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Texts of a run of tokens, of which some in the middle may be left out.
+    """Texts of a sequence of tokens, possibly without its middle.
 
     Attributes:
-        head: Texts of the first tokens. Tokens that only together are a character stand together.
-        num_left_out: Tokens between head and tail.
-        tail: Texts of the last tokens; empty where nothing is left out.
+        head: Texts of the first tokens. Tokens that form one character together are one text.
+        num_left_out: The number of tokens between head and tail.
+        tail: Texts of the last tokens; empty if the middle is not left out.
     """
 
     head: list[str]
@@ -40,8 +40,8 @@ class Sample:
 
     Attributes:
         prompt: Tokens without loss.
-        response: Tokens with loss, but for a closing EOS.
-        eos: Text of the EOS that is supervised at the end; None where there is none.
+        response: Tokens with loss, without the EOS at the end.
+        eos: Text of the supervised EOS at the end; None if there is none.
     """
 
     source: str
@@ -64,7 +64,7 @@ class Sample:
 
 
 def draw_samples(rows: TokenStore, tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Sample]:
-    """Returns five rows, or all where there are fewer, in file order: the same for the same seed."""
+    """Returns at most five rows, in file order: the same ones for the same seed."""
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(_NUM_SAMPLES, len(rows))))
     return [_sample(rows[index], tokenizer) for index in chosen]
 
@@ -93,7 +93,7 @@ def _pieces(tokens: list[int], tokenizer: "PreTrainedTokenizerBase") -> Pieces:
 
 
 def _texts(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", before: int | None = None) -> list[str]:
-    """Returns the text of each token in its place: some tokenizers drop a space in front of the first."""
+    """Returns the text of each token in context, because some tokenizers drop a space before the first token."""
     context = [] if before is None else [before]
 
     def decode(number: int) -> str:
@@ -104,7 +104,7 @@ def _texts(tokens: list[int], tokenizer: "PreTrainedTokenizerBase", before: int 
     for number in range(1, len(tokens) + 1):
         text = decode(number)
         if text.endswith("\ufffd") and number < len(tokens):
-            continue  # the bytes of a character, of which more are to come
+            continue  # the token ends within a character
         texts.append(text[len(done) :])
         done = text
     return texts

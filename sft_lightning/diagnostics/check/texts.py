@@ -1,4 +1,4 @@
-"""Characters that data is better off without, and borders of prompt and response that differ from row to row."""
+"""Find unwanted characters, and rows whose white space between prompt and response is unusual."""
 
 import re
 from collections import Counter
@@ -7,33 +7,33 @@ from collections.abc import Sequence
 from sft_lightning.diagnostics.check.findings import Finding, Place, counted
 from sft_lightning.diagnostics.check.rows import Row, Sources
 
-# C0 but for tab, line feed and carriage return; DEL and C1; the byte-order mark.
+# C0 except tab, line feed and carriage return; DEL and C1; the byte-order mark.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 _FAULTS = (
     ("carriage_returns", re.compile("\r"), "a carriage return", "the model learns to write it: use \\n alone"),
     (
         "replacement_characters",
         re.compile("\ufffd"),
-        "U+FFFD, which stands for text that was lost in decoding",
+        "U+FFFD, which replaces text that was lost in decoding",
         "decode the source with its own encoding",
     ),
-    ("control_characters", _CONTROL, "a control character", "take them out"),
+    ("control_characters", _CONTROL, "a control character", "remove them"),
 )
-# So many of the rows must agree on how prompt and response meet before the others are called odd.
+# Rows are odd if at least this share of all rows agrees on the white space between prompt and response.
 _AGREEMENT = 0.9
 _BORDERS = ("none", "before the response", "after the prompt", "both")
 
 
 class Texts:
-    """Looks through the texts of a set's rows."""
+    """Collects findings about the texts of a set's rows."""
 
     def __init__(self, set_name: str) -> None:
         self._set_name = set_name
         self._places: dict[str, list[Place]] = {name: [] for name, *_ in _FAULTS}
-        self._borders = bytearray()  # of each row, two bits
+        self._borders = bytearray()  # two bits per row
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Takes rows in file order."""
+        """Adds rows, in file order."""
         for record, _ in rows:
             for name, pattern, *_ in _FAULTS:
                 found = [field for field in ("prompt", "response") if pattern.search(getattr(record, field))]
@@ -42,10 +42,10 @@ class Texts:
             self._borders.append(2 * record.prompt[-1].isspace() + record.response[0].isspace())
 
     def findings(self, sources: Sources) -> list[Finding]:
-        """Returns what was found.
+        """Returns the findings.
 
         Args:
-            sources: Of the rows.
+            sources: ``file:line`` of the rows.
         """
         findings = []
         for name, _, noun, fix in _FAULTS:

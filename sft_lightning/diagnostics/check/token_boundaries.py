@@ -1,4 +1,4 @@
-"""What stands at the ends of a row and between prompt and response, in tokens: BOS, EOS and what would merge there."""
+"""Check BOS and EOS tokens, and whether prompt and response would merge if tokenized as one text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,19 +12,19 @@ from sft_lightning.diagnostics.check.rows import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Whether two texts merge shows in the words next to the border; a row is tokenised as a whole only if they do.
+# A merge shows in the characters next to the boundary: only rows where these merge are tokenized as a whole.
 _NEAR_CHARACTERS = 32
-# When more than this share of the rows merges, the template does it and not a word here and there.
+# If more than this share of the rows merges, the cause is the template and not single words.
 _SYSTEMATIC = 0.5
 _MOST_REMEMBERED = 100_000
 
 
 class TokenBoundaries:
-    """Looks at the tokens at the ends of prompts and responses.
+    """Collects findings about the tokens at the ends of prompts and responses.
 
     Args:
         set_name: ``train`` or ``val``.
-        tokenizer: Made the tokens.
+        tokenizer: The tokenizer that made the tokens.
     """
 
     def __init__(self, set_name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -40,7 +40,7 @@ class TokenBoundaries:
         self._meets: dict[tuple[str, str], bool] = {}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Takes rows in file order."""
+        """Adds rows, in file order."""
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         for record, example in rows:
             tokens, start = example.tokens, example.prompt_length
@@ -56,10 +56,10 @@ class TokenBoundaries:
         self._look_for_merges(rows)
 
     def findings(self, *, append_eos: bool) -> list[Finding]:
-        """Returns what was found.
+        """Returns the findings.
 
         Args:
-            append_eos: The option of that name.
+            append_eos: ``data.append_eos``.
         """
         name, findings = self._set_name, []
         if count := len(self._without_eos):
@@ -78,12 +78,12 @@ class TokenBoundaries:
             )
         if count := len(self._inner_eos):
             message = f"{name}: {counted(count, 'response holds', 'responses hold')} EOS before the end"
-            fix = "take its text out: generation stops at the first one"
+            fix = "remove its text: generation stops at the first one"
             findings.append(Finding("inner_eos", "warning", message, fix, count, self._inner_eos))
         if count := len(self._double_bos):
             message = f"{name}: {counted(count, 'row has', 'rows have')} two BOS, one from the data and one from the "
             message += "tokenizer"
-            fix = "take its text out of prompts and responses"
+            fix = "remove its text from prompts and responses"
             findings.append(Finding("double_bos", "error", message, fix, count, self._double_bos))
         return findings + self._merge_finding()
 
@@ -96,7 +96,7 @@ class TokenBoundaries:
                 "merging_border",
                 "warning" if len(self._merging) > _SYSTEMATIC * self.num_rows else "info",
                 f"{self._set_name}: in {counted(len(self._merging), 'row')} of {self.num_rows:,} prompt and response "
-                f"would merge if tokenised as one text, e.g. {apart} into {joint}; generation sees them "
+                f"would merge if tokenized as one text, e.g. {apart} into {joint}; generation sees them "
                 "apart, as training does",
                 "end prompts without white space and begin responses with it",
                 len(self._merging),
@@ -118,8 +118,8 @@ class TokenBoundaries:
                 self._first_merge = self._first_merge or merge
 
     def _merged(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str] | None]:
-        """Returns the tokens that meet, apart and joint, for each pair of texts that would merge."""
-        distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))  # a template ends all prompts alike
+        """Returns for each pair of texts the tokens that differ, apart and joint; None if the pair does not merge."""
+        distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))  # templates end all prompts alike
         prompts = dict(zip(distinct, encode_prompts(self._tokenizer, distinct), strict=True))
         responses = encode_responses(self._tokenizer, [response for _, response in pairs], append_eos=False)
         whole = encode_prompts(self._tokenizer, [prompt + response for prompt, response in pairs])
@@ -129,7 +129,7 @@ class TokenBoundaries:
         ]
 
     def _difference(self, prompt: list[int], response: list[int], joint: list[int]) -> tuple[str, str]:
-        """Returns the tokens that differ, as text: those of both apart, and those of the two as one."""
+        """Returns the tokens that differ, as text: of the two texts apart, and of the joint text."""
         apart = prompt + response
         shortest = min(len(apart), len(joint))
         first = next((index for index in range(shortest) if apart[index] != joint[index]), shortest)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class SelftestSetup:
         """
         data = copy.copy(self.data)  # shares the tokens that were read
         num_rows = (self.num_steps - 1) * self.examples_per_step + max(1, self.examples_per_step // 3)
-        data.max_train_examples = min(num_rows, self.data.max_train_examples or num_rows)
-        data.paths = {"train": self.data.paths["train"], "val": None, "test": None}
+        train = self.data.settings("train")
+        data.sets = {"train": replace(train, max_examples=min(num_rows, train.max_examples or num_rows))}
         if data.loss_normalization == "micro_batch":  # a mean of means, which depends on the split by its definition
             data.loss_normalization = "token"
         for name, value in options.items():

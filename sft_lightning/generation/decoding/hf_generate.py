@@ -1,4 +1,4 @@
-"""Answers by transformers' own ``generate``, for the models that the decoding loop cannot run."""
+"""Generate answers with ``generate`` of transformers, for models that the decoding loop cannot run."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,33 +26,33 @@ class HFGenerate:
 
     Args:
         model: In evaluation mode.
-        choice: Of the next tokens.
-        end: Of the answers.
-        eos_token_ids: Known to ``end``; a model may want to know them too.
-        pad_token_id: Fills padding.
+        sampler: Chooses the next tokens.
+        stop_condition: Decides when answers end.
+        eos_token_ids: The EOS tokens of the stop condition, which a model may need too.
+        pad_token_id: Token id of padding.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel",
-        choice: TokenSampler,
-        end: StopCondition,
+        sampler: TokenSampler,
+        stop_condition: StopCondition,
         eos_token_ids: Collection[int],
         pad_token_id: int,
     ) -> None:
         self._model = model
-        self._choice = choice
-        self._end = end
+        self._sampler = sampler
+        self._stop_condition = stop_condition
         self._config = GenerationConfig(
-            max_new_tokens=end.max_new_tokens,
-            do_sample=False,  # the processor chooses
-            use_cache=True,  # training configs have it off
+            max_new_tokens=stop_condition.max_new_tokens,
+            do_sample=False,  # the logits processor samples
+            use_cache=True,  # configs of models in training may disable it
             eos_token_id=sorted(eos_token_ids) or None,
             pad_token_id=pad_token_id,
         )
 
     def answer(self, prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[Answer]:
-        """Returns an answer to each prompt of token ids. ``numbers``: which answer of all each one is."""
+        """Returns an answer to each prompt of token ids. ``numbers``: which answer of the evaluation each one is."""
         model, pad_token_id = self._model, self._config.pad_token_id
         width = max(map(len, prompts))
         padding = [width - len(prompt) for prompt in prompts]
@@ -60,48 +60,48 @@ class HFGenerate:
             [[pad_token_id] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
         )
         attention_mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).long()
-        watch = _Watch(self._end, len(prompts))
-        random_numbers = self._choice.random_numbers(numbers, self._end.max_new_tokens, model.device)
-        chosen = _Chosen(self._choice, random_numbers)
+        collector = _AnswerCollector(self._stop_condition, len(prompts))
+        random_numbers = self._sampler.random_numbers(numbers, self._stop_condition.max_new_tokens, model.device)
+        processor = _SamplingProcessor(self._sampler, random_numbers)
         own = model.generation_config
-        model.generation_config = self._config  # from which `generate` fills in whatever a call leaves open
+        model.generation_config = self._config  # the defaults that `generate` uses
         try:
             model.generate(  # type: ignore[operator]
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=self._config,
-                logits_processor=LogitsProcessorList([chosen]),
-                stopping_criteria=StoppingCriteriaList([watch]),
-                synced_gpus=False,  # lockstep sees to it
+                logits_processor=LogitsProcessorList([processor]),
+                stopping_criteria=StoppingCriteriaList([collector]),
+                synced_gpus=False,  # fsdp_sync synchronizes
             )
         finally:
             model.generation_config = own
-        entropies = torch.stack(chosen.entropies, dim=1).tolist()
-        for answer, row in zip(watch.answers, entropies, strict=True):
+        entropies = torch.stack(processor.entropies, dim=1).tolist()
+        for answer, row in zip(collector.answers, entropies, strict=True):
             answer.mean_entropy = sum(row[: len(answer.tokens)]) / len(answer.tokens)
-        return watch.answers
+        return collector.answers
 
 
-class _Chosen(LogitsProcessor):
-    """Leaves one token possible in each row: the one that is chosen."""
+class _SamplingProcessor(LogitsProcessor):
+    """Samples a token for each row and masks all others."""
 
-    def __init__(self, choice: TokenSampler, random_numbers: Tensor) -> None:
+    def __init__(self, sampler: TokenSampler, random_numbers: Tensor) -> None:
         self.entropies: list[Tensor] = []
-        self._choice = choice
+        self._sampler = sampler
         self._random_numbers = random_numbers
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens, entropies = self._choice(scores, self._random_numbers[:, len(self.entropies)])
+        tokens, entropies = self._sampler(scores, self._random_numbers[:, len(self.entropies)])
         self.entropies.append(entropies)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-class _Watch(StoppingCriteria):
+class _AnswerCollector(StoppingCriteria):
     """Collects the tokens of each row until its answer ends."""
 
-    def __init__(self, end: StopCondition, num_rows: int) -> None:
+    def __init__(self, stop_condition: StopCondition, num_rows: int) -> None:
         self.answers = [Answer() for _ in range(num_rows)]
-        self._end = end
+        self._stop_condition = stop_condition
         self._ended = [False] * num_rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -109,7 +109,7 @@ class _Watch(StoppingCriteria):
             if not self._ended[row]:
                 answer = self.answers[row]
                 answer.tokens.append(token)
-                reason = self._end.reason(answer.tokens)
+                reason = self._stop_condition.reason(answer.tokens)
                 if reason is not None:
                     answer.stop_reason, self._ended[row] = reason, True
         return torch.tensor(self._ended, device=input_ids.device)

@@ -1,10 +1,10 @@
-"""A key-value cache of full attention whose rows start from a common prefix, grow in place and may leave.
+"""Cache keys and values of rows that share a prefix, grow in place and may be removed.
 
-    slots of a row:  | prefix | padding | rest of the prompt | answer ... | room for more |
+    slots of a row:  | prefix | padding | rest of the prompt | answer ... | spare slots |
 
-Attention sees all slots, those without a token through the mask as padding. A view without the room would have gaps
-between rows, over which it takes a CPU twice as long to read; and transformers' own cache, which has no room, copies
-all that it holds for every new token.
+Attention sees all slots; the mask marks those without a token as padding. A view without the spare slots would have
+gaps between rows, which a CPU takes twice as long to read. The cache of transformers has no spare slots and copies
+its whole content for every new token.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
-# More room is copied to less often, and more of it is read without use.
-ROOM_TOKENS = 16
+# More spare slots mean fewer copies, and more slots that are read in vain.
+SPARE_SLOTS = 16
 
 
 class KVCache(Cache):
     """Keys and values of the rows of one batch.
 
     Args:
-        num_layers: Of the model.
-        prefix: The cache of one row that all rows of this one begin with; it may serve any number of caches.
+        num_layers: Number of layers of the model.
+        prefix: Cache of one row, the common prefix of all rows here. Several caches may share it.
     """
 
     def __init__(self, num_layers: int, prefix: "KVCache | None" = None) -> None:
@@ -32,13 +32,13 @@ class KVCache(Cache):
 
     @classmethod
     def of_parts(cls, parts: "list[KVCache]", num_prefix: int) -> "KVCache":
-        """Returns the rows of several caches in one, with room for more tokens, and takes them out of those.
+        """Moves the rows of several caches into a new one with spare slots.
 
-        What follows the prefix goes to the right end of the slots of the widest, and zeros stand between.
+        Tokens after the prefix are aligned to the right end of the widest part, with zeros in between.
 
         Args:
-            parts: Caches with slots of their own number each.
-            num_prefix: Slots of the prefix, the same in all.
+            parts: Caches, each with its own number of slots. They are empty afterwards.
+            num_prefix: Slots of the prefix, equal in all parts.
         """
         whole = cls(len(parts[0].row_layers))
         for index, layer in enumerate(whole.row_layers):
@@ -49,21 +49,21 @@ class KVCache(Cache):
         return whole
 
     def num_slots(self, num_new_tokens: int) -> int:
-        """Returns how many slots attention is going to see with so many tokens more."""
+        """Returns how many slots attention sees after ``num_new_tokens`` more tokens."""
         return self.row_layers[0].get_mask_sizes(num_new_tokens)[0]
 
     def repeat_rows(self, rows: Tensor) -> None:
-        """Makes row ``rows[i]`` the new row i. ``rows``: Shape [B], int64."""
+        """Replaces row i by row ``rows[i]``. ``rows``: Shape [B], int64."""
         for layer in self.row_layers:
             for buffer in layer.buffers:
                 buffer.states = buffer.states.index_select(0, rows)
 
     def move_rows(self, sources: Tensor, targets: Tensor) -> None:
-        """Writes rows over others, so that those at the end may leave: the next update takes as many as it brings.
+        """Copies rows over others, so that rows at the end can be dropped: the next update decides how many stay.
 
         Args:
             sources: Shape [M], int64, the rows to move.
-            targets: Shape [M], int64, the rows that they take the place of.
+            targets: Shape [M], int64, the rows to overwrite.
         """
         for layer in self.row_layers:
             for buffer in layer.buffers:
@@ -96,42 +96,42 @@ class _Buffer:
     """Keys or values.
 
     Attributes:
-        states: Shape [B, H, S, E], contiguous. Rows behind those in use may stand at the end.
-        num_tokens: How many of the slots hold tokens.
+        states: Shape [B, H, S, E], contiguous. Rows at the end may be unused.
+        num_tokens: Number of slots that hold tokens.
     """
 
-    def __init__(self, states: Tensor, num_tokens: int, room_tokens: int = 0) -> None:
+    def __init__(self, states: Tensor, num_tokens: int, spare_slots: int = 0) -> None:
         self.states = states
         self.num_tokens = num_tokens
-        self._room_tokens = room_tokens
+        self._spare_slots = spare_slots
 
     @classmethod
     def of_parts(cls, parts: "list[_Buffer]", num_prefix: int) -> "_Buffer":
         num_tokens = max(part.num_tokens for part in parts)
         num_rows = sum(len(part.states) for part in parts)
         _, num_heads, _, size = parts[0].states.shape
-        states = parts[0].states.new_empty((num_rows, num_heads, num_tokens + ROOM_TOKENS, size))
+        states = parts[0].states.new_empty((num_rows, num_heads, num_tokens + SPARE_SLOTS, size))
         states[:, :, num_tokens:] = 0
         first = 0
         for part in parts:
             rows = states[first : first + len(part.states)]
             start = num_tokens - (part.num_tokens - num_prefix)
             rows[:, :, :num_prefix] = part.states[:, :, :num_prefix]
-            rows[:, :, num_prefix:start] = 0  # masked, but what was there before might be no number
+            rows[:, :, num_prefix:start] = 0  # masked, but uninitialized memory might hold NaN
             rows[:, :, start:num_tokens] = part.states[:, :, num_prefix : part.num_tokens]
             first += len(rows)
-        return cls(states, num_tokens, ROOM_TOKENS)
+        return cls(states, num_tokens, SPARE_SLOTS)
 
     def num_slots(self, num_new: int) -> int:
         num_slots, num_needed = self.states.shape[2], self.num_tokens + num_new
-        return num_slots if num_needed <= num_slots else num_needed + self._room_tokens
+        return num_slots if num_needed <= num_slots else num_needed + self._spare_slots
 
     def append(self, new: Tensor) -> Tensor:
         num_rows, num_heads, num_new, size = new.shape
         num_tokens = self.num_tokens + num_new
         num_slots = self.num_slots(num_new)
         if self.states.shape[2] < num_slots:
-            # Under autocast keys come in float32, because of their rotation, and attention would cast them every time.
+            # Under autocast the rotation returns keys in float32, and attention would cast them each time.
             device_type = new.device.type
             autocast = torch.is_autocast_enabled(device_type)
             dtype = torch.get_autocast_dtype(device_type) if autocast else new.dtype

@@ -1,7 +1,6 @@
-"""The decoding loop: a common prefix computed once, rows that leave as soon as they end, one synchronisation a step.
+"""Decode batches: compute a common prefix once, drop finished rows, synchronize with the host once per step.
 
-Batches of prompts that differ in length are padded between the prefix and their own tokens. Padding is masked, and
-positions do not count it.
+Prompts of different lengths are padded between the prefix and their own tokens. Padding is masked and has no position.
 """
 
 import inspect
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, GenerationMixin
 
-from sft_lightning.generation.decoding.kv_cache import ROOM_TOKENS, KVCache
+from sft_lightning.generation.decoding.kv_cache import SPARE_SLOTS, KVCache
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition, StopReason
 
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
-# Their angles depend on how long the longest row has become, so that a prefix has other keys than the whole.
+# Their angles depend on the length of the longest row, so the keys of a prefix would change later.
 _LENGTH_DEPENDENT_ROTATIONS = {"dynamic", "longrope"}
 
-# Prompts of one forward pass, padded: enough to be busy with, few enough to be of a length and to need little memory.
+# Padded tokens of one prefill pass: enough to use the device, few enough for similar lengths and little memory.
 _PART_TOKENS = 2048
 
 
 @dataclass
 class Answer:
-    """Tokens of an answer, why it ended, and the mean entropy of what its tokens were chosen from, in nats."""
+    """Tokens of an answer, why it ended, and the mean entropy of the distributions of its tokens, in nats."""
 
     tokens: list[int] = field(default_factory=list)
     stop_reason: StopReason = "length"
@@ -38,16 +37,15 @@ class Answer:
 
 
 def can_decode(model: "PreTrainedModel") -> bool:
-    """Returns whether the loop here may run a model: whether it carries along keys and values of all tokens only.
+    """Returns whether the loop can run a model: whether its only state is the keys and values of all tokens.
 
-    Models with sliding windows, states, or inputs or attention of their own making are left to transformers'
-    ``generate``.
+    Models with sliding windows, recurrent states, or their own inputs or attention use ``generate`` of transformers.
     """
     arguments = inspect.signature(model.forward).parameters.keys()
     prepares_inputs = getattr(type(model), "prepare_inputs_for_generation", None)
     if prepares_inputs is not GenerationMixin.prepare_inputs_for_generation or not arguments >= _FORWARD_ARGUMENTS:
         return False
-    # Attention of a model's own may count slots where that of transformers' interface goes by the mask.
+    # Attention outside of the interface of transformers may count slots instead of using the mask.
     if not getattr(model, "_supports_attention_backend", False):
         return False
     config = model.config.get_text_config(decoder=True)
@@ -74,26 +72,26 @@ class DecodingLoop:
 
     Args:
         model: One that ``can_decode``, in evaluation mode.
-        prompts: Token ids of all the prompts that are going to be answered: what they begin with is computed here.
-        choice: Of the next tokens.
-        end: Of the answers.
-        pad_token_id: Fills padding.
+        prompts: Token ids of all prompts that will be answered. Their common prefix is computed here.
+        sampler: Chooses the next tokens.
+        stop_condition: Decides when answers end.
+        pad_token_id: Token id of padding.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel",
         prompts: Sequence[list[int]],
-        choice: TokenSampler,
-        end: StopCondition,
+        sampler: TokenSampler,
+        stop_condition: StopCondition,
         pad_token_id: int,
     ) -> None:
         self._model = model
-        self._choice = choice
-        self._end = end
+        self._sampler = sampler
+        self._stop_condition = stop_condition
         self._pad_token_id = pad_token_id
         self._num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
-        # A prompt of several heads would make logits at all its places otherwise.
+        # Otherwise a prompt would get logits at all positions.
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
         self._prefix: KVCache | None = None
@@ -109,19 +107,19 @@ class DecodingLoop:
         """Returns an answer to each prompt.
 
         Args:
-            prompts: Token ids of prompts that were named to the constructor.
-            numbers: Which answer of all each one is: sampling goes by it.
+            prompts: Token ids, from the prompts of the constructor.
+            numbers: Which answer of the evaluation each one is: the random numbers depend on it.
         """
-        device, max_new_tokens = self._model.device, self._end.max_new_tokens
+        device, max_new_tokens = self._model.device, self._stop_condition.max_new_tokens
         answers = [Answer() for _ in prompts]
-        # Which answer stands in each row of the batch.
+        # The answer of each row of the batch.
         rows = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
         cache, logits, mask, positions = self._prefill([tuple(prompts[row]) for row in rows])
         num_tokens = cache.get_seq_length()
-        random_numbers = self._choice.random_numbers([numbers[row] for row in rows], max_new_tokens, device)
+        random_numbers = self._sampler.random_numbers([numbers[row] for row in rows], max_new_tokens, device)
         entropies = torch.zeros(len(rows), device=device)
         for step in range(max_new_tokens):
-            tokens, entropy = self._choice(logits, random_numbers[:, step])
+            tokens, entropy = self._sampler(logits, random_numbers[:, step])
             entropies += entropy
             ended = self._take(tokens.tolist(), [answers[row] for row in rows])
             if ended:
@@ -138,30 +136,32 @@ class DecodingLoop:
             mask[:, num_tokens + step] = 1
             logits = self._forward(tokens[:, None], mask[:, : cache.num_slots(1)], positions[:, None], cache)
             positions += 1
-        raise AssertionError("an answer went on behind its last token")
+        raise AssertionError("an answer continued after its last token")
 
     def _take(self, tokens: list[int], answers: list[Answer]) -> list[int]:
-        """Adds a token to each answer. Returns which of them have ended."""
+        """Appends a token to each answer. Returns the indices of the answers that ended."""
         ended = []
         for place, (token, answer) in enumerate(zip(tokens, answers, strict=True)):
             answer.tokens.append(token)
-            reason = self._end.reason(answer.tokens)
+            reason = self._stop_condition.reason(answer.tokens)
             if reason is not None:
                 answer.stop_reason = reason
                 ended.append(place)
         return ended
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor, Tensor, Tensor]:
-        """Computes prompts, the longest first, each of equal ones once.
+        """Runs the prompts, longest first; equal prompts run once.
 
         Returns:
             The cache; the logits of the first new tokens, shape [B, V]; which slots of the cache hold a token, shape
-            [B, S], int64, with all slots to come; and the positions of the first new tokens, shape [B], int64.
+            [B, S], int64, including all later slots; and the positions of the first new tokens, shape [B], int64.
         """
         device, num_prefix = self._model.device, self._num_prefix
         distinct = list(dict.fromkeys(prompt[num_prefix:] for prompt in prompts))
         num_slots = num_prefix + len(distinct[0])
-        mask = torch.zeros((len(distinct), num_slots + self._end.max_new_tokens + ROOM_TOKENS), dtype=torch.int64)
+        mask = torch.zeros(
+            (len(distinct), num_slots + self._stop_condition.max_new_tokens + SPARE_SLOTS), dtype=torch.int64
+        )
         mask[:, :num_prefix] = 1
         parts, logits = [], []
         for start, end in _parts(distinct):
@@ -182,7 +182,7 @@ class DecodingLoop:
 
     @torch.no_grad()
     def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Returns the logits behind the last tokens, shape [B, V]."""
+        """Returns the logits after the last tokens. Shape [B, V]."""
         output = self._model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -195,14 +195,14 @@ class DecodingLoop:
 
 
 def _num_common(prompts: Sequence[list[int]]) -> int:
-    """Returns how many tokens all prompts begin with, one less than the shortest at the most."""
-    first, last = min(prompts), max(prompts)  # in order, those two differ first
+    """Returns the length of the common prefix of all prompts, at most one less than the shortest."""
+    first, last = min(prompts), max(prompts)  # in lexicographic order, these two differ first
     most = min(map(len, prompts)) - 1
     return next((index for index in range(most) if first[index] != last[index]), most)
 
 
 def _parts(rests: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    """Yields start and end of parts that are worth a forward pass each, of prompts from the longest to the shortest."""
+    """Yields start and end of the prefill passes over prompts in order of decreasing length."""
     start = 0
     while start < len(rests):
         end = min(len(rests), start + max(1, _PART_TOKENS // len(rests[start])))
@@ -211,7 +211,7 @@ def _parts(rests: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
 
 
 def _left_padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor, Tensor]:
-    """Returns token ids and where they are no padding, both of shape [B, T], int64. The first row is the longest."""
+    """Returns token ids and 1 where they are not padding, both of shape [B, T], int64. The first row is the longest."""
     width = len(rows[0])
     input_ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -219,7 +219,7 @@ def _left_padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor,
 
 
 def _close_gaps(cache: KVCache, num_rows: int, ended: list[int], device: torch.device) -> list[int]:
-    """Moves the cache's last rows into the places of those that ended. Returns which row stands at each place then."""
+    """Moves the last rows of the cache into the places of finished ones. Returns the old index of each new row."""
     num_kept = num_rows - len(ended)
     gone = set(ended)
     gaps = [place for place in ended if place < num_kept]

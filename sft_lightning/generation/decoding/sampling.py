@@ -1,4 +1,4 @@
-"""How the next token of each row is chosen, greedily or by sampling that depends on nothing but seed and answer."""
+"""Choose the next token of each row, greedily or by sampling that depends only on seed and answer."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class TokenSampler:
-    """Chooses tokens by the model's logits.
+    """Chooses tokens from logits.
 
-    An answer is sampled with random numbers of its own, one for each token, that follow from ``seed`` and the number of
-    the answer. So it depends on no other answer, on no order and on no state of a random generator.
+    Each answer has its own random numbers, one for each token, that follow from ``seed`` and the number of the answer.
+    So a sampled answer does not depend on other answers, their order, or the state of a random generator.
 
     Args:
-        greedy: Takes the most likely token; all else plays no part then.
+        greedy: Takes the most likely token; the other arguments are then ignored.
         temperature: Divides the logits.
         top_p: Samples from the most likely tokens that hold this much of the probability.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
     """
 
     def __init__(self, *, greedy: bool, temperature: float, top_p: float, seed: int) -> None:
@@ -27,9 +27,9 @@ class TokenSampler:
         self._greedy = greedy
 
     def random_numbers(self, numbers: Sequence[int], num_tokens: int, device: torch.device) -> Tensor:
-        """Returns uniform random numbers in [0, 1), shape [B, num_tokens], float32, a row for each answer number.
+        """Returns uniform random numbers in [0, 1). Shape [B, num_tokens], float32, a row for each answer number.
 
-        Philox is a counter-based generator: its key, here seed and answer, names a stream (Salmon et al., "Parallel
+        Philox is a counter-based generator: its key, here seed and answer, selects a stream (Salmon et al., "Parallel
         random numbers: as easy as 1, 2, 3").
         """
         if self._greedy:
@@ -39,9 +39,9 @@ class TokenSampler:
         return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).to(device)
 
     def __call__(self, logits: Tensor, random_numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the chosen tokens and the entropies of the distributions that they stand in.
+        """Returns the chosen tokens and the entropies of their distributions.
 
-        The entropy is that of the model's distribution at the sampling temperature (1 if greedy), before ``top_p``.
+        The entropy is that of the distribution at the sampling temperature (1 if greedy), before ``top_p``.
 
         Args:
             logits: Shape [B, V], any float dtype (computed in float32).
@@ -64,9 +64,9 @@ class TokenSampler:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Returns which tokens are the most likely ones that hold ``top_p`` together, shape [B, V], bool.
+    """Returns the most likely tokens whose total probability reaches ``top_p``. Shape [B, V], bool.
 
-    Holtzman et al., "The curious case of neural text degeneration". Of equals the first is the likelier.
+    Holtzman et al., "The curious case of neural text degeneration". Ties go to the first token.
     """
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
     held_before = descending.cumsum(-1) - descending
@@ -74,12 +74,12 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _sample(probabilities: Tensor, random_numbers: Tensor) -> Tensor:
-    """Returns for each row the token at whose place the running sum of probabilities exceeds the random number.
+    """Returns for each row the first token at which the cumulative probability exceeds the random number.
 
-    The sum runs in the order of the vocabulary: sorted by probability, rounding could exchange two tokens.
+    The sum is in the order of the vocabulary: sorted by probability, rounding could swap two tokens.
     """
     running = probabilities.cumsum(-1)
     total = running[:, -1:]
-    # Rounding may give the total itself, which no token exceeds.
+    # Rounding may give the total itself, which no cumulative sum exceeds.
     wanted = torch.minimum(random_numbers[:, None] * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(running, wanted, right=True).squeeze(-1)

@@ -1,4 +1,4 @@
-"""When an answer ends: a stop string in its text, an EOS token, or the limit on new tokens."""
+"""Decide when an answer ends: at a stop string, an EOS token, or the limit on new tokens."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -16,15 +16,15 @@ def cut_at_stop_string(text: str, stop_strings: Collection[str]) -> str | None:
 
 
 class StopCondition:
-    """Tells from the tokens of an answer whether the last one ended it, and what its text is.
+    """Decides from the tokens of an answer whether the last one ended it, and returns its text.
 
-    Only answers are looked at: a prompt may spell the stop string.
+    Prompts do not count: a prompt may contain a stop string.
 
     Args:
-        tokenizer: Makes text of tokens.
-        stop_strings: The first of these to be complete ends an answer, wherever token borders fall.
-        eos_token_ids: Any of these ends it too.
-        max_new_tokens: As does this length.
+        tokenizer: Decodes tokens.
+        stop_strings: The first complete one ends an answer, regardless of token boundaries.
+        eos_token_ids: Each of these ends an answer.
+        max_new_tokens: Maximum length of an answer.
     """
 
     def __init__(
@@ -39,18 +39,18 @@ class StopCondition:
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
         self._eos_token_ids = frozenset(eos_token_ids)
-        # A token is at least one byte. The few more are for what a decoder does at the front of a text.
+        # A token is at least one byte. A few more tokens allow for decoders that change the front of a text.
         self._window = max((len(stop.encode()) for stop in stop_strings), default=0) + 8
         self._can_end: dict[int, bool] = {}
 
     def reason(self, tokens: list[int]) -> StopReason | None:
-        """Returns why the answer ends with the last of its tokens, None if it goes on."""
+        """Returns why the answer ends with its last token, or None if it continues."""
         last = tokens[-1]
         can_end = self._can_end.get(last)
         if can_end is None:
             can_end = self._can_end[last] = last in self._eos_token_ids or self._may_complete_a_stop_string(last)
         if can_end:
-            # Decoding takes longer than all the rest: only behind the few tokens that can be the last of a stop string.
+            # Decoding is the slowest part: only after the few tokens that can complete a stop string.
             if cut_at_stop_string(self._decode(tokens[-self._window :]), self._stop_strings) is not None:
                 return "stop_string"
             if last in self._eos_token_ids:
@@ -58,16 +58,16 @@ class StopCondition:
         return "length" if len(tokens) >= self.max_new_tokens else None
 
     def text(self, tokens: list[int], reason: StopReason) -> str:
-        """Returns the text of an answer that ended: up to and with its stop string, or up to and without EOS."""
+        """Returns the text of a finished answer, up to and including its stop string, or without its EOS."""
         text = self._decode(tokens[:-1] if reason == "eos" else tokens)
         stopped = cut_at_stop_string(text, self._stop_strings) if reason == "stop_string" else None
         return text if stopped is None else stopped
 
     def _may_complete_a_stop_string(self, token: int) -> bool:
-        """Returns whether a stop string may end inside the token's text, as far as that is known without those before.
+        """Returns whether a stop string may end inside the text of a token, whatever precedes it.
 
-        A decoder may drop a space at the front of a text, so the token is looked at behind another one, too. A part of
-        a letter decodes to the replacement character.
+        A decoder may drop a space at the front of a text, so the token is also decoded after another one. A part of a
+        character decodes to the replacement character.
         """
         alone, twice = self._decode([token]), self._decode([token, token])
         texts = [alone, twice.removeprefix(alone)]
@@ -82,5 +82,5 @@ class StopCondition:
 
 
 def _ends_inside(stop: str, text: str) -> bool:
-    """Returns whether the text holds the stop string or begins with a part that stands at the end of it."""
+    """Returns whether the text contains the stop string or begins with an ending of it."""
     return stop in text or any(stop.endswith(text[:length]) for length in range(1, len(text) + 1))

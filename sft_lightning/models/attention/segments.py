@@ -1,4 +1,4 @@
-"""Attention over the segments of a packed row, in pure torch: on any device, and faster on CPUs.
+"""Compute attention over the segments of a packed row in pure torch, on any device.
 
 A segment attends causally to itself and fully to its ancestors:
 
@@ -6,7 +6,7 @@ A segment attends causally to itself and fully to its ancestors:
     response 1b     all        all                        causally
     the last one    all                                                 causally
 
-Letters beside those of data/batch.py: H query heads, G key/value heads, E head size.
+In addition to the letters of data/batch.py: H query heads, G key/value heads, E head size.
 """
 
 from functools import lru_cache
@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from sft_lightning.data.batch import Segments, Span
 
-# A causal block computes half of its own scores for nothing, and a small one spends its time between matrix products.
-# On two cores 64 to 128 are equally fast, from 64 tokens in a segment to 1,024.
+# A causal block wastes half of its own scores; a small block spends its time between matrix products. On two cores, 64
+# to 128 tokens are equally fast for segments of 64 to 1,024 tokens.
 _BLOCK_TOKENS = 96
 
 
-@torch.compiler.disable  # a graph would hold for these very spans only
+@torch.compiler.disable  # a graph would be valid for these spans only
 def attend(
     query: Tensor,
     key: Tensor,
@@ -46,7 +46,7 @@ def attend(
         segments: Of the row.
         scale: Factor on the scores.
         dropout: Probability with which an attention weight is dropped.
-        window_tokens: Keys that a position sees at the most, itself included; None for all.
+        window_tokens: Keys that a position sees at most, itself included; None for all.
         softcap: Scores s become ``softcap * tanh(s / softcap)``.
 
     Returns:
@@ -56,7 +56,7 @@ def attend(
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     plain = dropout == 0.0 and softcap is None and (window_tokens is None or window_tokens >= segments.max_keys)
     if plain and device_type == "cpu" and query.shape[-1] == value.shape[-1]:
-        # Small matrix products are hardly faster in bfloat16, and what is between them is slower.
+        # Small matrix products are hardly faster in bfloat16, and the operations between them are slower.
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device_type, enabled=False):
             return _InBlocks.apply(query.to(wide), key.to(wide), value.to(wide), segments.spans, scale).to(dtype)
@@ -71,7 +71,7 @@ def attend(
             window_tokens=window_tokens,
             softcap=softcap,
         )
-        for segment in _blocks(segments.spans, segments.max_queries)  # so long that none is cut
+        for segment in _blocks(segments.spans, segments.max_queries)  # long enough to split no segment
     ]
     return torch.cat(parts, dim=2)
 
@@ -91,7 +91,7 @@ def _attend_segment(
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     if softcap is None and not windowed and num_queries == num_keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    # Queries are the last of the keys' positions.
+    # The queries are at the last of the keys' positions.
     before = num_keys - num_queries
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(before)
     if windowed:
@@ -101,7 +101,7 @@ def _attend_segment(
     key, value = _for_each_query_head(key, query), _for_each_query_head(value, query)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    # As transformers' own eager attention does: softmax in float32, dropout on the weights.
+    # As in transformers' eager attention: softmax in float32, dropout on the weights.
     weights = scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
@@ -109,11 +109,11 @@ def _attend_segment(
 class _InBlocks(torch.autograd.Function):
     """Attention by matrix products over blocks of queries, whose keys are gathered from the segments they see.
 
-    A block's scores stay in the processor's cache, and the backward pass makes them again (Rabe and Staats, 2021), so
-    that memory grows with T only. Query heads that share keys stand side by side as rows of one matrix: no key is
-    copied for them, and one product sums their gradients. Shapes inside, with R = H / G:
+    A block's scores stay in the processor's cache, and the backward pass recomputes them (Rabe and Staats, 2021), so
+    that memory is linear in T. Query heads that share keys are rows of one matrix: no key is copied for them, and one
+    product sums their gradients. Shapes inside, with R = H / G:
 
-        queries        [G, T * R, E], the R heads of a token one behind the other
+        queries        [G, T * R, E], the R heads of a token next to each other
         keys, values   [2, G, T, E]
     """
 
@@ -139,7 +139,7 @@ class _InBlocks(torch.autograd.Function):
         (query, both, output), shared_by = ctx.saved_tensors, ctx.shared_by
         num_groups = both.shape[1]
         with torch.autocast("cpu", enabled=False):
-            # The softmax takes from each score's gradient the mean of its row, which is this (Dao et al., 2022).
+            # The softmax subtracts from each score's gradient the mean of its row (Dao et al., 2022, appendix B.2).
             means = _side_by_side((grad_output * output).sum(-1, keepdim=True), num_groups)
             grad_output = _side_by_side(grad_output, num_groups)
             grad_query, grad_both = torch.empty_like(query), torch.zeros_like(both)
@@ -159,7 +159,7 @@ class _InBlocks(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """Queries from ``start`` to ``end``, of one segment, and the ranges of keys that they see: their own come last."""
+    """Queries from ``start`` to ``end`` of one segment, and the ranges of keys that they see, their own last."""
 
     start: int
     end: int
@@ -169,12 +169,12 @@ class _Block(NamedTuple):
         return slice(self.start * shared_by, self.end * shared_by)
 
     def seen(self, tokens: Tensor) -> Tensor:
-        """Returns of shape [..., T, any] what the queries see. Shape [..., keys, any]."""
+        """Returns the tokens, shape [..., T, any], that the queries see. Shape [..., keys, any]."""
         parts = [tokens[..., start:end, :] for start, end in self.ranges]
         return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
 
     def add_to(self, total: Tensor, seen: Tensor) -> None:
-        """Adds the gradients of what the queries see to those of all keys and values."""
+        """Adds the gradients of the keys and values that the queries see to those of all."""
         parts = seen.split([end - start for start, end in self.ranges], dim=2)
         for (start, end), part in zip(self.ranges, parts, strict=True):
             total[:, :, start:end] += part
@@ -189,15 +189,15 @@ class _Block(NamedTuple):
         return torch.softmax(scores, dim=-1, out=scores)
 
 
-@lru_cache(maxsize=4)  # each layer's forward and backward pass ask for the same
-def _blocks(spans: tuple[Span, ...], most_tokens: int) -> list[_Block]:
-    """Returns the row's queries in blocks of ``most_tokens`` at the most."""
+@lru_cache(maxsize=4)  # the forward and backward passes of all layers need the same
+def _blocks(spans: tuple[Span, ...], max_tokens: int) -> list[_Block]:
+    """Returns the row's queries in blocks of at most ``max_tokens``."""
     blocks = []
     chains: list[tuple[tuple[int, int], ...]] = []  # of each segment: its ancestors and itself
     for start, end, parent in spans:
         above = chains[parent] if parent >= 0 else ()
         chains.append((*above, (start, end)))
-        num_blocks = -(-(end - start) // most_tokens)
+        num_blocks = -(-(end - start) // max_tokens)
         cuts = [start + (end - start) * number // num_blocks for number in range(num_blocks + 1)]
         blocks += [_Block(first, behind, (*above, (start, behind))) for first, behind in pairwise(cuts)]
     return blocks
@@ -205,7 +205,7 @@ def _blocks(spans: tuple[Span, ...], most_tokens: int) -> list[_Block]:
 
 @lru_cache(maxsize=8)
 def _future(num_tokens: int, shared_by: int, dtype: torch.dtype) -> Tensor:
-    """Returns what hides the keys behind a query from it. Shape [num_tokens * R, num_tokens]."""
+    """Returns the bias that hides later keys from each query. Shape [num_tokens * R, num_tokens]."""
     hidden = torch.full((num_tokens, num_tokens), float("-inf"), dtype=dtype).triu(1)
     return hidden.repeat_interleave(shared_by, dim=0)
 

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run
+from sft_lightning.system.files import write_atomically
+from sft_lightning.system.identity import public_name
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
 from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule
@@ -65,7 +66,8 @@ class SavedConfig(Callback):
         step = trainer.global_step
         name = "config.yaml" if step == 0 else f"config.resume-{step}.yaml"
         register_file(self._run, name)
-        (self._run / name).write_text(self._text(trainer, pl_module), encoding="utf-8")
+        with write_atomically(self._run / name) as file:
+            file.write(self._text(trainer, pl_module))
 
     def _text(self, trainer: Trainer, module: LightningModule) -> str:
         if self._config is not None:
@@ -154,17 +156,10 @@ def _as_yaml(value: Any, place: str, not_repeated: list[str]) -> Any:
         return {str(key): _as_yaml(each, place, not_repeated) for key, each in value.items()}
     if isinstance(value, Sequence):
         return [_as_yaml(each, place, not_repeated) for each in value]
+    if "<locals>" in type(value).__qualname__:
+        raise ValueError(f"{type(value).__qualname__} cannot be imported")
     arguments = _arguments(value, type(value), f"{place}.init_args", not_repeated)
-    return {"class_path": _import_path(type(value)), **({"init_args": arguments} if arguments else {})}
-
-
-def _import_path(kind: type) -> str:
-    """Returns the path to name a class by in YAML: the short one, where its package exports it at its root."""
-    if "<locals>" in kind.__qualname__:
-        raise ValueError(f"{kind.__qualname__} cannot be imported")
-    package = kind.__module__.partition(".")[0]
-    is_exported = getattr(sys.modules[package], kind.__name__, None) is kind
-    return f"{package}.{kind.__name__}" if is_exported else f"{kind.__module__}.{kind.__qualname__}"
+    return {"class_path": public_name(type(value)), **({"init_args": arguments} if arguments else {})}
 
 
 def _trainer_arguments(trainer: Trainer, not_repeated: list[str]) -> dict[str, Any]:
@@ -180,7 +175,7 @@ def _trainer_arguments(trainer: Trainer, not_repeated: list[str]) -> dict[str, A
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         sizes = {f"{name}_size": strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel")}
-        arguments["strategy"] = {"class_path": _import_path(ModelParallelStrategy), "init_args": sizes}
+        arguments["strategy"] = {"class_path": public_name(ModelParallelStrategy), "init_args": sizes}
     elif isinstance(strategy, DDPStrategy):
         arguments["strategy"] = "ddp"
     elif not isinstance(strategy, SingleDeviceStrategy):

@@ -1,104 +1,63 @@
-import pytest
-
-from sft_lightning.data.formats.base import R1_ZERO_PROMPT, Plain, R1Zero, template_for, template_named
-from sft_lightning.errors import UserError
-
-
-def test_plain_keeps_text_and_what_is_optional():
-    row = {"prompt": " 2+2=", "response": "4\n", "ground_truth": "4", "weight": 0.5, "id": 7}
-    assert Plain().render(row) == {"prompt": " 2+2=", "response": "4\n", "ground_truth": "4", "weight": 0.5}
+from sft_lightning.data.formats.base import Template, template_identity
+from sft_lightning.data.formats.prompt_response import Plain
+from sft_lightning.data.formats.r1_zero import R1Zero
 
 
-def test_plain_leaves_out_optional_fields_that_are_null():
-    row = {"prompt": "a", "response": "b", "ground_truth": None, "weight": None}
-    assert Plain().render(row) == {"prompt": "a", "response": "b"}
+class Loud(Plain):
+    version = 3
+
+    def render(self, row):
+        return {name: text.upper() for name, text in super().render(row).items()}
 
 
-def test_r1_zero_renders_a_gsm8k_row():
-    row = {
-        "question": "She has 1,000 clips and buys 48/2. How many?",
-        "answer": "48/2 = <<48/2=24>>24 clips.\n1,000+24 = <<1000+24=1024>>1,024 clips.\n#### 1,024",
+class Prefixed(Template):
+    required_keys = ("text",)
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    @property
+    def identity(self):
+        return self.prefix
+
+    def render(self, row):
+        return {"prompt": self.prefix, "response": row["text"]}
+
+
+def test_identity_of_built_in_templates_is_name_and_version():
+    assert template_identity(Plain()) == "sft_lightning.Plain/1"
+    # The digest is of the built-in prompt.
+    assert template_identity(R1Zero()) == "sft_lightning.R1Zero/1:845d5beaa32da872"
+
+
+def test_identity_of_another_class_holds_its_module():
+    assert template_identity(Loud()) == f"{__name__}.Loud/3"
+
+
+def test_identity_differs_between_instances_that_render_differently():
+    one, two = template_identity(Prefixed("a")), template_identity(Prefixed("b"))
+    assert one != two
+    assert one == template_identity(Prefixed("a"))
+    assert one.startswith(f"{__name__}.Prefixed/1:")
+
+
+# The token cache's key holds these versions: whoever changes what a template renders raises its version here and there.
+
+
+def test_plain_version_1_renders_this():
+    assert Plain.version == 1
+    row = {"prompt": " p ", "response": "r\n", "ground_truth": "1", "weight": 2, "other": "x"}
+    assert Plain().render(row) == {"prompt": " p ", "response": "r\n", "ground_truth": "1", "weight": 2}
+
+
+def test_r1_zero_version_1_renders_this(tmp_path):
+    assert R1Zero.version == 1
+    path = tmp_path / "prompt.txt"
+    path.write_text("<{question}>")
+    row = {"question": "q {x} ", "answer": " 1+1 = <<1+1=2>>2 # \n #### 1,002 ", "weight": 2}
+    assert R1Zero(str(path)).render(row) == {
+        "prompt": "<q {x} >",
+        "response": " 1+1 = 2 # </think> <answer> 1002 </answer>",
+        "ground_truth": "1002",
+        "weight": 2,
     }
-    rendered = R1Zero().render(row)
-    assert rendered["prompt"].endswith("\nUser: She has 1,000 clips and buys 48/2. How many?\nAssistant: <think>")
-    # Commas leave the number, not the thought.
-    assert rendered["response"] == (" 48/2 = 24 clips.\n1,000+24 = 1,024 clips. </think> <answer> 1024 </answer>")
-    assert rendered["ground_truth"] == "1024"
-    assert "weight" not in rendered
-
-
-def test_r1_zero_prompt_ends_inside_the_thought():
-    assert R1_ZERO_PROMPT.endswith("Assistant: <think>")
-    assert R1_ZERO_PROMPT.count("{question}") == 1
-
-
-def test_r1_zero_keeps_a_weight():
-    assert R1Zero().render({"question": "q", "answer": "s\n#### 1", "weight": 2})["weight"] == 2
-
-
-@pytest.mark.parametrize("question", ["{x} {0} {}", "What is {question}?", r"\1 \g<0> {{y}}"])
-def test_braces_in_a_question_mean_nothing(question):
-    assert R1Zero().render_prompt(question) == R1_ZERO_PROMPT.split("{question}")[0] + question + "\nAssistant: <think>"
-
-
-@pytest.mark.parametrize("answer", ["just text", "thought\n####", "thought\n####  \n", "#### 5", " \n#### 5"])
-def test_r1_zero_says_what_an_answer_must_be(answer):
-    with pytest.raises(ValueError, match="field 'answer' must be a worked solution that ends with '#### <number>'"):
-        R1Zero().render({"question": "q", "answer": answer})
-
-
-def test_only_the_last_mark_separates_the_number():
-    row = {"question": "q", "answer": "step #### one\n#### -7.5"}
-    assert R1Zero().render(row)["response"] == " step #### one </think> <answer> -7.5 </answer>"
-
-
-def test_an_own_template_file_and_its_identity(tmp_path):
-    file = tmp_path / "own.txt"
-    file.write_text("Q: {question} {not_a_field}\nA: <think>", encoding="utf-8")
-    own = R1Zero(template_path=str(file))
-    assert own.render_prompt("1+1?") == "Q: 1+1? {not_a_field}\nA: <think>"
-    assert own.identity != R1Zero().identity
-    assert R1Zero().identity == R1Zero().identity
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "is not a file"), (b"no place for it", "has no '{question}' in it"), (b"\xff{question}", "is not UTF-8")],
-)
-def test_a_wrong_template_file_is_named(tmp_path, content, message):
-    file = tmp_path / "own.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        R1Zero(template_path=str(file))
-    assert f"template_path '{file}'" in str(error.value)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("keys", "template"),
-    [
-        ({"prompt", "response"}, Plain),
-        ({"question", "answer", "id"}, R1Zero),
-        ({"prompt", "response", "question", "answer"}, Plain),
-    ],
-)
-def test_keys_choose_the_template(keys, template):
-    assert type(template_for(keys)) is template
-
-
-def test_keys_that_fit_nothing_are_listed_with_the_mapping_to_set():
-    with pytest.raises(UserError) as error:
-        template_for({"output", "instruction"})
-    assert str(error.value).startswith("found the keys ['instruction', 'output'], expected 'prompt' and 'response'")
-    assert "data.columns" in str(error.value)
-
-
-@pytest.mark.parametrize(("name", "template"), [("Plain", Plain), ("R1Zero", R1Zero)])
-def test_a_template_by_name(name, template):
-    assert type(template_named(name)) is template
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="template 'R2' is unknown; choose auto, Plain or R1Zero"):
-        template_named("R2")

@@ -4,39 +4,33 @@ import json
 
 import pytest
 
-from sft_lightning.diagnostics.check.rows import RowAccount, RowSettings
+from sft_lightning.data.settings import DataSettings
+from sft_lightning.diagnostics.check.rows import CheckedSet, RowAccount
 
 
 @pytest.fixture
-def settings_for(tokenizer, tmp_path):
-    """Makes the settings of a set out of its path; keywords override."""
+def checked_set(tokenizer, tmp_path):
+    """Makes a set of a path; keywords override the settings."""
 
-    def make(path, **options):
-        defaults = {
-            "name": "train",
-            "reading": {"template": None, "columns": None, "max_bad_rows": 0},
-            "max_length": 512,
-            "overlength": "drop",
-            "append_eos": True,
-            "cache_dir": str(tmp_path / "cache"),
-        }
-        return RowSettings(path=str(path), tokenizer=tokenizer, **{**defaults, **options})
+    def make(path, name="train", **options):
+        defaults = {"max_length": 512, "cache_dir": str(tmp_path / "cache")}
+        return CheckedSet(name, DataSettings(str(path), **{**defaults, **options}), tokenizer)
 
     return make
 
 
 @pytest.fixture
-def rows_of(settings_for, tmp_path):
-    """Writes (prompt, response[, ground truth]) as rows and returns (rows in use, account, settings)."""
+def rows_of(checked_set, tmp_path):
+    """Writes (prompt, response[, ground truth]) as rows and returns (rows in use, account, set)."""
 
     def read(texts, *, name="train", **options):
         path = tmp_path / f"{name}.jsonl"
         keys = ("prompt", "response", "ground_truth")
         path.write_text("".join(json.dumps(dict(zip(keys, row, strict=False))) + "\n" for row in texts))
-        settings = settings_for(path, name=name, **options)
+        checked = checked_set(path, name, **options)
         account = RowAccount()
-        rows = [row for chunk in account.read(settings, settings.load_tokens()) for row in chunk]
-        return rows, account, settings
+        rows = [row for chunk in account.read(checked, checked.load_tokens()) for row in chunk]
+        return rows, account, checked
 
     return read
 

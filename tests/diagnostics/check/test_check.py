@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from sft_lightning.data.batching.plan import StepShape
-from sft_lightning.data.formats.base import R1_ZERO_PROMPT
+from sft_lightning.data.formats.r1_zero import R1_ZERO_PROMPT
+from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import load_tokenizer
 from sft_lightning.diagnostics.check.check import CheckSettings, check
 from sft_lightning.diagnostics.check.memory_estimate import Device
-from sft_lightning.diagnostics.check.rows import RowSettings
+from sft_lightning.diagnostics.check.rows import CheckedSet
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import R1ZeroGrader
 from sft_lightning.quickstart.arithmetic import write_arithmetic
@@ -35,18 +36,13 @@ def quickstart(tmp_path_factory):
 def settings(quickstart, tmp_path):
     """The settings of a check of the quickstart's files, or of others."""
 
-    def make(train=quickstart / "train.jsonl", val=quickstart / "heldout.jsonl", **options):
+    def make(train=quickstart / "train.jsonl", val=quickstart / "heldout.jsonl", *, max_length=MAX_LENGTH, **options):
         tokenizer = load_tokenizer(str(quickstart / "model"))
         sets = tuple(
-            RowSettings(
-                name=name,
-                path=str(path),
-                tokenizer=tokenizer,
-                reading={"template": None, "columns": None, "max_bad_rows": 0},
-                max_length=MAX_LENGTH,
-                overlength="drop",
-                append_eos=True,
-                cache_dir=str(tmp_path / "cache"),
+            CheckedSet(
+                name,
+                DataSettings(str(path), max_length=max_length, cache_dir=str(tmp_path / "cache")),
+                tokenizer,
             )
             for name, path in (("train", train), ("val", val))
             if path is not None
@@ -105,7 +101,7 @@ def test_nothing_is_found_in_the_clean_set(settings):
     assert report.memory.num_parameters > 100_000
 
 
-def test_every_planted_fault_is_found_with_its_lines_and_no_other(settings, quickstart, tmp_path, lines_of):
+def test_exactly_the_planted_faults_are_found(settings, quickstart, tmp_path, lines_of):
     train, val = plant(quickstart, tmp_path)
     report = check(settings(train, val))
     found = [(finding.name, finding.severity, finding.message.partition(":")[0]) for finding in report.findings]
@@ -133,7 +129,7 @@ def test_every_planted_fault_is_found_with_its_lines_and_no_other(settings, quic
     assert [finding.severity for finding in report.findings][:2] == ["error", "error"]
 
 
-def test_a_set_of_which_nothing_is_left_is_reported(settings, tmp_path):
+def test_a_set_without_usable_rows_is_reported(settings, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("no json\n" * 3)
     with pytest.raises(UserError):
@@ -144,31 +140,30 @@ def test_a_set_of_which_nothing_is_left_is_reported(settings, tmp_path):
     assert (report.exit_code, report.layouts, report.memory) == (1, [], None)
 
 
-def test_the_config_of_a_model_is_enough(settings, quickstart, tmp_path):
+def test_a_model_config_without_weights_is_enough(settings, quickstart, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes((quickstart / "model" / "config.json").read_bytes())
     assert check(settings(model_path=str(tmp_path / "model"), val=None)).memory is not None
 
 
-def test_a_vocabulary_that_does_not_fit_stops_the_check_as_it_stops_fit(settings, quickstart, tmp_path):
+def test_a_too_small_vocabulary_stops_the_check(settings, quickstart, tmp_path):
     config = json.loads((quickstart / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 7, "pad_token_id": None}))
     with pytest.raises(UserError, match=r"embedding of model\.model_path has 7 rows"):
         check(settings(model_path=str(tmp_path)))
 
 
-def test_what_is_being_done_is_told(settings):
+def test_progress_names_each_stage(settings):
     told = []
     check(settings(), told.append)
-    assert told[0] == "tokenising train"
+    assert told[0] == "tokenizing train"
     assert told[-1] == "planning an epoch in each layout"
 
 
 @pytest.mark.slow
 def test_gsm8k_is_clean(settings, gsm8k):
     """Both files as they are published: no row twice, none in both, every solution right by its own number."""
-    given = settings(gsm8k / "train.jsonl", gsm8k / "test.jsonl")
-    report = check(replace(given, sets=tuple(replace(each, max_length=2048) for each in given.sets)))
+    report = check(settings(gsm8k / "train.jsonl", gsm8k / "test.jsonl", max_length=2048))
     assert report.findings == []
     assert [each.account.num_used for each in report.sets] == [7473, 1319]
     assert [each.num_graded for each in report.sets] == [7473, 1319]

@@ -13,7 +13,7 @@ def digests_of(rows_of, texts, name="train"):
     return digests
 
 
-def test_equal_rows_are_named_with_the_first_of_them(rows_of, lines_of):
+def test_equal_rows_are_listed_with_the_first_one(rows_of, lines_of):
     texts = [("a", " 1"), ("b", " 1"), ("a", " 1"), ("a", " 2"), ("a", " 1"), ("A ", " 2"), ("ab", " 1"), ("b", "  1 ")]
     found = {finding.name: finding for finding in check_duplicates(digests_of(rows_of, texts))}
     assert set(found) == {"duplicate_rows", "near_duplicate_rows", "several_responses"}
@@ -25,11 +25,11 @@ def test_equal_rows_are_named_with_the_first_of_them(rows_of, lines_of):
     assert "2 prompts have several responses, 4 rows together" in found["several_responses"].message
 
 
-def test_the_border_of_prompt_and_response_counts(rows_of):
+def test_rows_split_differently_are_not_equal(rows_of):
     assert check_duplicates(digests_of(rows_of, [("ab", "c"), ("a", "bc")])) == []
 
 
-def test_overlap_names_the_lines_of_both_files_and_tells_how_the_responses_stand(rows_of, lines_of):
+def test_overlap_lists_both_lines_and_compares_responses(rows_of, lines_of):
     train = digests_of(rows_of, [("x", " 1"), ("y", " 2"), ("z", " 3")])
     val = digests_of(rows_of, [("w", " 1"), ("Z  ", " 3"), ("x", " 9")], name="val")
     (finding,) = check_overlap(train, val)
@@ -47,7 +47,7 @@ def test_one_validation_row_of_hundreds_is_a_warning(rows_of):
     assert (finding.severity, finding.count) == ("warning", 1)
 
 
-def test_sets_apart_do_not_overlap(rows_of):
+def test_disjoint_sets_do_not_overlap(rows_of):
     train, val = digests_of(rows_of, [("a", " 1")]), digests_of(rows_of, [("b", " 1"), ("0", " 1")], name="val")
     assert check_overlap(train, val) == []
 

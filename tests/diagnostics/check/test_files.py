@@ -3,7 +3,7 @@
 from sft_lightning.diagnostics.check.files import check_files
 
 
-def test_crlf_lines_and_byte_order_marks_are_found_where_they_are(tmp_path):
+def test_crlf_lines_and_byte_order_marks_are_located(tmp_path):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\n{"a": 3}\r\n')
     two.write_bytes(b'{"a": 4}\n')
@@ -21,13 +21,13 @@ def test_crlf_lines_and_byte_order_marks_are_found_where_they_are(tmp_path):
     assert "2 of 4 lines" in ends.message
 
 
-def test_plain_lines_and_a_mark_that_is_not_in_front_are_no_finding(tmp_path):
+def test_plain_lines_and_an_inner_bom_are_no_finding(tmp_path):
     file = tmp_path / "plain.jsonl"
     file.write_bytes(b'{"a": "\\r\\n"}\n{"a": "\xef\xbb\xbf"}\n')
     assert check_files("val", [file]) == []
 
 
-def test_parquet_has_no_lines(tmp_path):
+def test_parquet_files_are_skipped(tmp_path):
     file = tmp_path / "rows.parquet"
     file.write_bytes(b"\r\n")
     assert check_files("train", [file]) == []

@@ -5,7 +5,7 @@ import pytest
 from sft_lightning.diagnostics.check.findings import Finding, Place, by_share
 
 
-def test_a_finding_is_written_with_all_its_places_and_nothing_empty_in_them():
+def test_a_finding_as_dict_has_all_places_without_empty_fields():
     finding = Finding("twice", "warning", "m", "f", 2, [Place("a:1", "a:2"), Place("a:3", reason="why")])
     assert finding.as_dict() == {
         "name": "twice",

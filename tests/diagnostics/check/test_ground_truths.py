@@ -29,12 +29,12 @@ def graded(rows_of, texts, grader=None, *, stops=False):
     return truths, {finding.name: finding for finding in truths.findings(stops_evaluation=stops)}
 
 
-def test_rows_that_are_right_or_have_no_truth_are_no_finding(rows_of):
+def test_correct_and_ungraded_rows_are_no_finding(rows_of):
     truths, found = graded(rows_of, [("a", r1("72"), "72"), ("a", r1("$1,005"), 1005), ("a", "anything")])
     assert (truths.num_graded, found) == (2, {})
 
 
-def test_a_wrong_truth_and_a_lost_tag_are_told_apart(rows_of, lines_of):
+def test_wrong_answers_and_wrong_format_are_separate_findings(rows_of, lines_of):
     texts = [("a", r1("72"), "72"), ("b", r1("72"), "73"), ("c", " so </think> <answer> 4", "4")]
     found = graded(rows_of, texts)[1]
     assert lines_of(found["wrong_answers"]) == [(2,)]
@@ -50,14 +50,14 @@ def test_one_wrong_row_of_hundreds_is_a_warning(rows_of):
     assert "1 of 200 responses fail by their own ground truth (1 wrong)" in found["wrong_answers"].message
 
 
-def test_data_of_another_form_is_one_finding(rows_of):
+def test_data_in_another_format_is_one_finding(rows_of):
     found = graded(rows_of, [("a", "4", "4"), ("a", "5", "6")])[1]
     assert set(found) == {"other_form"}
     assert found["other_form"].severity == "warning"
 
 
 @pytest.mark.parametrize(("stops", "severity"), [(True, "error"), (False, "warning")])
-def test_refused_truths_are_named_and_the_others_graded(rows_of, lines_of, stops, severity):
+def test_rejected_ground_truths_are_listed_and_others_graded(rows_of, lines_of, stops, severity):
     texts = [("a", "yes", "yes")] * 150 + [("a", "yes", "bad")] + [("a", "no", "yes")]
     truths, found = graded(rows_of, texts, Picky(), stops=stops)
     assert lines_of(found["rejected_ground_truths"]) == [(151,)]
@@ -67,12 +67,12 @@ def test_refused_truths_are_named_and_the_others_graded(rows_of, lines_of, stops
     assert truths.num_graded == 151
 
 
-def test_an_empty_truth_is_refused_by_the_r1_zero_grader(rows_of, lines_of):
+def test_r1_zero_grader_rejects_an_empty_ground_truth(rows_of, lines_of):
     found = graded(rows_of, [("a", r1("4"), " "), ("a", r1("4"), "4"), ("a", r1("4"), [])], stops=True)[1]
     assert lines_of(found["rejected_ground_truths"]) == [(1,), (3,)]
 
 
-def test_grading_stops_where_nothing_new_is_learned(rows_of, monkeypatch):
+def test_grading_stops_after_enough_failures(rows_of, monkeypatch):
     monkeypatch.setattr("sft_lightning.diagnostics.check.ground_truths._GRADED_AT_ONCE", 10)
     monkeypatch.setattr("sft_lightning.diagnostics.check.ground_truths._MOST_FAILED", 5)
     rows, *_ = rows_of([("a", "yes", "no")] * 30)

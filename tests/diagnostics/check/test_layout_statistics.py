@@ -23,7 +23,7 @@ def test_rates_are_those_of_the_epoch(rows_of):
     assert packed.positions_per_step == 62
 
 
-def test_what_prompts_share_stands_once(rows_of):
+def test_shared_prompt_tokens_are_computed_once(rows_of):
     layouts = layouts_of(rows_of, [("z" * 30, "y"), ("z" * 30, "x")], StepShape(2, 1, 1))
     # Inputs are 30 shared tokens and one of each response: 62 tokens, 32 of them computed.
     assert layouts["shared_prefix"].sharing_gain == pytest.approx(62 / 32)
@@ -31,7 +31,7 @@ def test_what_prompts_share_stands_once(rows_of):
     assert layouts["packed"].sharing_gain == 1.0
 
 
-def test_the_step_with_the_longest_row_is_looked_at_wherever_it_is(rows_of, monkeypatch):
+def test_the_step_with_the_longest_row_is_measured(rows_of, monkeypatch):
     monkeypatch.setattr("sft_lightning.diagnostics.check.layout_statistics._NUM_STEPS", 1)
     texts = [("z" * 10, "y")] * 50 + [("z" * 99, "y")]
     layouts = layouts_of(rows_of, texts, StepShape(1, 1, 1))

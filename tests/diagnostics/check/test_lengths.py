@@ -5,7 +5,7 @@ import numpy as np
 from sft_lightning.diagnostics.check.lengths import Bar, LengthSummary, histogram
 
 
-def test_percentiles_are_lengths_that_are_there():
+def test_percentiles_are_actual_lengths():
     summary = LengthSummary.of(np.arange(1, 101))
     assert summary.as_dict() == {"min": 1, "mean": 50.5, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 
@@ -18,7 +18,7 @@ def test_bars_are_round_and_end_at_max_length():
     assert len(bars) == 12
 
 
-def test_rows_over_max_length_are_one_bar_however_long():
+def test_rows_over_max_length_are_one_bar():
     bars = histogram(np.array([7, 8]), np.array([29, 9000]), max_length=28)
     assert bars == [Bar(7, 7, 1, False), Bar(8, 8, 1, False), Bar(29, 9000, 2, True)]
 

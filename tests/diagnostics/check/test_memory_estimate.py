@@ -69,7 +69,7 @@ def kept_bytes(model, layout, precision):
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_activations_are_what_autograd_keeps(folder, layout, precision):
+def test_activation_bytes_equal_what_autograd_saves(folder, layout, precision):
     model = load_model(folder, init="random", dtype=DTYPES[precision])
     measured, num_positions = kept_bytes(model, layout, precision)
     shape = ModelShape.of(empty_model(folder))
@@ -78,7 +78,7 @@ def test_activations_are_what_autograd_keeps(folder, layout, precision):
     assert num_positions * (shape.num_layers * layer + last_norm) == pytest.approx(measured, rel=0.2)
 
 
-def test_the_shape_of_an_empty_model_is_that_of_the_loaded_one(folder):
+def test_shape_of_an_empty_model_equals_the_loaded_one(folder):
     model = load_model(folder, init="random")
     empty, loaded = ModelShape.of(empty_model(folder)), ModelShape.of(model)
     assert empty == loaded
@@ -113,7 +113,7 @@ def estimate(precision, *, device=CPU, checkpointing=False, packed=False, entrop
     )
 
 
-def test_float32_by_hand():
+def test_float32_estimate_equals_the_sum_by_hand():
     # A layer: 8 * 8 for the norms, 4 * (2 * 4 + 4 * 10) for inputs and feed-forward, 4 * 12 for attention: 304.
     # A position: 3 * 304 + 8 * 4 + 3 * 4 * 10 = 1064. Loss: 7 * 50 * 8 + 4 * 50 * 4 + 7 * 4 * 8 = 2800 + 800 + 224.
     assert estimate("32-true").parts == {
@@ -126,14 +126,14 @@ def test_float32_by_hand():
     }
 
 
-def test_autocast_by_hand():
+def test_autocast_estimate_equals_the_sum_by_hand():
     # A layer: 8 * 8 + 2 * (5 * 4 + 40) + 2 * 12 = 208. A position: 3 * 208 + 32 + 3 * 2 * 10 = 716.
     # Loss: 7 * 50 * (8 + 2) + (4 + 2) * 50 * 4 + 7 * 4 * 6 = 3500 + 1200 + 168.
     parts = estimate("bf16-mixed").parts
     assert (parts["16-bit copies"], parts["activations"], parts["loss"]) == (1600, 71600, 4868)
 
 
-def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer():
+def test_checkpointing_keeps_layer_inputs_and_one_layer():
     # 3 * 4 * 4 + 304 + 32 + 120 = 504 bytes a position.
     assert estimate("32-true", checkpointing=True).parts["activations"] == 50400
 
@@ -142,7 +142,7 @@ def test_pure_16_bit_halves_the_state():
     assert estimate("bf16-true").state_bytes * 2 == estimate("32-true").state_bytes == 16000
 
 
-def test_as_many_positions_fit_as_leave_a_tenth_free():
+def test_fitting_positions_leave_a_tenth_free():
     # Beside activations there are 19,824 bytes; 0.9 * 126,224 - 19,824 = 93,777 are 88 positions of 1,064 bytes.
     found = estimate("32-true", device=Device("d", 126_224, is_cuda=False, is_known=True))
     assert (found.total_bytes, found.num_fitting_positions) == (126_224, 88)
@@ -152,20 +152,20 @@ def test_as_many_positions_fit_as_leave_a_tenth_free():
     ("memory_bytes", "is_known", "severities"),
     [(2**20, True, []), (126_224, True, ["warning"]), (10_000, True, ["error"]), (10_000, False, ["warning"])],
 )
-def test_a_device_that_cannot_hold_the_model_is_an_error_if_it_is_the_runs(memory_bytes, is_known, severities):
+def test_a_model_too_large_for_a_known_device_is_an_error(memory_bytes, is_known, severities):
     device = Device("some device", memory_bytes, is_cuda=True, is_known=is_known)
     found = check_memory(estimate("32-true", device=device))
     assert [finding.severity for finding in found] == severities
 
 
-def test_rows_longer_than_the_models_positions_are_a_warning():
+def test_rows_over_the_position_limit_are_a_warning():
     assert check_positions(shape_by_hand(), 64) == []
     (finding,) = check_positions(shape_by_hand(), 65)
     assert (finding.name, finding.severity) == ("positions", "warning")
     assert check_positions(shape_by_hand(max_positions=None), 10**6) == []
 
 
-def test_a_model_of_other_names_has_no_estimate():
+def test_an_unknown_architecture_has_no_estimate():
     class Odd(torch.nn.Module):
         class config:  # noqa: N801
             @staticmethod
@@ -186,5 +186,5 @@ def test_precisions_by_name(name, expected):
     assert Precision.named(name) == Precision(*expected)
 
 
-def test_bytes_in_words():
+def test_bytes_are_shown_in_gib_or_mib():
     assert (in_gib(3 * 2**29), in_gib(5 * 2**20)) == ("1.5 GiB", "5 MiB")

@@ -19,8 +19,8 @@ def report_of(rows_of, tokenizer):
     """A report of one set with the findings that are given."""
 
     def make(*findings, texts=(("2+2?\n", " 4"), ("\x1b[2J\t?", " a b")), **options):
-        _, account, settings = rows_of(texts, **options)
-        store = settings.load_tokens()
+        _, account, checked = rows_of(texts, **options)
+        store, settings = checked.load_tokens(), checked.settings
         report = SetReport("train", settings.path, settings.max_length, account, num_eos_supervised=2)
         report.lengths = {"row": LengthSummary.of(store.total_lengths)}
         report.histogram = histogram(store.total_lengths, store.total_lengths[:0], settings.max_length)
@@ -38,7 +38,7 @@ def shown(report, width=80, *, encoding="utf-8", color=False):
         return raw.getvalue().decode(encoding)
 
 
-def test_white_space_and_token_borders_are_visible_without_colour(report_of):
+def test_white_space_and_token_borders_are_visible_without_color(report_of):
     text = shown(report_of())
     assert "prompt    2\u2502+\u25022\u2502?\u2502\u23ce" in text
     assert "response  \u00b74\u2502" in text
@@ -47,7 +47,7 @@ def test_white_space_and_token_borders_are_visible_without_colour(report_of):
     assert "\\x1b\u2502[\u25022\u2502J\u2502\u21e5\u2502?" in text
 
 
-def test_prompt_response_and_eos_differ_in_colour(report_of):
+def test_prompt_response_and_eos_differ_in_color(report_of):
     text = shown(report_of(), color=True)
     assert re.search(r"\x1b\[36m2", text)
     assert re.search(r"\x1b\[32m\u00b7", text)
@@ -55,17 +55,17 @@ def test_prompt_response_and_eos_differ_in_colour(report_of):
     assert "\x1b[2J" not in text, "what stands in the data must not steer the terminal"
 
 
-def test_a_terminal_that_knows_ascii_only_gets_ascii(report_of):
+def test_an_ascii_terminal_gets_ascii(report_of):
     text = shown(report_of(texts=[("caf\u00e9 1", " 4"), ("b", " c")]), encoding="ascii")
     assert "response  _4|" in text
     assert "caf" not in text or "\\xe9" in text
 
 
-def test_a_row_without_eos_says_so(report_of):
+def test_a_row_without_eos_is_marked(report_of):
     assert "none: the model does not learn to stop here" in shown(report_of(append_eos=False))
 
 
-def test_a_long_common_beginning_is_shown_once(report_of):
+def test_a_long_common_prefix_is_shown_once(report_of):
     beginning = "z" * 90
     text = shown(report_of(texts=[(f"{beginning}one", " 1"), (f"{beginning}two", " 2")]), width=400)
     assert text.count("z\u2502z\u2502z") == 30
@@ -78,7 +78,7 @@ def test_no_line_is_wider_than_the_terminal(report_of, width):
     assert max(map(len, shown(report_of(finding), width).splitlines())) <= width
 
 
-def test_places_are_short_and_the_rest_is_counted(report_of):
+def test_few_places_are_shown_and_the_rest_counted(report_of):
     places = [Place(f"a.jsonl:{line}", f"a.jsonl:{line - 1}") for line in range(2, 12)]
     text = shown(report_of(Finding("duplicate_rows", "warning", "train: twice", "delete", 10, places)), 120)
     assert "a.jsonl:2 = 1, 3 = 2, 4 = 3, 5 = 4, 6 = 5 and 5 more (all with --json)" in text

@@ -15,7 +15,7 @@ def store_of(rows_of):
     return make
 
 
-def test_the_same_five_rows_are_drawn_for_the_same_seed(store_of, tokenizer):
+def test_the_same_seed_draws_the_same_five_rows(store_of, tokenizer):
     store = store_of([(f"row {number}", " 1") for number in range(40)])
     drawn = draw_samples(store, tokenizer, seed=1)
     lines = [int(sample.source.rpartition(":")[2]) for sample in drawn]
@@ -25,7 +25,7 @@ def test_the_same_five_rows_are_drawn_for_the_same_seed(store_of, tokenizer):
     assert drawn != draw_samples(store, tokenizer, seed=2)
 
 
-def test_pieces_are_the_tokens_and_together_the_text(store_of, tokenizer):
+def test_pieces_are_tokens_and_concatenate_to_the_text(store_of, tokenizer):
     (sample,) = draw_samples(store_of([("the quick\n", " fox 12")]), tokenizer, seed=0)
     assert sample.prompt.head == ["the", " qu", "ick", "\n"]
     assert sample.response.head == [" fo", "x", " 1", "2"]
@@ -33,20 +33,20 @@ def test_pieces_are_the_tokens_and_together_the_text(store_of, tokenizer):
     assert (sample.num_prompt_tokens, sample.num_response_tokens) == (4, 5)
 
 
-def test_bytes_of_one_character_stand_together(store_of, tokenizer):
+def test_tokens_of_one_character_are_one_piece(store_of, tokenizer):
     (sample,) = draw_samples(store_of([("a\U0001f600b", " \u4e2d")]), tokenizer, seed=0)
     assert sample.prompt.head == ["a", "\U0001f600", "b"]
     assert "".join(sample.response.head) == " \u4e2d"
     assert sample.num_prompt_tokens == 6
 
 
-def test_the_middle_of_a_long_text_is_left_out_and_counted(store_of, tokenizer):
+def test_the_middle_of_a_long_text_is_counted_not_shown(store_of, tokenizer):
     (sample,) = draw_samples(store_of([("z" * 200, " 1")]), tokenizer, seed=0)
     assert (len(sample.prompt.head), sample.prompt.num_left_out, len(sample.prompt.tail)) == (60, 80, 60)
     assert "".join(sample.prompt.tail) == "z" * 60
 
 
-def test_without_eos_there_is_none(store_of, tokenizer):
+def test_a_row_without_eos_has_none(store_of, tokenizer):
     (sample,) = draw_samples(store_of([("a", " b")], append_eos=False), tokenizer, seed=0)
     assert sample.eos is None
     assert "".join(sample.response.head) == " b"

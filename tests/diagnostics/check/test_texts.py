@@ -10,7 +10,7 @@ def findings_of(rows_of, texts):
     return {finding.name: finding for finding in looked.findings(account.sources)}
 
 
-def test_characters_that_do_not_belong_are_found_in_their_field(rows_of, lines_of):
+def test_unwanted_characters_are_found_with_their_field(rows_of, lines_of):
     found = findings_of(
         rows_of,
         [("a", " b"), ("a\r\n", " b"), ("a", " \ufffd"), ("\x1b[2J", " \x07"), ("\ufeffa", " b"), ("\ta\n", " b")],
@@ -24,7 +24,7 @@ def test_characters_that_do_not_belong_are_found_in_their_field(rows_of, lines_o
     assert found["replacement_characters"].places[0].reason == "response"
 
 
-def test_a_border_unlike_the_others_is_found(rows_of, lines_of):
+def test_unusual_white_space_between_prompt_and_response_is_found(rows_of, lines_of):
     texts = [("a:", " b")] * 10 + [("a: ", "b"), ("a:", "b")] + [("a:", " b")] * 10
     found = findings_of(rows_of, texts)
     assert lines_of(found["odd_borders"]) == [(11,), (12,)]
@@ -32,9 +32,9 @@ def test_a_border_unlike_the_others_is_found(rows_of, lines_of):
     assert found["odd_borders"].severity == "info"
 
 
-def test_borders_of_many_kinds_are_a_style_of_their_own(rows_of):
+def test_mixed_white_space_between_prompt_and_response_is_no_finding(rows_of):
     assert findings_of(rows_of, [("a:", " b"), ("a: ", "b"), ("a:", "b")] * 3) == {}
 
 
-def test_accents_and_other_scripts_are_fine(rows_of):
+def test_accents_and_other_scripts_are_no_finding(rows_of):
     assert findings_of(rows_of, [("na\u00efve \u00a0 \u4e2d\u6587 \U0001f600", " \u2013 \u221a2")]) == {}

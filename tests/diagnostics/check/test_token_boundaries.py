@@ -7,7 +7,7 @@ import pytest
 from tokenizers import processors
 
 from sft_lightning.data.batch import Example
-from sft_lightning.data.records import Record
+from sft_lightning.data.formats.base import Record
 from sft_lightning.diagnostics.check.rows import Row
 from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
 
@@ -61,7 +61,7 @@ def test_eos_in_the_prompt_is_no_fault(tokenizer):
     assert look(tokenizer, [row([eos, 6], [7, eos])])[1] == {}
 
 
-def test_two_bos_are_found_in_front_and_before_the_response(bos_tokenizer, lines_of):
+def test_a_second_bos_is_found_at_either_place(bos_tokenizer, lines_of):
     bos, eos = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id
     rows = [row([bos, 5], [7, eos]), row([bos, bos, 5], [7, eos], line=2), row([bos, 5], [bos, 7, eos], line=3)]
     found = look(bos_tokenizer, rows)[1]
@@ -82,7 +82,7 @@ def test_texts_that_would_merge_are_counted_with_an_example(rows_of, tokenizer, 
     assert "e.g. ' ' + 'fo' into ' fo';" in found["merging_border"].message
 
 
-def test_when_most_rows_merge_it_is_the_template(rows_of, tokenizer):
+def test_merges_in_most_rows_are_a_warning(rows_of, tokenizer):
     rows, *_ = rows_of([("the quick ", "fox")] * 2 + [("the quick", " fox")])
     found = look(tokenizer, rows)[1]["merging_border"]
     assert (found.severity, found.count) == ("warning", 2)

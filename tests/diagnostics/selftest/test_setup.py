@@ -22,7 +22,7 @@ def test_few_rows_are_full_steps_and_a_short_one(make_setup):
     data = trial.few_rows(layout="packed", batch_size=1)
     assert len(data.training_tokens) == 8 + 8 + 2
     assert (data.layout, data.batch_size, trial.data.layout, trial.data.batch_size) == ("packed", 1, "auto", 4)
-    assert data.paths["val"] is None
+    assert list(data.sets) == ["train"]
     assert len(trial.few_rows().training_tokens) == 18  # read once
 
 

@@ -26,7 +26,7 @@ class Recorder:
         return [Answer(tokens=[index]) for index in batch]
 
 
-def test_batches_keep_to_the_budget_longest_first_and_answers_come_in_order():
+def test_batches_keep_the_budget_and_answers_their_order():
     recorder = Recorder()
     prompts = [[1] * length for length in (2, 4, 30, 1, 5)]
     answers = answers_of(prompts, recorder)
@@ -49,19 +49,19 @@ def test_equal_prompts_stand_together():
         MemoryError(),
     ],
 )
-def test_batches_get_smaller_where_memory_does_not_suffice_and_stay_so(error, caplog):
+def test_batches_stay_smaller_after_running_out_of_memory(error, caplog):
     recorder = Recorder(capacity=3, error=error)
     with caplog.at_level(logging.WARNING):
         answers = answers_of([[1]] * 10, recorder, batch_tokens=10**6)
     assert [len(batch) for batch in recorder.batches] == [10, 5, 2, 2, 2, 2, 2]
     assert [answer.tokens for answer in answers] == [[index] for index in range(10)]
     assert [record.message for record in caplog.records] == [
-        "out of memory with 10 rows: going on with batches of 5 at the most",
-        "out of memory with 5 rows: going on with batches of 2 at the most",
+        "out of memory with 10 rows: continuing with batches of at most 5",
+        "out of memory with 5 rows: continuing with batches of at most 2",
     ]
 
 
-def test_the_memory_of_the_failed_try_is_free_before_the_next():
+def test_memory_of_a_failed_batch_is_freed():
     alive = []
 
     class Large:
@@ -81,7 +81,7 @@ def test_the_memory_of_the_failed_try_is_free_before_the_next():
     assert len(answers_of([[1], [2]], answer)) == 2
 
 
-def test_what_cannot_be_tried_with_fewer_rows_is_raised():
+def test_out_of_memory_of_one_row_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
         answers_of([[1], [2]], Recorder(capacity=0))
     with pytest.raises(torch.OutOfMemoryError):

@@ -121,7 +121,7 @@ def test_the_failure_of_one_process_ends_the_other(tmp_path, model_folder, promp
     assert results[1].startswith("RuntimeError: another process failed")
 
 
-def test_a_model_that_is_not_sharded_is_called_as_ever(model_folder):
+def test_an_unsharded_model_runs_unchanged(model_folder):
     model = load_model(model_folder)
     assert not is_sharded(model)
     hooks = len(model._forward_pre_hooks)

@@ -19,13 +19,13 @@ def update(cache, *rows):
 
 
 def batch_of(*rows):
-    """Returns a cache of rows of equal length, with room."""
+    """Returns a cache of rows of equal length, with spare slots."""
     part = KVCache(2)
     update(part, *rows)
     return KVCache.of_parts([part], 0)
 
 
-def test_without_room_a_cache_is_as_long_as_its_tokens():
+def test_without_spare_slots_a_cache_fits_its_tokens():
     cache = KVCache(2)
     assert cache.get_seq_length() == 0
     assert cache.get_mask_sizes(2, 0) == (2, 0)
@@ -34,7 +34,7 @@ def test_without_room_a_cache_is_as_long_as_its_tokens():
     assert update(cache, [5], [6]) == [[1, 2, 5], [3, 4, 6]]
 
 
-def test_rows_grow_in_place_and_past_their_room():
+def test_rows_grow_in_place_and_past_their_spare_slots():
     cache = batch_of([1, 2], [3, 4])
     expected = [[1, 2], [3, 4]]
     places = set()
@@ -51,7 +51,7 @@ def test_rows_grow_in_place_and_past_their_room():
     assert len(places) == 3  # after 16 tokens, and after 17 more
 
 
-def test_all_rows_begin_with_the_prefix_which_stays_as_it_is():
+def test_all_rows_share_the_unchanged_prefix():
     prefix = KVCache(2)
     update(prefix, [7, 8])
     first, second = KVCache(2, prefix), KVCache(2, prefix)
@@ -64,7 +64,7 @@ def test_rows_take_the_places_of_those_that_left():
     cache = batch_of([1], [2], [3], [4], [5])
     cache.move_rows(torch.tensor([3, 4]), torch.tensor([0, 2]))
     assert [row[:2] for row in update(cache, [14], [12], [15])] == [[4, 14], [2, 12], [5, 15]]
-    for step in range(40):  # past the room, where only three rows are copied
+    for step in range(40):  # past the spare slots, where only three rows are copied
         kept = update(cache, [step], [step], [step])
         assert [row[:3] for row in kept] == [[4, 14, 0], [2, 12, 0], [5, 15, 0]]
 

@@ -97,7 +97,7 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize("name", LOOP)
-def test_families_of_full_attention_answer_as_by_transformers_generate(name, tokenizer):
+def test_families_of_full_attention_match_transformers_generate(name, tokenizer):
     model = make(*LOOP[name])
     assert can_decode(model)
     expected = [by_transformers(model, prompt) for prompt in PROMPTS]
@@ -112,7 +112,7 @@ def test_other_families_are_left_to_transformers_generate(name):
     assert not can_decode(make(*GENERATE[name]))
 
 
-def test_a_model_that_does_not_fill_the_cache_is_left_to_transformers_generate(monkeypatch):
+def test_a_model_without_our_cache_uses_transformers_generate(monkeypatch):
     class Forgetful(Qwen2ForCausalLM):
         def forward(
             self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
@@ -138,7 +138,7 @@ def test_both_ways_give_the_same_answers(choice, tokenizer):
         assert answer.mean_entropy == pytest.approx(other.mean_entropy, rel=1e-4)
 
 
-def test_the_common_prefix_is_computed_once_and_equal_prompts_are(tokenizer):
+def test_common_prefix_and_equal_prompts_run_once(tokenizer):
     model = make(*LOOP["Qwen2"])
     shapes = shapes_of(model)
     prompts = [*PROMPTS, PROMPTS[0], PROMPTS[4]]

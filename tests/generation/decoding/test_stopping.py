@@ -44,7 +44,7 @@ def plain_end(tokenizer, tokens, stop_strings):
 
 @pytest.mark.parametrize("stop_strings", [("ab>",), ("\u00e9>",), ("> ", "ba"), ("<\u00e9",), ("a b",), (">",)])
 @pytest.mark.parametrize("name", ["tokenizer", "spaced_tokenizer"])
-def test_a_stop_string_counts_as_soon_as_the_text_holds_it(name, stop_strings, request):
+def test_a_stop_string_ends_as_soon_as_it_is_complete(name, stop_strings, request):
     tokenizer = request.getfixturevalue(name)
     generator = random.Random(0)
     pieces = ["a", "b", "<", ">", " ", " a", "b>", "\u00e9", "<\u00e9", "ab"]

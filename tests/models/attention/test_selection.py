@@ -1,17 +1,18 @@
-"""Which attention a model gets, and that each registered one does what it is registered for."""
+"""Which attention a model gets, and why."""
 
 import copy
 import logging
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig
 
-from sft_lightning.data.batch import Segments, Span
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.segments import attend
+from sft_lightning.models.attention import selection
+from sft_lightning.models.attention.kernels import try_kernel
 from sft_lightning.models.attention.selection import choose_attention, needs_half_precision
 
 SHAPE = {
@@ -27,18 +28,19 @@ SHAPE = {
 }
 LLAMA = LlamaConfig(**SHAPE)
 SOFT_CAPPED = Gemma2Config(**SHAPE, head_dim=8, attn_logit_softcapping=5.0, sliding_window=6)
-SPANS = [Span(0, 6, -1), Span(6, 10, 0), Span(10, 15, 0)]
-PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+PACKAGED = ("flash_attention_2", "flash_attention_3")
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A GPU as torch would describe it; packages are installed by adding their module's name."""
-    gpu = SimpleNamespace(packages=set(), capability=(9, 0))
-    found = "importlib.util.find_spec"
-    monkeypatch.setattr(found, lambda name, package=None: name if name in gpu.packages else None)
+def gpu(monkeypatch, install, uninstall):
+    """A GPU as torch would describe it, without flash-attn; trials run on the CPU, with stand-ins for the kernels."""
+    gpu = SimpleNamespace(capability=(9, 0))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu.capability)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(selection, "try_kernel", partial(try_kernel, device="cpu"))
+    install("varlen")
+    for kernel in PACKAGED:
+        uninstall(kernel)
     return gpu
 
 
@@ -68,16 +70,14 @@ def test_a_missing_package_names_the_install_command(gpu, choice, command, devic
 
 
 @pytest.mark.parametrize("choice", ["flash_attention_2", "flash_attention_3", "varlen"])
-def test_a_kernel_that_cannot_run_here_is_refused(gpu, choice):
-    gpu.packages = set(PACKAGES.values())
-    assert "it needs a CUDA device" in message_of(choice, "cpu")
-    gpu.packages = set()
-    if choice in PACKAGES:
+def test_a_kernel_that_cannot_run_here_is_refused(gpu, install, choice):
+    if choice in PACKAGED:
         # Installing it would not help here, and nobody should find that out afterwards.
         assert "it needs 16-bit precision such as trainer.precision bf16-mixed, and the package" in message_of(
             choice, half_precision=False
         )
-    gpu.packages = set(PACKAGES.values())
+    install(choice)
+    assert "it needs a CUDA device" in message_of(choice, "cpu")
     assert "it needs 16-bit precision" in message_of(choice, half_precision=False)
     wide = LlamaConfig(**{**SHAPE, "head_dim": 512})
     assert "heads have 512 dimensions" in message_of(choice, config=wide)
@@ -85,8 +85,9 @@ def test_a_kernel_that_cannot_run_here_is_refused(gpu, choice):
     assert "it does not run on a GPU" in message_of(choice)
 
 
-def test_what_a_kernel_does_not_have_is_refused_by_name(gpu):
-    gpu.packages = set(PACKAGES.values())
+def test_what_a_kernel_lacks_is_refused_by_name(gpu, install):
+    for kernel in PACKAGED:
+        install(kernel)
     assert "it has no soft-capping" in message_of("varlen", config=SOFT_CAPPED)
     dropping = LlamaConfig(**SHAPE, attention_dropout=0.1)
     assert "it has no dropout" in message_of("varlen", config=dropping)
@@ -96,29 +97,35 @@ def test_what_a_kernel_does_not_have_is_refused_by_name(gpu):
 
 
 @pytest.mark.parametrize(
-    ("packages", "capability", "half_precision", "taken", "name", "reason"),
+    ("installed", "capability", "half_precision", "taken", "name", "reason"),
     [
-        ({"flash_attn", "flash_attn_interface"}, (9, 0), True, "flash_attention_3", "sft_fa3", "the best that runs"),
-        ({"flash_attn", "flash_attn_interface"}, (10, 0), True, "flash_attention_2", "sft_fa2", "the best that runs"),
-        ({"flash_attn", "flash_attn_interface"}, (8, 0), True, "flash_attention_2", "sft_fa2", "the best that runs"),
-        (set(), (8, 0), True, "varlen", "sft_varlen", "the best that runs here"),
-        (
-            set(),
-            (7, 5),
-            True,
-            "sdpa",
-            "sft_segments",
-            "no FlashAttention: it does not run on a GPU, and the package flash-attn",
-        ),
-        ({"flash_attn"}, (9, 0), False, "sdpa", "sft_segments", "no FlashAttention: it needs 16-bit precision"),
+        (PACKAGED, (9, 0), True, "flash_attention_3", "sft_fa3", "the best that runs"),
+        (PACKAGED, (10, 0), True, "flash_attention_2", "sft_fa2", "the best that runs"),
+        (PACKAGED, (8, 0), True, "flash_attention_2", "sft_fa2", "the best that runs"),
+        ((), (8, 0), True, "varlen", "sft_varlen", "the best that runs here)"),
+        ((), (7, 5), True, "sdpa", "sft_segments", "no FlashAttention: it does not run on a GPU)"),
+        (PACKAGED, (9, 0), False, "sdpa", "sft_segments", "no FlashAttention: it needs 16-bit precision"),
     ],
 )
-def test_auto_takes_the_best_and_says_why(gpu, caplog, packages, capability, half_precision, taken, name, reason):
-    gpu.packages, gpu.capability = packages, capability
+def test_auto_takes_the_best_and_says_why(
+    gpu, install, caplog, installed, capability, half_precision, taken, name, reason
+):
+    gpu.capability = capability
+    for kernel in installed:
+        install(kernel)
     caplog.set_level(logging.INFO, "sft_lightning.models.attention.selection")
     assert choose("auto", half_precision=half_precision) == name
     (message,) = caplog.messages
     assert message.startswith(f"attention: {taken} ({reason}")
+
+
+def test_auto_names_the_package_that_a_soft_capped_model_needs(gpu, caplog):
+    caplog.set_level(logging.INFO, "sft_lightning.models.attention.selection")
+    assert choose("auto", config=SOFT_CAPPED) == "sft_segments_eager"
+    (message,) = caplog.messages
+    assert message.startswith(
+        "attention: eager (no FlashAttention: the package flash-attn is not installed: pip install"
+    )
 
 
 def test_auto_without_a_gpu(caplog):
@@ -137,149 +144,72 @@ def test_a_model_that_looks_its_attention_up_nowhere_keeps_its_own():
     assert choose("auto", "cpu", config=MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1)) == "eager"
 
 
-def make_model(config, attention):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("config", "registered", "own"),
-    [(LLAMA, "sft_segments", "sdpa"), (LLAMA, "sft_fa2", "sdpa"), (SOFT_CAPPED, "sft_segments_eager", "eager")],
-)
-def test_without_segments_it_is_transformers_own_attention(config, registered, own):
-    ids = torch.arange(24).view(2, 12)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    outputs = []
-    for attention in (registered, own):
-        model = make_model(config, attention).eval()
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        answers = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        outputs.append((logits, answers))
-        assert "sft_" not in model.config.to_json_string(use_diff=False)
-    (logits, answers), (own_logits, own_answers) = outputs
-    assert torch.equal(logits, own_logits)
-    assert torch.equal(answers, own_answers)
-
-
 def test_which_attention_needs_half_precision():
-    assert needs_half_precision(make_model(LLAMA, "sft_fa2"))
-    assert needs_half_precision(make_model(SOFT_CAPPED, "sft_varlen_eager"))
-    assert not needs_half_precision(make_model(LLAMA, "sft_segments"))
-    assert not needs_half_precision(make_model(LLAMA, "sdpa"))
+    def model(config, attention):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+
+    assert needs_half_precision(model(LLAMA, "sft_fa2"))
+    assert needs_half_precision(model(SOFT_CAPPED, "sft_varlen_eager"))
+    assert not needs_half_precision(model(LLAMA, "sft_segments"))
+    assert not needs_half_precision(model(LLAMA, "sdpa"))
 
 
-def forward(config, attention):
-    model = make_model(config, attention)
-    positions = torch.tensor([[*range(6), *range(6, 10), *range(6, 11)]])
-    mask, segments = torch.zeros(1, 1, 1, 1), Segments.from_spans(SPANS)
-    ids = torch.arange(15)[None]
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, segments=segments, use_cache=False).logits
+def test_varlen_of_torch_2_11_is_taken(gpu, install):
+    """It has no argument ``enable_gqa`` and takes grouped heads all the same."""
+    install("varlen of torch 2.11")
+    assert choose("varlen") == "sft_varlen"
+    assert choose("auto") == "sft_varlen"
 
 
-def as_a_kernel_would(query, key, value, query_offsets, key_offsets, max_queries, max_keys, **options):
-    """What the varlen kernels of FlashAttention compute, from the same arguments: bottom-right causal, [T, H, E]."""
-    assert query_offsets.dtype == key_offsets.dtype == torch.int32
-    scale = options.get("softmax_scale", options.get("scale"))
-    left, right = options["window_size"]
-    assert right == 0
-    assert options.get("causal", True)
-    outputs = []
-    for segment in range(len(query_offsets) - 1):
-        rows = slice(*query_offsets[segment : segment + 2].tolist())
-        columns = slice(*key_offsets[segment : segment + 2].tolist())
-        q, k, v = query[rows].transpose(0, 1), key[columns].transpose(0, 1), value[columns].transpose(0, 1)
-        assert q.shape[1] <= max_queries
-        assert k.shape[1] <= max_keys
-        k, v = (heads.repeat_interleave(q.shape[0] // k.shape[0], 0) for heads in (k, v))
-        scores = q @ k.transpose(1, 2) * scale
-        if options.get("softcap"):
-            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-        distance = torch.arange(k.shape[1]) - torch.arange(k.shape[1])[-q.shape[1] :, None]
-        hidden = (distance > 0) | ((distance < -left) if left >= 0 else torch.zeros_like(distance, dtype=torch.bool))
-        outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)
+def test_a_kernel_that_fails_its_trial_is_refused(gpu, install, caplog):
+    def varlen_attn(query, key, value, *args, **options):
+        raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
 
-
-@pytest.mark.parametrize(
-    ("module_name", "function", "kernel"),
-    [
-        ("flash_attn", "flash_attn_varlen_func", "fa2"),
-        ("flash_attn_interface", "flash_attn_varlen_func", "fa3"),
-        ("torch.nn.attention.varlen", "varlen_attn", "varlen"),
-    ],
-)
-@pytest.mark.parametrize("config", [LLAMA, SOFT_CAPPED], ids=["plain", "soft-capped, windowed"])
-def test_kernels_are_called_for_what_the_segment_loop_computes(monkeypatch, module_name, function, kernel, config):
-    """The kernels themselves run on GPUs only; their arguments are interpreted here by their documented meaning."""
-    if kernel == "varlen" and config is SOFT_CAPPED:
-        pytest.skip("torch's varlen attention has no soft-capping; choose_attention refuses it")
-    module = ModuleType(module_name)
-    setattr(module, function, as_a_kernel_would)
-    monkeypatch.setitem(sys.modules, module_name, module)
-    suffix = "" if config is LLAMA else "_eager"
-    expected = forward(config, f"sft_segments{suffix}")
-    torch.testing.assert_close(forward(config, f"sft_{kernel}{suffix}"), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("name", "text"), [("s_aux", "attention sinks"), ("position_bias", "a position bias")])
-def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
-    from transformers import AttentionInterface
-
-    function = AttentionInterface()["sft_segments"]
-    heads = torch.zeros(1, 2, 15, 4)
-    with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
-        function(
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: torch.ones(2)}
-        )
-
-
-@pytest.mark.parametrize(
-    ("kernel", "name", "text"),
-    [("varlen", "softcap", "soft-capping"), ("varlen", "dropout", "dropout"), ("fa3", "dropout", "dropout")],
-)
-def test_what_a_kernel_does_not_have_is_refused_in_the_call_too(kernel, name, text):
-    """Where a model's config has it under a name that choose_attention does not know."""
-    from transformers import AttentionInterface
-
-    heads = torch.zeros(1, 2, 15, 4)
-    with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
-        AttentionInterface()[f"sft_{kernel}"](
-            torch.nn.Module(), heads, heads, heads, None, segments=Segments.from_spans(SPANS), **{name: 0.5}
-        )
-
-
-def test_a_varlen_attention_without_grouped_heads_is_too_old(gpu, monkeypatch):
-    def as_it_came(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        raise AssertionError("called")
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_it_came)
-    assert "takes no grouped heads" in message_of("varlen")
+    install("varlen", varlen_attn)
+    failure = "it fails in a trial (RuntimeError: CUDA error: no kernel image is available for execution on the device)"
+    assert failure in message_of("varlen")
+    caplog.set_level(logging.INFO, "sft_lightning.models.attention.selection")
     assert choose("auto") == "sft_segments"
+    assert caplog.messages == [f"attention: sdpa (no FlashAttention: varlen: {failure})"]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["fa3", "fa2", "varlen"])
-@pytest.mark.parametrize("window_tokens", [None, 40])
-def test_kernels_equal_the_segment_loop_on_a_gpu(kernel, window_tokens):
-    from transformers import AttentionInterface
-
-    package = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}.get(kernel)
-    if package:
-        pytest.importorskip(package)
-    spans = [Span(0, 64, -1), Span(64, 130, 0), Span(130, 200, 0), Span(200, 333, -1)]
-    segments = Segments.from_spans(spans).to(torch.device("cuda"))
-    torch.manual_seed(0)
-    shapes = [(8, 64), (2, 64), (2, 64)]
-    tensors = [torch.randn(1, h, 333, e, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h, e in shapes]
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    module = torch.nn.Module()
-    got, _ = AttentionInterface()[f"sft_{kernel}"](
-        module, *tensors, None, segments=segments, scaling=0.125, sliding_window=window_tokens
+def test_another_package_named_flash_attn_is_not_flash_attention_2(gpu, install, caplog):
+    """The namespace folder of flash-attn-4 is importable as flash_attn, without the function."""
+    install("flash_attention_2", ModuleType("flash_attn"))
+    caplog.set_level(logging.INFO, "sft_lightning.models.attention.selection")
+    assert choose("auto") == "sft_varlen"
+    (message,) = caplog.messages
+    assert message.startswith(
+        "attention: varlen (the best that runs here; flash_attention_2: it fails in a trial (ImportError: "
+        "cannot import name 'flash_attn_varlen_func' from 'flash_attn'"
     )
-    expected = attend(*exact, segments, scale=0.125, window_tokens=window_tokens).transpose(1, 2)
-    results = [got, *torch.autograd.grad(got.float().square().sum(), tensors)]
-    references = [expected, *torch.autograd.grad(expected.square().sum(), exact)]
-    for mine, reference in zip(results, references, strict=True):
-        # bfloat16 has 8 bits of precision; probabilities and outputs are rounded to it.
-        assert (mine.double() - reference).norm() <= 2e-2 * reference.norm()
+    assert "it fails in a trial (ImportError: cannot import name" in message_of("flash_attention_2")
+
+
+def test_flash_attn_built_for_another_torch_is_reported(gpu, monkeypatch, tmp_path, caplog):
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c105ErrorE')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    caplog.set_level(logging.INFO, "sft_lightning.models.attention.selection")
+    assert choose("auto") == "sft_varlen"
+    (message,) = caplog.messages
+    assert message == (
+        "attention: varlen (the best that runs here; flash_attention_2: it fails in a trial "
+        "(ImportError: undefined symbol: _ZN3c105ErrorE))"
+    )
+
+
+@pytest.mark.parametrize(("head_size", "deterministic", "name"), [(256, True, "sft_fa2"), (256, False, "sft_fa3")])
+def test_flash_attention_3_has_no_deterministic_backward_for_wide_heads(gpu, install, head_size, deterministic, name):
+    for kernel in PACKAGED:
+        install(kernel)
+    wide = LlamaConfig(**{**SHAPE, "head_dim": head_size})
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert choose("auto", config=wide) == name
+        if deterministic:
+            assert "no deterministic backward for heads of 256 dim" in message_of("flash_attention_3", config=wide)
+    finally:
+        torch.use_deterministic_algorithms(False)

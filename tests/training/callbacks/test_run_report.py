@@ -85,7 +85,7 @@ def test_the_report_is_written_before_during_and_after_training(fit, page, run, 
     assert written <= set(files), "--overwrite would leave something behind"
 
 
-def test_reports_take_a_twentieth_of_the_time(fit, page, monkeypatch):
+def test_reports_are_skipped_until_the_next_is_due(fit, page, monkeypatch):
     monkeypatch.setattr("sft_lightning.training.callbacks.run_report._SECONDS_BETWEEN_PER_SECOND_OF_WRITING", 1e6)
     pages = Pages(page)
     fit(pages)

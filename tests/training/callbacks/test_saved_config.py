@@ -9,11 +9,17 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule, run_defaults
+from sft_lightning import (
+    GenerationEvaluation,
+    Grade,
+    HFCheckpoint,
+    R1Zero,
+    SFTDataModule,
+    SFTModule,
+    TransformersGenerator,
+    run_defaults,
+)
 from sft_lightning.cli.main import main
-from sft_lightning.data.formats.base import R1Zero
-from sft_lightning.generation.transformers_generator import TransformersGenerator
-from sft_lightning.grading.graders import Grade
 from sft_lightning.training.callbacks.saved_config import config_of_run
 
 
@@ -104,7 +110,7 @@ def test_a_python_run_saves_its_arguments(tmp_path, model_folder, train_file):
         "data": {
             "train_path": train_file,
             "tokenizer_path": model_folder,
-            "template": {"class_path": "sft_lightning.data.formats.base.R1Zero"},
+            "template": {"class_path": "sft_lightning.R1Zero"},
             "batch_size": 2,
             "max_length": 512,
             "grader": {"class_path": "sft_lightning.R1ZeroGrader"},
@@ -113,7 +119,7 @@ def test_a_python_run_saves_its_arguments(tmp_path, model_folder, train_file):
             "model_path": model_folder,
             "betas": [0.9, 0.95],
             "generator": {
-                "class_path": "sft_lightning.generation.transformers_generator.TransformersGenerator",
+                "class_path": "sft_lightning.TransformersGenerator",
                 "init_args": {"stop_strings": ["a", "b"]},
             },
         },

@@ -123,7 +123,7 @@ def test_a_crash_while_the_file_is_rewritten_leaves_the_old_one(logger, file, mo
     assert lines(file) == ["step,train/loss", "1,2.5"]
 
 
-def test_overwrite_deletes_the_file(logger, file, tmp_path):
+def test_the_file_is_registered_with_the_run(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     assert json.loads((tmp_path / "run_files.json").read_text()) == ["metrics.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]

@@ -1,0 +1,100 @@
+"""Find data files, and read the rows of JSONL and Parquet."""
+
+import codecs
+import glob
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sft_lightning.errors import UserError
+
+_PARQUET_ROWS_AT_ONCE = 1024
+
+# A row's fields, or the reason why the row cannot be read.
+Row: TypeAlias = Mapping[str, Any] | ValueError
+
+
+def resolve_files(path: str | Path) -> list[Path]:
+    """Returns the data files that ``path`` names, sorted by name.
+
+    Args:
+        path: A file (Parquet by its suffix, else JSONL), a folder of ``*.jsonl`` and ``*.parquet``, or a glob.
+
+    Raises:
+        UserError: If there is no such file.
+    """
+    named = Path(path).expanduser()
+    if named.is_file():
+        return [named]
+    if named.is_dir():
+        files = [file for file in named.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file()]
+        missing = f"data folder '{path}' holds no .jsonl and no .parquet file"
+    else:
+        # Path.glob accepts no absolute pattern.
+        files = [Path(name) for name in glob.glob(str(named), recursive=True) if Path(name).is_file()]  # noqa: PTH207
+        missing = f"data path '{path}' is no file, no folder and matches none"
+    if not files:
+        raise UserError(f"{missing}; give a .jsonl or .parquet file, a folder of them, or a glob")
+    return sorted(files)
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yields ``(file:line, row)`` in file order, with few rows in memory at a time.
+
+    Blank lines of JSONL are skipped, but counted. A row that cannot be read is yielded as a ``ValueError`` that holds
+    the reason, and reading continues.
+
+    Raises:
+        UserError: If the file cannot be read at all.
+    """
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+    try:
+        for line, row in rows:
+            yield f"{file}:{line}", row
+    except OSError as error:
+        raise UserError(f"cannot read data file '{file}': {' '.join(str(error).split())}") from None
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[int, Row]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            if text:
+                yield number, _parse_json(text)
+
+
+def _parse_json(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON that can be read: {error}")
+    return row if isinstance(row, dict) else ValueError(f"not a JSON object, but {type(row).__name__}")
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    from pyarrow import parquet  # imported here, because runs on JSONL do not need it
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # a column's name may not be UTF-8
+        raise UserError(f"cannot read '{file}' as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _batch_rows(batch: Any) -> list[Row]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [ValueError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}")]
+        return [row for index in range(batch.num_rows) for row in _batch_rows(batch.slice(index, 1))]
