@@ -24,6 +24,7 @@ from rows import (
 from transformers import PreTrainedModel
 
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 ROWS_PER_STEP = 32
 NUM_STEPS_OF_ROWS = 6
@@ -99,9 +100,10 @@ class Session:
     def model(self) -> PreTrainedModel:
         """Returns Qwen2.5-1.5B's shape with random float32 weights, loaded as the command line loads a model."""
         folder = self.job().folder
+        precision = Precision.named("32-true" if self.tiny else "bf16-mixed")
         torch.manual_seed(0)
         with torch.device(self.device):
-            return load_model(str(folder), init="random", device_type=self.device, half_precision=not self.tiny)
+            return load_model(str(folder), init="random", device_type=self.device, precision=precision)
 
     def _write_inputs(self, folder: Path) -> None:
         source, origin = (synthetic_rows(200), "made-up rows") if self.tiny else gsm8k_rows(self._data, 4000)
