@@ -96,7 +96,7 @@ class TokenStore:
         self.label_lengths = _sums(_sums(spans["end"] - spans["start"], first_spans), first_sequences)
         self.weights = sequences["weight"][first_sequences].astype(np.float64)
         self.longest_sequence = int(sequences["length"].max())
-        self._sequences, self._spans = memoryview(sequences.view("u1")), memoryview(spans.view("u1"))
+        self._sequences, self._spans = sequences.view("u1").data, spans.view("u1").data
         self._indices = range(len(self.weights))
 
     def __len__(self) -> int:
