@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from meter import machine
-from rows import DTYPES, GSM8K, Job, gsm8k_rows, synthetic_rows, train_tokenizer, write_model
+from rows import GSM8K, Job, gsm8k_rows, synthetic_rows, train_tokenizer, write_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_lightning.data.records import read_records
@@ -27,10 +27,12 @@ from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import encode_prompts, load_tokenizer, pad_token_id
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 ROOT = Path(__file__).parents[1]
 STOP = "</answer>"
 OURS = "TransformersGenerator"
+_PRECISIONS = {"float32": Precision.named("32-true"), "bfloat16": Precision.named("bf16-true")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def gsm8k(folder: Path, args: argparse.Namespace) -> Setting:
     prompts = [record.prompt for record in records] or [row["prompt"] for row in rows]
     return Setting(
         "GSM8K, random weights" if use_test else "made-up prompts, random weights",
-        load_model(str(folder), dtype=DTYPES[args.dtype], device_type=args.device).eval(),
+        load_model(str(folder), precision=_PRECISIONS[args.dtype], device_type=args.device).eval(),
         tokenizer,
         prompts[: 6 if args.dry_run else 48],
         max_new_tokens=8 if args.dry_run else 48,
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=ROOT / "data/quickstart/heldout.jsonl", help="its problems")
     parser.add_argument("--data", type=Path, default=GSM8K, help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the random weights")
+    parser.add_argument("--dtype", choices=tuple(_PRECISIONS), default="float32", help="of the random weights")
     parser.add_argument("--only", choices=("quickstart", "gsm8k"), help="one of the settings")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry_run", action="store_true", help="a tiny random model: seconds, no result")

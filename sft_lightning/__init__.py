@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from sft_lightning.grading.graders import Gsm8kGrader as Gsm8kGrader
     from sft_lightning.grading.graders import R1ZeroGrader as R1ZeroGrader
     from sft_lightning.grading.graders import grade_all as grade_all
+    from sft_lightning.losses.base import Loss as Loss
     from sft_lightning.losses.functional import compute_entropy as compute_entropy
     from sft_lightning.losses.functional import compute_sft_loss as compute_sft_loss
     from sft_lightning.losses.functional import get_response_log_probs as get_response_log_probs
     from sft_lightning.losses.functional import masked_normalize as masked_normalize
     from sft_lightning.losses.functional import sft_microbatch_train_step as sft_microbatch_train_step
+    from sft_lightning.losses.token_loss import TokenLoss as TokenLoss
     from sft_lightning.reporting.page import write_report as write_report
     from sft_lightning.reporting.row_losses import describe_row_losses as describe_row_losses
     from sft_lightning.reporting.row_losses import read_row_losses as read_row_losses
@@ -85,11 +87,13 @@ _HOME = {
     "Gsm8kGrader": "grading.graders",
     "R1ZeroGrader": "grading.graders",
     "grade_all": "grading.graders",
+    "Loss": "losses.base",
     "compute_entropy": "losses.functional",
     "compute_sft_loss": "losses.functional",
     "get_response_log_probs": "losses.functional",
     "masked_normalize": "losses.functional",
     "sft_microbatch_train_step": "losses.functional",
+    "TokenLoss": "losses.token_loss",
     "write_report": "reporting.page",
     "describe_row_losses": "reporting.row_losses",
     "read_row_losses": "reporting.row_losses",

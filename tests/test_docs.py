@@ -131,10 +131,10 @@ def fill_workspace(folder, page, quickstart):
         shutil.copytree(folder / "data/quickstart/model", folder / name)
     rows = [
         {"question": f"Ann has {a} pens and buys {b}. How many?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
-        for a in range(2, 8)
-        for b in range(2, 8)
+        for a in range(2, 18)
+        for b in range(2, 18)
     ]
-    for name, part in (("train.jsonl", rows[:32]), ("test.jsonl", rows[32:])):
+    for name, part in (("train.jsonl", rows[:240]), ("test.jsonl", rows[240:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     for block in BLOCKS[page]:
         if block.title:

@@ -32,6 +32,7 @@ from sft_lightning.losses.model_hooks import label_losses, makes_logits_in_chunk
 from sft_lightning.models.attention.selection import choose_attention
 from sft_lightning.models.layout_check import choose_layout
 from sft_lightning.models.loading import load_model, save_model
+from sft_lightning.models.precision import Precision
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -319,7 +320,7 @@ def result_of(folder_of) -> Callable[[str], Result]:
         found = {}
         for layout in layouts:
             found[layout, torch.float32] = differences(loss_and_gradients(model, layout), expected)
-        exact_model = with_plain_experts(load_model(folder, dtype=torch.float64))
+        exact_model = with_plain_experts(load_model(folder, precision=Precision.named("64-true")))
         choose_layout(exact_model, "padded", precision=nullcontext)  # decides how logits are made
         with InFloat64():
             for layout in layouts:

@@ -24,6 +24,8 @@ PUBLIC_NAMES = {
     "StepProgress",
     "Throughput",
     "MetricsCSVLogger",
+    "Loss",
+    "TokenLoss",
     # data
     "SFTDataset",
     "Template",

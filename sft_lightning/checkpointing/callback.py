@@ -1,4 +1,4 @@
-"""HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
+"""Define HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
 
 import logging
 from pathlib import Path
@@ -13,19 +13,15 @@ from sft_lightning.checkpointing.io import HFCheckpointIO, write_model
 from sft_lightning.checkpointing.run_folder import prepare_run_folder, starts_new_run
 from sft_lightning.errors import StoppedError, UserError
 from sft_lightning.lightning_compat.fsdp_strategy import use_full_state_dicts
+from sft_lightning.lightning_compat.loops import is_optimizer_step, run_validation, set_reruns_end, validation_is_due
+from sft_lightning.lightning_compat.signals import end_other_ranks, install_signal_handlers, is_watched_by_rank_zero
 from sft_lightning.lightning_compat.trainer import (
+    TrainedModule,
     datamodule_of,
-    end_other_ranks,
-    install_signal_handlers,
     is_dry_run,
-    is_optimizer_step,
-    is_watched_by_rank_zero,
     logs_this_step,
     resume_path,
-    run_validation,
-    set_reruns_end,
     total_optimizer_steps,
-    validation_is_due,
 )
 from sft_lightning.system.disk_space import describe_shortage, require_space, size_bytes
 
@@ -48,10 +44,10 @@ class HFCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Folder of the run. On the command line --output_dir sets it.
-        every_n_train_steps: Save after every so many optimizer steps, and at the end of training.
-        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best one are kept as best.
+        every_n_train_steps: Optimizer steps between checkpoints; training also saves at its end.
+        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best validation are kept as best.
         mode: Whether the best is the max or the min of monitor.
-        keep_last: Keep the newest so many checkpoints, beside best and last; all of them where it is not given.
+        keep_last: Number of newest checkpoints to keep besides best and last; null keeps all.
         overwrite: Delete the run that the folder holds and start a new one. On the command line --overwrite sets it.
     """
 
@@ -90,10 +86,10 @@ class HFCheckpoint(ModelCheckpoint):
 
         Args:
             run: Folder of the run.
-            word: auto is the newest checkpoint whose manifest verifies, None where there is none.
+            word: auto is the newest checkpoint whose manifest verifies, or None if there is none.
 
         Raises:
-            UserError: If last or best has nothing to stand for.
+            UserError: If there is no last or best checkpoint.
         """
         folder = folders.find(Path(run).expanduser(), word)
         return None if folder is None else str(folder)
@@ -120,7 +116,8 @@ class HFCheckpoint(ModelCheckpoint):
         set_reruns_end(trainer, resumed is not None and not self._is_final(Path(resumed)))
         if is_dry_run(trainer):
             return
-        self._listen(trainer, pl_module)
+        if isinstance(pl_module, TrainedModule):
+            install_signal_handlers(trainer, pl_module.stop_request)
         if not trainer.is_global_zero:
             return
         if self.monitor is not None and "val" not in getattr(datamodule_of(trainer), "sets", {"val"}):
@@ -151,13 +148,13 @@ class HFCheckpoint(ModelCheckpoint):
                 )
         self._foresee_space(trainer, pl_module)
         if self._validation_pending:
-            # The checkpoint was written just before a validation that the run then may not have lived to see.
+            # The checkpoint was written just before a validation, which the run may not have reached.
             run_validation(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_pending"] = self._validation_pending
-        # Lightning hands a step's metrics to the loggers after its checkpoint is written: a run that dies in between
-        # would leave them out.
+        # Lightning passes a step's metrics to the loggers after its checkpoint is written, so a run that dies in
+        # between would lose them.
         metrics = trainer.logged_metrics.items() if logs_this_step(trainer) else ()
         checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
@@ -165,8 +162,7 @@ class HFCheckpoint(ModelCheckpoint):
         step = trainer.global_step
         if not is_optimizer_step(trainer):
             return
-        watch = getattr(pl_module, "step_watch", None)
-        stops = watch is not None and watch.stop_is_agreed and not is_dry_run(trainer)
+        stops = isinstance(pl_module, TrainedModule) and pl_module.stop_request.is_agreed and not is_dry_run(trainer)
         if (stops or step % self.every_n_train_steps == 0) and step != self._last_step_saved:
             self._validation_pending = validation_is_due(trainer)
             self._save_step(trainer)
@@ -211,8 +207,8 @@ class HFCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("HFCheckpoint.on_train_end")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves nothing: what failed may have left half a step behind, and the last checkpoint is good."""
-        if not isinstance(exception, KeyboardInterrupt):  # which Lightning sees to
+        """Saves nothing: the failure may have left half a step behind, and the last checkpoint is good."""
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning handles it
             end_other_ranks(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,30 +222,18 @@ class HFCheckpoint(ModelCheckpoint):
         name = state_dict["best_model_name"]
         self.best_model_path = str(self.run / name) if name else ""
 
-    def _listen(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lets SIGTERM and SIGUSR1 ask for a checkpoint of the next optimizer step, and for the end."""
-        watch = getattr(pl_module, "step_watch", None)
-        if watch is None:
-            return  # not a module that tells the other ranks
-        watch.stop_is_asked = watch.stop_is_agreed = False
-
-        def ask() -> None:
-            watch.stop_is_asked = True
-
-        install_signal_handlers(trainer, ask)
-
     def _leave(self, trainer: Trainer) -> NoReturn:
         if trainer.is_global_zero:
             print(
                 f"stopped by a signal after optimizer step {trainer.global_step}: saved '{self.last_model_path}'; "
-                "--ckpt_path auto goes on"
+                "resume with --ckpt_path auto"
             )
         trainer.strategy.barrier("HFCheckpoint._leave")
-        # Rank 0 would be killed by the launcher that sees another rank fail before it has left itself.
+        # The launcher kills rank 0 if another rank fails before rank 0 has left.
         raise StoppedError(0 if is_watched_by_rank_zero(trainer) else StoppedError.CODE)
 
     def _foresee_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns where the checkpoints to come do not fit, and stops before training where not even one does."""
+        """Warns if the coming checkpoints will not fit on the disk, and stops before training if not even one does."""
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
         parameters = list(pl_module.parameters())
@@ -261,7 +245,7 @@ class HFCheckpoint(ModelCheckpoint):
             logger.warning("%s", shortage)
 
     def _is_final(self, resumed: Path) -> bool:
-        """Returns whether the run came to its end with this checkpoint: its model is ``final``, the last it writes."""
+        """Returns whether the run ended with this checkpoint: ``final``, the last folder it writes, has its step."""
         manifests = [folder / folders.MANIFEST for folder in (self.run / "final", resumed)]
         if not all(manifest.is_file() for manifest in manifests):
             return False

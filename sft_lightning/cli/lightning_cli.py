@@ -20,7 +20,7 @@ from sft_lightning.cli.config import (
 )
 from sft_lightning.cli.console import set_up_logging, shorten
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat.trainer import reruns_end
+from sft_lightning.lightning_compat.loops import reruns_end
 from sft_lightning.system.out_of_memory import translate_out_of_memory
 from sft_lightning.training.callbacks.defaults import run_defaults
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation

@@ -1,4 +1,4 @@
-"""Each row of a step alone through a model: its loss, its gradient, and where numbers stop being finite."""
+"""Run each row of a step alone: its loss, its gradient, and the first number that is not finite."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,23 +13,22 @@ from sft_lightning.data.batch import Example, Layout
 from sft_lightning.data.batching.collate import collate
 from sft_lightning.distributed.fsdp import gradient_norm
 from sft_lightning.losses.model_hooks import label_losses
+from sft_lightning.models.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_AUTOCAST_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
 
 @dataclass(frozen=True, slots=True)
 class ReplayedRow:
-    """What came of one row.
+    """The result of one row.
 
     Attributes:
         source: ``file:line``.
         loss: Mean over its labels, in nats.
         gradient_norm: Of that loss.
-        first_not_finite: The first activation, in the order of the forward pass, or else the first gradient, in that
-            of the backward pass, that holds NaN or infinity; None where there is none.
+        first_not_finite: The first activation in the order of the forward pass, or else the first gradient in the
+            order of the backward pass, that holds NaN or infinity; None if all are finite.
     """
 
     source: str
@@ -43,15 +42,15 @@ class ReplayedRow:
 
 
 def replay_rows(
-    model: "PreTrainedModel", examples: Sequence[Example], *, layout: Layout, precision: str, pad_token_id: int
+    model: "PreTrainedModel", examples: Sequence[Example], *, layout: Layout, precision: Precision, pad_token_id: int
 ) -> Iterator[ReplayedRow]:
-    """Yields what comes of each row alone, without dropout; leaves no gradient behind.
+    """Yields the result of each row alone, without dropout; leaves no gradient behind.
 
     Args:
         model: From ``load_model``.
         examples: The rows.
         layout: As in the run.
-        precision: The Trainer's.
+        precision: Of training.
         pad_token_id: Fills padding.
     """
     device = model.device
@@ -75,14 +74,15 @@ def weights_not_finite(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
 
 
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    dtype = _AUTOCAST_DTYPES.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    if precision.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=precision.autocast_dtype, cache_enabled=False)
 
 
 @contextmanager
 def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of activations and gradients that are not finite, in the order in which they come about."""
+    """Collects the names of activations and gradients that are not finite, in the order of computation."""
     found: list[str] = []
     hooks = []
 
@@ -92,7 +92,7 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
                 found.append(what)
                 return
 
-    # A module's hook runs after those of the modules in it: the innermost is named.
+    # A module's hook runs after those of its submodules, so the innermost one is named first.
     for name, module in model.named_modules():
         if name:
             what = f"activation of {name}"

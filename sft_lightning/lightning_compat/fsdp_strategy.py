@@ -1,4 +1,4 @@
-"""Lightning's ModelParallelStrategy with checkpoints of the same kind as every other strategy writes."""
+"""Make Lightning's ModelParallelStrategy write the same checkpoints as every other strategy."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class _FullStateDictStrategy(ModelParallelStrategy):
-    """Gathers weights and optimizer states on rank 0 for the CheckpointIO, and hands out shards of what that reads.
+    """Gathers weights and optimizer states on rank 0 for the CheckpointIO, and shards what the CheckpointIO reads.
 
-    Lightning's own class writes folders that only the same strategy reads, or files past the CheckpointIO, in which
-    the optimizer's states are numbered in another order than the optimizer's own.
+    Lightning's own class writes folders that only the same strategy reads, or bypasses the CheckpointIO with files in
+    which the optimizer's states are numbered in another order than the optimizer's own.
     """
 
     @property
@@ -64,7 +64,7 @@ class _FullStateDictStrategy(ModelParallelStrategy):
 
 
 def use_full_state_dicts(trainer: Trainer) -> None:
-    """Has a ModelParallelStrategy write and read checkpoints as all other strategies do, by the CheckpointIO."""
+    """Makes a ModelParallelStrategy write and read checkpoints through the CheckpointIO, as other strategies do."""
     strategy = trainer.strategy
     if type(strategy) is ModelParallelStrategy:
         strategy.__class__ = _FullStateDictStrategy
@@ -73,15 +73,15 @@ def use_full_state_dicts(trainer: Trainer) -> None:
 def load_for_strategy(
     trainer: Trainer, load: Callable[[], "PreTrainedModel"], load_without_weights: Callable[[], "PreTrainedModel"]
 ) -> "PreTrainedModel":
-    """Returns the model as the Trainer's strategy wants it: sharded by a ModelParallelStrategy, else whole.
+    """Returns the model for the Trainer's strategy: sharded for a ModelParallelStrategy, else whole.
 
     Args:
-        trainer: Whose processes have found each other.
+        trainer: After its processes have been connected.
         load: Returns the whole model.
-        load_without_weights: Returns the same model with any weights.
+        load_without_weights: Returns the same model with arbitrary weights.
 
     Raises:
-        UserError: If the strategy splits tensors, which this package does not.
+        UserError: If the strategy uses tensor parallelism, which this package does not support.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):

@@ -1,7 +1,6 @@
-"""Cross-entropy of response tokens, and the functions of the guide and of the course it comes from.
+"""Compute losses and entropies of response tokens as pure functions of logits.
 
-Pure torch. Everything is in nats and computed in float32 (float64 stays float64), whatever precision the logits
-come in.
+Everything is in nats and computed in float32 (float64 stays float64), whatever the dtype of the logits.
 """
 
 import torch
@@ -16,7 +15,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: Shape [..., V], any floating dtype.
-        labels: Shape [...], int64, in [0, V). A label of -100 says "no label here" and gives 0, as in torch.
+        labels: Shape [...], int64, in [0, V). A label of -100 means "no label" and gives 0, as in torch.
 
     Returns:
         Shape [...], float32 (float64 for float64 logits), in nats.
@@ -36,9 +35,9 @@ def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, di
     """Returns the sum of the masked-in elements divided by a constant, never by the mask's count.
 
     Args:
-        tensor: Any shape. What stands at masked-out places has no influence, not even inf or NaN.
+        tensor: Any shape. Masked-out elements have no influence, not even inf or NaN.
         mask: Shape of ``tensor``, bool or 0 and 1; True counts.
-        normalize_constant: What the sum is divided by.
+        normalize_constant: Divisor of the sum.
         dim: Dimension to sum along; all of them when None.
 
     Returns:
@@ -66,7 +65,7 @@ def compute_entropy(logits: Tensor) -> Tensor:
         tensor([[2.0794]])
     """
     logits = _in_float32(logits)
-    # logsumexp takes the maximum off and adds it again: at logits of 1e4 a few digits would be lost in that.
+    # logsumexp subtracts the maximum and adds it again, which would lose a few digits at logits of 1e4.
     shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
     log_probs = shifted - shifted.logsumexp(dim=-1, keepdim=True)
     # 0 * -inf is NaN; 0 times the smallest finite number is the 0 that p log p tends to.
@@ -79,9 +78,8 @@ def get_response_log_probs(
 ) -> dict[str, Tensor]:
     """Returns the log-probability that the model gives each label, prompt and padding included.
 
-    Nothing is shifted or masked here: ``labels[:, t]`` is what should follow ``input_ids[:, : t + 1]``, and the
-    caller applies ``response_mask``. No attention mask is passed: padding stands on the right, where causal
-    attention does not look.
+    Neither shifts nor masks: ``labels[:, t]`` is the token after ``input_ids[:, : t + 1]``, and the caller applies
+    ``response_mask``. No attention mask is passed: padding is on the right, where causal attention does not look.
 
     Args:
         model: A causal language model of transformers.
@@ -91,7 +89,7 @@ def get_response_log_probs(
 
     Returns:
         ``log_probs``, shape [B, T], float32, in nats, with gradient. On request ``token_entropy``, shape [B, T],
-        float32, in nats, without gradient: it is there to be watched (``compute_entropy`` has one).
+        float32, in nats, without gradient, for logging (``compute_entropy`` has one).
 
     Example:
         >>> from types import SimpleNamespace
@@ -102,7 +100,7 @@ def get_response_log_probs(
     logits = model(input_ids, use_cache=False).logits
     outputs = {"log_probs": -token_nll(logits, labels)}
     if return_token_entropy:
-        with torch.no_grad():  # row by row: only one row's probabilities are in memory at a time
+        with torch.no_grad():  # row by row, so that only one row's probabilities are in memory at a time
             outputs["token_entropy"] = torch.stack([compute_entropy(row) for row in logits])
     return outputs
 
@@ -122,11 +120,11 @@ def sft_microbatch_train_step(
         policy_log_probs: Shape [B, T], from ``get_response_log_probs``, with gradient.
         response_mask: Shape [B, T], bool or 0 and 1; True counts in the loss.
         gradient_accumulation_steps: Micro-batches per optimizer step.
-        normalize_constant: What each row's sum is divided by.
+        normalize_constant: Divisor of each row's sum.
 
     Returns:
         The loss, a scalar without gradient, and for logging the scalars ``nll_sum`` (nats) and
-        ``num_response_tokens`` (int64): add each up over micro-batches before you divide one by the other.
+        ``num_response_tokens`` (int64); sum each over micro-batches before dividing one by the other.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
@@ -150,7 +148,7 @@ def sft_microbatch_train_step(
 def compute_sft_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, response_mask: Tensor) -> Tensor:
     """Returns the mean cross-entropy over response tokens, with gradient.
 
-    Takes what ``tokenize_prompt_and_output`` gives. Labels outside of the response are never looked at.
+    Takes the result of ``tokenize_prompt_and_output``. Ignores labels outside of the response.
 
     Args:
         model: A causal language model of transformers.
@@ -172,9 +170,7 @@ def compute_sft_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, respon
     """
     in_response = response_mask.bool()
     if not in_response.any():
-        raise UserError(
-            f"response_mask of shape {tuple(response_mask.shape)} is False everywhere; leave such a batch out"
-        )
+        raise UserError(f"response_mask of shape {tuple(response_mask.shape)} is False everywhere; skip such a batch")
     logits = model(input_ids, use_cache=False).logits
     return token_nll(logits[in_response], labels[in_response]).mean()
 

@@ -1,43 +1,27 @@
-"""The output embedding and the cross-entropy in one, chunk by chunk: logits of all M labels never exist at once.
+"""Compute the output embedding and the cross-entropy chunk by chunk, without the logits of all M labels at once.
 
-The gradients are made on the way forward, while a chunk's probabilities are at hand, so that nothing is computed twice
-and nothing of size V outlives its chunk but the weight's own gradient. The idea is that of Liger Kernel's fused linear
+Gradients are computed in the forward pass, from the probabilities of each chunk, so that nothing is computed twice and
+only the weight's own gradient of size V outlives its chunk. The idea is that of Liger Kernel's fused linear
 cross-entropy (https://arxiv.org/abs/2410.10989); this is plain torch and runs on every device.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft_lightning.losses import chunking as loss_chunks
+from sft_lightning.losses.base import LabelLosses
 
-# Width of the blocks in which the largest logit is looked for; most vocabularies are padded to a multiple of it.
+# Width of the blocks in which the largest logit is searched; most vocabularies are padded to a multiple of it.
 _BLOCK = 64
-# Size of the partial products that are added to a float32 gradient where the matrix product cannot do so itself.
+# Size of the partial products that are added to a float32 gradient if the matrix product cannot accumulate into it.
 _PARTIAL_ELEMENTS = 2**24
-# The largest loss weight to which float16 gradients are brought while they are made: its probability times a likely
-# weight of 1 / n would be lost below 6e-8, and 128 leaves room for a row's sum over the vocabulary below 65504.
+# float16 gradients are computed with loss weights scaled up to this maximum: a probability times a typical weight of
+# 1 / n would underflow below 6e-8, and 128 leaves room for a row's sum over the vocabulary below 65504.
 _FLOAT16_LARGEST_WEIGHT = 128.0
-
-
-class LabelLosses(NamedTuple):
-    """What ``linear_cross_entropy`` returns.
-
-    Attributes:
-        weighted_sum: Scalar, float32 (float64 for float64 logits), with gradient: ``sum(loss_weights * nll)``.
-        nll: Shape [M], dtype of ``weighted_sum``, in nats, without gradient.
-        correct: Shape [M], bool: whether the most likely token is the label. The first of equally likely ones counts,
-            as in argmax. It costs next to nothing.
-        entropy: Shape [M], dtype of ``weighted_sum``, in nats, without gradient. None where it was not asked for.
-    """
-
-    weighted_sum: Tensor
-    nll: Tensor
-    correct: Tensor
-    entropy: Tensor | None
 
 
 def linear_cross_entropy(
@@ -52,27 +36,27 @@ def linear_cross_entropy(
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
 ) -> LabelLosses:
-    """Returns the weighted sum of the labels' cross-entropy, with gradient, and what is worth watching without.
+    """Returns the weighted sum of the labels' cross-entropy with gradient, and statistics without.
 
     The logits are ``scale * (hidden @ weight.T + bias)``, then ``softcap * tanh(logits / softcap)``. The matrix
-    products run in the dtype of ``hidden``, or of autocast where that is on; everything between them, and the sum of
-    the weight's gradient over chunks, in float32 (float64 stays float64).
+    products run in the dtype of ``hidden``, or of autocast if it is on; everything between them, and the sum of the
+    weight's gradient over chunks, in float32 (float64 stays float64).
 
-    The gradients of ``hidden``, ``weight`` and ``bias`` are made in this call, each only where it is needed, and not at
-    all under ``torch.no_grad``. There is one backward pass: no second one with retain_graph, no second derivative.
+    This call also computes the gradients of ``hidden``, ``weight`` and ``bias``, each only if it is needed, and none
+    under ``torch.no_grad``. It supports one backward pass: neither retain_graph nor second derivatives.
 
     Args:
-        hidden: Shape [M, D], M >= 1, floating: the hidden states that predict the labels.
+        hidden: Shape [M, D], M >= 1, floating, the hidden states that predict the labels.
         weight: Shape [V, D], of the output embedding, in the dtype of ``hidden`` unless autocast is on.
         bias: Shape [V], or None.
         labels: Shape [M], int64, in [0, V).
-        loss_weights: Shape [M], float64, constants: what each label counts in the sum.
+        loss_weights: Shape [M], float64, constant, the weight of each label in the sum.
         softcap: Bound of the logits, as in Gemma 2.
         scale: Factor of the logits, as in Cohere (its inverse in Granite).
         with_entropy: Whether to compute ``entropy``. Costs a second float32 buffer of the size of a chunk.
         chunk_bytes: Upper bound of a chunk's float32 logits, at least one row; by default 256 MiB, or on CUDA a 64th of
-            the device's memory if that is more. The work space is this, once more in half precision (the low-precision
-            logits), with an entropy, and with a softcap in training. A CPU takes 768 rows at the most.
+            the device's memory if that is more. 16-bit logits, an entropy, and a softcap in training take another
+            buffer of this size each. A CPU computes at most 768 rows at once.
 
     Example:
         >>> hidden, weight = torch.zeros(2, 3), torch.zeros(4, 3)  # four equally likely tokens: log(4)
@@ -96,7 +80,7 @@ def linear_cross_entropy(
         softcap=softcap,
         scale=1.0 if scale is None else scale,
         with_entropy=with_entropy,
-        # Inside of an autograd function gradients are always off, and needs_input_grad does not know about no_grad.
+        # Inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
         with_gradients=torch.is_grad_enabled(),
     )
     return LabelLosses(*_apply(hidden, weight, bias, labels, loss_weights, options))
@@ -110,7 +94,7 @@ def _budget_bytes(device: torch.device) -> int:
 @dataclass(frozen=True, slots=True)
 class _Options:
     dtype: torch.dtype  # of the matrix products
-    logits_dtype: torch.dtype  # of all that is between them
+    logits_dtype: torch.dtype  # of everything between them
     num_chunk_rows: int
     softcap: float | None
     scale: float
@@ -140,13 +124,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.unit = run.unit
         ctx.gradients = (run.grad_hidden, run.grad_weight, run.grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        # In the weights' float64, so that the sum does not depend on the order of the labels.
+        # In the float64 of the weights, so that the sum does not depend on the order of the labels.
         return (run.nll.to(loss_weights.dtype) @ loss_weights).to(options.logits_dtype), *watched
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        # Let go of here and scaled in place: a copy of the weight's gradient would be the largest tensor of all.
+        # Released and scaled in place: a copy of the weight's gradient would be the largest tensor of all.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy keeps its gradients for one backward pass only")
@@ -158,12 +142,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-# A compiler would undo the sharing of buffers, and does not know addmm's out_dtype (pytorch issue 163880).
+# A compiler would undo the sharing of buffers, and does not support addmm's out_dtype (pytorch issue 163880).
 _apply = torch.compiler.disable(_LinearCrossEntropy.apply)
 
 
 class _Pass:
-    """One forward pass: the buffers that all chunks share, and the results that they fill."""
+    """One forward pass: the buffers that all chunks share, and the results."""
 
     def __init__(
         self,
@@ -196,7 +180,7 @@ class _Pass:
         self.grad_weight = buffer(*weight.shape).zero_() if needed[1] else None
         self.grad_bias = buffer(num_tokens).zero_() if needed[2] else None
         self.unit = _gradient_unit(loss_weights, options.dtype)
-        # The factor of each row's logit gradients; those of the logits before they were scaled, hence the scale.
+        # The factor of each row's gradients by the logits before they were scaled, hence the scale.
         self.row_factors = (loss_weights * self.unit * options.scale).to(options.logits_dtype).unsqueeze(-1)
 
     def add_chunk(self, rows: slice, labels: Tensor) -> None:
@@ -207,8 +191,8 @@ class _Pass:
         if self.entropy is not None:
             logits.sub_(top_logits)
         probabilities = torch.softmax(logits, dim=-1, out=self.probabilities[: len(labels)])
-        # The probability of the most likely token is never small, so its logarithm is exact where that of the label
-        # would have underflowed.
+        # The probability of the most likely token is never small, so its logarithm is exact even if the label's
+        # probability underflows.
         top_nll = -probabilities.gather(-1, top).log()
         nll = top_logits - label_logits + top_nll
         self.nll[rows] = nll.squeeze(-1)
@@ -223,7 +207,7 @@ class _Pass:
             self._add_gradients(rows, probabilities, slopes)
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns a chunk's final logits, and with a softcap their derivative by the logits in front of it."""
+        """Returns a chunk's final logits, and with a softcap their derivative by the logits before it."""
         products, logits = self.products[: len(hidden)], self.logits[: len(hidden)]
         if self.bias is None:
             torch.mm(hidden, self.weight.T, out=products)
@@ -243,7 +227,7 @@ class _Pass:
         return logits.mul_(softcap), slopes
 
     def _add_gradients(self, rows: slice, gradient: Tensor, slopes: Tensor | None) -> None:
-        """Adds a chunk's share, given the derivatives of its rows' nll by their final logits, which it overwrites."""
+        """Adds a chunk's gradients, given the derivatives of its nll by the final logits, which it overwrites."""
         if slopes is not None:
             gradient.mul_(slopes)
         gradient.mul_(self.row_factors[rows])
@@ -258,7 +242,7 @@ class _Pass:
 
 
 def _first_argmax(logits: Tensor) -> Tensor:
-    """Returns ``logits.argmax(-1)`` of shape [m, V], on a CPU several times as fast: there argmax is not vectorised."""
+    """Returns ``logits.argmax(-1)``, shape [m]. Several times faster on a CPU, where argmax is not vectorized."""
     num_rows, num_tokens = logits.shape
     if num_tokens % _BLOCK:
         return logits.argmax(-1)
@@ -269,9 +253,9 @@ def _first_argmax(logits: Tensor) -> Tensor:
 
 
 def _gradient_unit(loss_weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the factor that the gradients carry until backward: 1 but for float16, which is too narrow for 1 / n.
+    """Returns the factor of the gradients until backward: 1 except in float16, whose range is too narrow for 1 / n.
 
-    A loss scaler does not help there: its factor arrives with backward only.
+    A loss scaler does not help here, because its factor arrives only in backward.
     """
     if dtype != torch.float16:
         return torch.ones((), dtype=loss_weights.dtype, device=loss_weights.device)
@@ -279,13 +263,13 @@ def _gradient_unit(loss_weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds ``left @ right`` to ``total`` of shape [V, D], whose dtype may be wider than theirs."""
+    """Adds ``left @ right`` to ``total`` of shape [V, D], whose dtype may be wider."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        # float16 would overflow where many rows share a label; bfloat16 rounds each chunk's share once, like one pass.
+        # float16 would overflow if many rows share a label; bfloat16 rounds each chunk's share once, like one pass.
         dtype = total.dtype if left.dtype == torch.float16 else left.dtype
         right = right.to(dtype)
         num_rows = max(1, _PARTIAL_ELEMENTS // total.shape[1])

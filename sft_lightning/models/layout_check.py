@@ -19,8 +19,8 @@ from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS
 from sft_lightning.distributed.fsdp import gradient_norm, gradients_of
 from sft_lightning.errors import UserError
+from sft_lightning.losses.base import LabelLosses
 from sft_lightning.losses.functional import token_nll
-from sft_lightning.losses.linear_cross_entropy import LabelLosses
 from sft_lightning.losses.model_hooks import label_losses, makes_logits_in_chunks, use_the_models_own_logits
 from sft_lightning.models.attention.selection import needs_half_precision
 from sft_lightning.system.out_of_memory import is_out_of_memory

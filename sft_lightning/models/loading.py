@@ -1,4 +1,4 @@
-"""Models: loading with an explicit dtype, checks against the tokenizer, and saving."""
+"""Load, check and save causal language models."""
 
 import copy
 import logging
@@ -25,13 +25,13 @@ from sft_lightning.data.tokenization import load_tokenizer, tokenizer_fingerprin
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import install_label_loss
 from sft_lightning.models.attention.selection import AttentionChoice, choose_attention
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 Initialization = Literal["pretrained", "random"]
 
-_PARAMETER_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -39,21 +39,20 @@ def load_model(
     model_path: str,
     *,
     init: Initialization = "pretrained",
-    dtype: torch.dtype = torch.float32,
+    precision: Precision | None = None,
     attn_implementation: AttentionChoice = "auto",
     device_type: str = "cpu",
-    half_precision: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """Returns a causal language model, in training mode, with every floating-point parameter of the given dtype.
+    """Returns a causal language model, in training mode.
 
     Args:
         model_path: Folder or hub name.
         init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
-        dtype: Of the parameters. Always passed on, because transformers would otherwise take the checkpoint's own.
-        attn_implementation: See ``attention.choose_attention``.
-        device_type: Where the model will run, ``cuda`` or ``cpu``: decides what ``auto`` attention may take.
-        half_precision: Whether activations will be bfloat16 or float16, which FlashAttention needs.
+        precision: Of training, 32-true by default. Every floating-point parameter gets its dtype, whatever the dtype in
+            the checkpoint; FlashAttention needs 16-bit activations.
+        attn_implementation: See :func:`choose_attention`.
+        device_type: Where the model will run, ``cuda`` or ``cpu``: decides which attention ``auto`` may choose.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
@@ -62,7 +61,11 @@ def load_model(
     config = load_config(model_path)
     if init == "pretrained":
         _require_weights(model_path)
-    attention = choose_attention(config, attn_implementation, device_type=device_type, half_precision=half_precision)
+    precision = precision or Precision.named("32-true")
+    dtype = precision.parameter_dtype
+    attention = choose_attention(
+        config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
+    )
     missing: Iterable[str] = ()
     try:
         if init == "random":
@@ -73,7 +76,7 @@ def load_model(
             )
             model, missing = loaded[0], loaded[1]["missing_keys"]
     except UnpicklingError as error:
-        # torch's own text proposes weights_only=False, which would run whatever code the file holds.
+        # torch's own text proposes weights_only=False, which would run any code in the file.
         raise UserError(
             f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle that holds something else "
             "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
@@ -91,19 +94,11 @@ def load_model(
     return model.train()
 
 
-def dtype_options(precision: str) -> dict[str, Any]:
-    """Returns what ``load_model`` is told of a Trainer's precision: ``dtype`` and ``half_precision``."""
-    return {
-        "dtype": _PARAMETER_DTYPES.get(precision, torch.float32),
-        "half_precision": precision in ("bf16-true", "bf16-mixed", "16-true", "16-mixed"),
-    }
-
-
 def load_config(model_path: str) -> PretrainedConfig:
     """Returns a causal language model's config, without the kernels that it may name.
 
     Raises:
-        UserError: If the path holds none.
+        UserError: If the path holds no such config.
     """
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -117,14 +112,14 @@ def load_config(model_path: str) -> PretrainedConfig:
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
-    # A name such as owner/repository would have transformers fetch a kernel from the hub and run it, and in config.json
-    # it counts for more than the argument of from_pretrained. Sub-configs are reached by this, too.
+    # A name such as owner/repository makes transformers fetch a kernel from the hub and run it, and in config.json it
+    # overrides the argument of from_pretrained. The assignment also reaches sub-configs.
     config._attn_implementation = config._experts_implementation = None
     return config
 
 
 def empty_model(model_path: str) -> PreTrainedModel:
-    """Returns the model that ``config.json`` describes, on the meta device: shapes without numbers, in no memory.
+    """Returns the model that ``config.json`` describes on the meta device, where parameters take no memory.
 
     Raises:
         UserError: If the path holds no causal language model.
@@ -138,7 +133,7 @@ def empty_model(model_path: str) -> PreTrainedModel:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
-    """Checks that a tokenizer and a model go together, in training and in what is saved of it.
+    """Checks that a tokenizer fits a model, in training and after saving.
 
     Raises:
         UserError: See :func:`check_vocabulary`.
@@ -167,8 +162,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether a folder with this model and tokenizer loads with the same tokenizer.
 
-    For some model types transformers takes a tokenizer class of its own, whatever was saved beside the model; token ids
-    after loading then differ from those in training.
+    For some model types transformers always loads its own tokenizer class, whatever was saved beside the model; token
+    ids after loading then differ from those in training.
     """
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -190,11 +185,11 @@ def save_model(
         model: Gives the config and, without ``state_dict``, the weights.
         tokenizer: Written beside the weights.
         folder: Exists and is empty.
-        state_dict: The weights, where they were gathered from elsewhere.
-        eos_token_id: The stop token that training supervised: the generation config will stop at it.
+        state_dict: The weights, if they were gathered from other processes.
+        eos_token_id: The stop token that training supervised; the generation config stops at it.
     """
     own = model.generation_config
-    # save_pretrained refuses what some published models do have, such as a temperature without do_sample.
+    # save_pretrained refuses settings of some published models, such as a temperature without do_sample.
     model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
@@ -209,7 +204,7 @@ def save_model(
 
 
 def hide_progress_bars() -> None:
-    """Turns off transformers' progress bars of loading and saving, for programs that show a progress of their own."""
+    """Turns off transformers' progress bars of loading and saving, for programs that show their own progress."""
     hf_logging.disable_progress_bar()
 
 

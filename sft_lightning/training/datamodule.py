@@ -31,13 +31,8 @@ from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grader, R1ZeroGrader
-from sft_lightning.lightning_compat.trainer import (
-    fit_position,
-    micro_batch_limit,
-    repeats_one_epoch,
-    replicas,
-    usable_layout,
-)
+from sft_lightning.lightning_compat.loops import fit_position
+from sft_lightning.lightning_compat.trainer import micro_batch_limit, repeats_one_epoch, replicas, usable_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

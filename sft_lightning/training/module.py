@@ -1,7 +1,8 @@
-"""SFTModule: the training and validation steps, the optimizer, and what is logged."""
+"""Define SFTModule: the training and validation steps, the optimizer, and what is logged."""
 
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,58 +19,67 @@ from sft_lightning.errors import UserError
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
+from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
+from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,
     datamodule_of,
     replicas,
-    set_loop_position,
-    start_epoch_afresh,
     steps_per_epoch,
     total_optimizer_steps,
 )
+from sft_lightning.losses.base import Loss
 from sft_lightning.losses.model_hooks import label_losses
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
-from sft_lightning.models.loading import Initialization, check_tokenizer, dtype_options, load_model
-from sft_lightning.optim.adamw import Schedule, adopt_settings, build_adamw, learning_rate_factor, resolve_warmup_steps
+from sft_lightning.models.loading import Initialization, check_tokenizer, load_model
+from sft_lightning.models.precision import Precision
+from sft_lightning.optim.factory import OptimizerFactory, adamw, adopt_settings, build_optimizer
+from sft_lightning.optim.schedules import Schedule, learning_rate_factor, resolve_warmup_steps
 from sft_lightning.training.metrics import TokenMetrics
+from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
-from sft_lightning.training.step import OnNonFinite, StepWatch
+from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
+from sft_lightning.training.spikes import NormSpikes, log_spike
+from sft_lightning.training.step import StepAccumulator, StepStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What must not change between a checkpoint and the run that goes on from it, unless resume_override is set.
-_OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "eps")
-_SCHEDULE_SETTINGS = ("lr_schedule", "warmup_steps", "warmup_ratio", "min_lr_factor")
+# Options of the default optimizer, AdamW; another optimizer has its own.
+_ADAMW_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
 class SFTModule(LightningModule):
     """Response-masked supervised fine-tuning of a Hugging Face causal language model.
 
-    Each optimizer step minimises ``sum(weight * nll)`` over the label tokens of the step's examples; the weights come
-    with the micro-batches, so the gradient does not depend on how the step was split.
+    Each optimizer step minimizes ``sum(weight * nll)`` over the label tokens of the step's examples. The weights come
+    with the micro-batches, so the gradient does not depend on how the step is split.
 
     Args:
         model_path: Folder of a Hugging Face causal language model, or its hub name.
         init: pretrained loads the weights; random builds the model from config.json with random weights.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay of matrices; embeddings, norms and biases have none.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's decoupled weight decay of matrices; embeddings, norms and biases have none.
         betas: AdamW's averaging coefficients.
         eps: AdamW's epsilon.
+        optimizer: An optimizer class, or a partial of one; by default AdamW with the three options above. It gets
+            learning_rate as lr, and its own weight_decay applies to matrices only.
+        loss: The training loss, by default TokenLoss, the cross-entropy. Validation always uses TokenLoss.
         lr_schedule: constant, cosine or linear (to min_lr_factor of the peak), stepped per optimizer step.
         warmup_steps: Optimizer steps over which the learning rate rises from 0, in every schedule.
         warmup_ratio: The same as a share of all optimizer steps; set one of the two.
-        min_lr_factor: Where cosine and linear end, as a share of the peak.
-        attn_implementation: auto takes FlashAttention 3 or 2 or torch's varlen where one can run, else sdpa.
+        min_lr_factor: Final learning rate of cosine and linear, as a share of the peak.
+        attn_implementation: auto uses FlashAttention 3 or 2 or torch's varlen if one can run, else sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Run layers through torch.compile: up to a minute of start-up, little gain on CPUs, untested on CUDA.
-        log_token_statistics: Log train/token_accuracy and train/entropy, too.
-        on_nonfinite: Whether a step whose loss or gradient is NaN or infinite stops the run, or is left out.
-        max_nonfinite_steps: With on_nonfinite skip, leave out so many steps of a run; one more stops it.
+        log_token_statistics: Also log train/token_accuracy and train/entropy.
+        on_nonfinite: stop ends the run at a step whose loss or gradient is NaN or infinite; skip skips the step.
+        max_nonfinite_steps: With on_nonfinite skip, how many steps of a run may be skipped; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
-        resume_override: Resume with another learning rate or schedule. On the command line --resume_override sets it.
+        resume_override: Resume with another learning rate, schedule, loss or other optimizer options than the
+            checkpoint was trained with. On the command line --resume_override sets it.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class SFTModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        optimizer: OptimizerFactory | None = None,
+        loss: Loss | None = None,
         lr_schedule: Schedule = "constant",
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
@@ -97,12 +109,25 @@ class SFTModule(LightningModule):
         if learning_rate < 0:
             raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
-        self.save_hyperparameters(ignore=["generator", "resume_override"])
+        self.save_hyperparameters(ignore=["generator", "loss", "optimizer", "resume_override"])
+        self.optimizer, self.loss = optimizer, loss
+        # Checkpoints hold plain values only, so they name these two.
+        self.identities = {"optimizer": optimizer_identity(optimizer), "loss": loss_identity(loss)}
+        for name, default in _ADAMW_DEFAULTS.items() if optimizer is not None else ():
+            value = self.hparams[name]
+            if (tuple(value) if name == "betas" else value) != default:
+                raise UserError(
+                    f"model.{name} {value} is an option of the default AdamW and has no effect beside "
+                    f"model.optimizer {self.identities['optimizer']}: set it in model.optimizer.init_args"
+                )
         self.generator = generator
         self.resume_override = resume_override
         self.model: PreTrainedModel | None = None
         self.token_metrics = TokenMetrics()
-        self.step_watch = StepWatch(on_nonfinite, max_nonfinite_steps)
+        self.step = StepAccumulator()
+        self.nonfinite = NonFinitePolicy(on_nonfinite, max_nonfinite_steps)
+        self.spikes = NormSpikes()
+        self.stop_request = StopRequest()
 
     def setup(self, stage: str) -> None:
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
@@ -110,13 +135,14 @@ class SFTModule(LightningModule):
                 "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
                 "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
             )
-        self.step_watch.restore({})  # before a checkpoint is loaded, if one is
+        # A module may be trained more than once. A checkpoint, if any, is loaded after this.
+        self.nonfinite.num_skipped, self.spikes = 0, NormSpikes()
+        self.stop_request.clear()
 
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        precision = str(self.trainer.precision)
-        if precision == "bf16-true":
+        if self._precision.parameter_dtype == torch.bfloat16:
             rank_zero_warn(
                 "precision bf16-true keeps the parameters in bfloat16: at a learning rate of 5e-5 an AdamW step rounds "
                 "away for about half of the weights. bf16-mixed keeps them in float32 for twice the memory."
@@ -125,7 +151,7 @@ class SFTModule(LightningModule):
             load_model,
             self.hparams["model_path"],
             device_type=self.trainer.strategy.root_device.type,
-            **dtype_options(precision),
+            precision=self._precision,
             **{name: self.hparams[name] for name in ("attn_implementation", "gradient_checkpointing")},
         )
         self.model = load_for_strategy(
@@ -138,7 +164,7 @@ class SFTModule(LightningModule):
             check_tokenizer(self.model, tokenizer, self.hparams["model_path"])
 
     def usable_layout(self, choice: LayoutChoice) -> Layout:
-        """Returns the layout that micro-batches are given: ``choice``, or the best one that changes nothing."""
+        """Returns the layout of micro-batches: ``choice``, or for ``auto`` the best one that changes no result."""
         assert self.model is not None
         precision, in_training = self.trainer.precision_plugin.forward_context, self.trainer.state.fn == "fit"
         with torch.compiler.set_stance("force_eager"):
@@ -148,8 +174,8 @@ class SFTModule(LightningModule):
         return layout
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
-        # Lightning's bf16-true casts buffers too. transformers keeps its float32 ones, such as the rotary frequencies,
-        # in float32, and the model that is saved here is loaded there.
+        # Lightning's bf16-true also casts buffers. transformers keeps its float32 buffers, such as the rotary
+        # frequencies, in float32, and it loads the models that are saved here.
         kept = [(module, dict(module.named_buffers(recurse=False))) for module in self.modules()]
         super()._apply(fn, recurse)
         for module, buffers in kept:
@@ -161,50 +187,48 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
-        hparams = self.hparams
-        optimizer = build_adamw(
-            self.model,
-            betas=tuple(hparams["betas"]),
-            **{name: hparams[name] for name in ("learning_rate", "weight_decay", "eps")},
-            # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
-            fused=self.trainer.precision != "16-mixed",
-        )
+        optimizer = build_optimizer(self.model, self._optimizer_factory(), self.hparams["learning_rate"])
         scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
-        self.step_watch.start()
+        self.step.clear()  # an earlier fit may have stopped in mid-step
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
-        # Dropout then follows from the plan alone: validation and generation may draw numbers, and a resumed run draws
-        # the same ones as an uninterrupted one.
+        # Dropout then depends on the plan alone: validation and generation may draw random numbers, and a resumed run
+        # draws the same ones as an uninterrupted one.
         torch.manual_seed(batch.rng_seed)
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
         assert self.model is not None
         with step_oom_advice(self, "the forward pass", batch):
-            losses = label_losses(self.model, batch, with_entropy=self.hparams["log_token_statistics"])
-        self.step_watch.add(losses, batch)
-        # Lightning divides by the accumulation and averages over replicas: undo both, the weights already hold 1 / n.
+            losses = label_losses(self.model, batch, self.loss, with_entropy=self.hparams["log_token_statistics"])
+        self.step.add(losses, batch)
+        # Lightning divides by the accumulation and averages over replicas. Undo both, since the weights contain 1 / n.
         loss = losses.weighted_sum * self.trainer.accumulate_grad_batches * replicas(self.trainer)[0]
-        return {"loss": loss, "nll": losses.nll}  # callbacks find both in the outputs of on_train_batch_end
+        return {"loss": loss, "nll": losses.nll}  # the outputs that callbacks get in on_train_batch_end
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with step_oom_advice(self, "the backward pass", self.step_watch.batch):
+        with step_oom_advice(self, "the backward pass", self.step.batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with step_oom_advice(self, "the update", self.step_watch.batch):
+        with step_oom_advice(self, "the update", self.step.batch):
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the step's exact loss, after a look at whether the step may be taken."""
-        loss, metrics = self.step_watch.before_step(self.trainer, self.hparams["log_token_statistics"])
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        self.log("train/loss", torch.tensor(loss), prog_bar=True)
-        self.log_dict({f"train/{name}": torch.tensor(value) for name, value in metrics.items()})
-        self._log_step(self.trainer.global_step + 1)
+        """Decides whether the step is taken, and logs its numbers."""
+        stats = self.step.reduce(self.trainer, stop_requested=self.stop_request.is_made)
+        self.stop_request.is_agreed = stats.stop_requested
+        # Scaled gradients overflow now and then by design, and the scaler skips those steps.
+        if not isfinite(stats.loss) or not (isfinite(stats.grad_norm) or self._precision.scales_gradients):
+            self.nonfinite.stop_or_skip(self.trainer, stats, self.step.micro_batches)
+        spike = self.spikes.add(stats.grad_norm)
+        if spike:
+            log_spike(self.trainer, stats.grad_norm, spike, self.step.micro_batches)
+        self.step.clear()
+        self._log_stats(stats, {"grad_norm_spike": spike, "lr": optimizer.param_groups[0]["lr"]})
 
     def configure_gradient_clipping(
         self,
@@ -213,9 +237,8 @@ class SFTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            norm = self.step_watch.gradient_norm
-            assert norm is not None
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            assert self.step.grad_norm is not None
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.step.grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -257,38 +280,63 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["step_watch"] = self.step_watch.state()
+        checkpoint["identities"] = self.identities
+        checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        saved = checkpoint["hyper_parameters"]
-        for name in _OPTIMIZER_SETTINGS + _SCHEDULE_SETTINGS:
-            old, new = saved.get(name), self.hparams[name]
-            if (list(old) != list(new) if name == "betas" else old != new) and not self.resume_override:
-                raise UserError(
-                    f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
-                    "or pass --resume_override to go on with the new one"
-                )
-        self.step_watch.restore(checkpoint.get("step_watch", {}))
+        saved, current = checkpoint["hyper_parameters"], self.hparams
+        check_resumable(
+            {**saved, **checkpoint["identities"]}, {**current, **self.identities}, override=self.resume_override
+        )
+        self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
+        self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         set_loop_position(
             checkpoint["loops"]["fit_loop"],
             global_step=checkpoint["global_step"],
             steps_per_epoch=steps_per_epoch(self.trainer),
             accumulate=self.trainer.accumulate_grad_batches,
         )
-        if type(self).configure_optimizers is SFTModule.configure_optimizers:  # a subclass's own restore as saved
+        if type(self).configure_optimizers is SFTModule.configure_optimizers:  # else restored as saved
             assert self.model is not None
-            adopt_settings(checkpoint, self.model, self.hparams, self._schedule_settings())
+            (schedule,) = checkpoint["lr_schedulers"]
+            factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
+            peak = self.hparams["learning_rate"]
+            adopt_settings(checkpoint, self.model, self._optimizer_factory(), learning_rate=peak, factor=factor)
+
+    @property
+    def _precision(self) -> Precision:
+        return Precision.named(self.trainer.precision)
+
+    def _optimizer_factory(self) -> OptimizerFactory:
+        if self.optimizer is not None:
+            return self.optimizer
+        return adamw(
+            weight_decay=self.hparams["weight_decay"],
+            betas=tuple(self.hparams["betas"]),
+            eps=self.hparams["eps"],
+            # A fused AdamW unscales float16 gradients itself, which Lightning refuses to combine with clipping.
+            fused=not self._precision.scales_gradients,
+        )
 
     def _log_token_metrics(self, stage: str) -> None:
         metrics = self.token_metrics.compute()
         self.token_metrics.reset()
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
 
+    def _log_stats(self, stats: StepStats, others: dict[str, float]) -> None:
+        metrics = {"grad_norm": stats.grad_norm}
+        if self.hparams["log_token_statistics"]:
+            metrics |= {"token_accuracy": stats.token_accuracy, "entropy": stats.entropy}
+        self.log("train/loss", torch.tensor(stats.loss), prog_bar=True)
+        # In every step, because Lightning would repeat the last value of a metric that is missing.
+        self.log_dict({f"train/{name}": torch.tensor(value) for name, value in {**metrics, **others}.items()})
+        self._log_step(self.trainer.global_step + 1)
+
     def _log_step(self, step: int) -> None:
-        # Loggers take a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
-        # A tensor, here and above: of a number, Lightning makes one on the device, and the host waits for it.
+        # Loggers use a metric of this name as their x axis: optimizer steps done, the number in checkpoint-<step>.
+        # Metrics are tensors because Lightning would copy a number to the device, and the host would wait for it.
         self.log("step", torch.tensor(float(step)))
 
     def _schedule_settings(self) -> dict[str, Any]:

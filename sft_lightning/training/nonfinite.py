@@ -1,33 +1,43 @@
-"""What is told and kept of an optimizer step that must not be taken, or that stands out.
+"""Stop or skip an optimizer step whose loss or gradient is not finite, and save its rows for a replay.
 
 RUN/nonfinite/step-12/
-  rows.jsonl    the step's rows as data that a run would read: prompt, response, ground_truth, weight; and their source
-  about.json    the step, and what a replay needs to put the rows through the model as the run did
+  rows.jsonl    the step's rows as training data: prompt, response, ground_truth, weight; and their source
+  about.json    the step, and what a replay needs to run the rows through the model as the run did
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sft_lightning.checkpointing.run_folder import register_file
-from sft_lightning.data.batch import Example, MicroBatch
+from lightning.pytorch import Trainer
+
+from sft_lightning.checkpointing.run_folder import register_file, run_folder
+from sft_lightning.data.batch import Example
 from sft_lightning.data.formats.base import Record
-from sft_lightning.data.load_report import LoadReport
+from sft_lightning.data.load_report import LoadReport, SkippedRows
 from sft_lightning.data.records import read_records
 from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import tokenize_records
-from sft_lightning.errors import UserError
-from sft_lightning.losses.linear_cross_entropy import LabelLosses
+from sft_lightning.distributed.collectives import all_gather_distinct
+from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.lightning_compat.trainer import TrainingData, datamodule_of, is_dry_run
+from sft_lightning.training.oom_advice import last_checkpoint
+from sft_lightning.training.step import MicroBatchLosses, StepStats, name_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+OnNonFinite = Literal["stop", "skip"]
+
 FOLDER = "nonfinite"
 ROWS = "rows.jsonl"
 ABOUT = "about.json"
-# Of a step, and of the run that it was to be taken in.
+# Fields of about.json that a replay reads.
 _NEEDED = (
     "step",
     "loss",
@@ -53,18 +63,70 @@ class StepRow(NamedTuple):
     is_finite: bool
 
 
-def rows_of_step(parts: Iterable[tuple[LabelLosses, MicroBatch]]) -> list[StepRow]:
-    """Returns the rows of one process's micro-batches. The host waits for the device: for a step that went wrong."""
+class NonFinitePolicy:
+    """Keeps optimizer steps whose loss or gradient is not finite away from the weights.
+
+    Args:
+        on_nonfinite: Whether such a step stops the run or is skipped.
+        max_nonfinite_steps: With ``skip``, how many steps of a run may be skipped; one more stops it.
+
+    Attributes:
+        num_skipped: Steps of this run that were skipped.
+
+    Raises:
+        UserError: If ``max_nonfinite_steps`` is below 0.
+    """
+
+    def __init__(self, on_nonfinite: OnNonFinite = "stop", max_nonfinite_steps: int = 0) -> None:
+        if max_nonfinite_steps < 0:
+            raise UserError(f"model.max_nonfinite_steps must be at least 0, got {max_nonfinite_steps}")
+        self._max_skipped = max_nonfinite_steps if on_nonfinite == "skip" else 0
+        self.num_skipped = 0
+
+    def stop_or_skip(self, trainer: Trainer, stats: StepStats, micro_batches: Sequence[MicroBatchLosses]) -> None:
+        """Saves the rows of a step, then stops the run or skips the step.
+
+        A skipped step has no gradients: the optimizer leaves each parameter and its state unchanged, while the plan and
+        the learning rate schedule move on. All processes have to call this.
+
+        Args:
+            trainer: Before the step.
+            stats: Of the step.
+            micro_batches: Of the step, in this process.
+
+        Raises:
+            NonFiniteError: In all processes, if no further step may be skipped.
+        """
+        step, stops = trainer.global_step + 1, self.num_skipped >= self._max_skipped
+        rows = all_gather_distinct(rows_of_step(micro_batches), trainer.world_size)
+        done = "stopped before the step" if stops else "skipped the step"
+        if self._max_skipped:
+            done += f" ({self.num_skipped + 1 - stops} of {self._max_skipped} skipped)"
+        folder = None if is_dry_run(trainer) else step_folder(run_folder(trainer, None), step)
+        line = describe_non_finite(step, stats.loss, stats.grad_norm, rows, done=done, folder=folder)
+        if folder is not None and trainer.is_global_zero:
+            try:
+                _save(trainer, stats, rows, micro_batches)
+            except OSError as error:  # a full disk must not hide why the run stops
+                logger.warning("the rows could not be saved in '%s': %s", folder, error)
+        # Launchers kill a run as soon as one of its processes fails, so the rows must be on disk before that.
+        trainer.strategy.barrier("NonFinitePolicy")
+        if stops:
+            raise NonFiniteError(line)
+        self.num_skipped += 1
+        for parameter in trainer.lightning_module.parameters():
+            parameter.grad = None
+        if trainer.is_global_zero:
+            logger.warning(line)
+
+
+def rows_of_step(micro_batches: Iterable[MicroBatchLosses]) -> list[StepRow]:
+    """Returns the rows of one process's micro-batches. The host waits for the device."""
     rows = []
-    for losses, batch in parts:
+    for losses, batch in micro_batches:
         bad = set(batch.label_rows[~losses.nll.isfinite()].tolist())
         rows += [StepRow(source, row not in bad) for row, source in enumerate(batch.sources)]
     return rows
-
-
-def name_sources(sources: Sequence[str]) -> str:
-    """Returns the first eight sources, and how many more there are."""
-    return ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
 
 
 def describe_non_finite(
@@ -72,15 +134,15 @@ def describe_non_finite(
 ) -> str:
     """Returns one line that names the rows behind a loss or gradient that is NaN or infinite.
 
-    Those whose own loss is not finite; where every row's is (only the gradient overflowed), all rows of the step.
+    These are the rows whose own loss is not finite, or all rows of the step if only the gradient overflowed.
 
     Args:
         step: The number of the step, from 1.
         loss: Of the step, in nats.
         norm: Of the step's gradient.
         rows: Of the step, in all processes.
-        done: What was done about it.
-        folder: Where the rows are kept.
+        done: What happened to the step.
+        folder: Where the rows are saved.
     """
     named = [row.source for row in rows if not row.is_finite] or [row.source for row in rows]
     replay = f" Each row alone: sft-lightning replay '{folder}'." if folder else ""
@@ -91,9 +153,9 @@ def describe_non_finite(
 
 
 def find_records(read: Callable[[], Iterable[Record]], rows: Sequence[StepRow]) -> list[Record]:
-    """Returns the records of a step's rows, those first whose own loss is not finite.
+    """Returns the records of a step's rows; rows whose own loss is not finite come first.
 
-    A row that is no longer in its file is left out: it is named in ``about.json`` all the same.
+    Skips rows that are no longer in their file; ``about.json`` names them.
 
     Args:
         read: Yields the records of the training data, in file order.
@@ -112,7 +174,7 @@ def find_records(read: Callable[[], Iterable[Record]], rows: Sequence[StepRow]) 
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Returns where a run keeps what it has of an optimizer step; steps are numbered from 1."""
+    """Returns the folder in which a run saves an optimizer step; steps are numbered from 1."""
     return run / FOLDER / f"step-{step}"
 
 
@@ -121,8 +183,8 @@ def save_step(run: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
 
     Args:
         run: Folder of the run.
-        records: Of its rows.
-        about: Numbers that are not finite become text, which JSON has no other way to write.
+        records: Of the step's rows.
+        about: Numbers that are not finite become text, because JSON cannot hold them.
     """
     folder = step_folder(run, about["step"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,14 +200,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     """Returns what ``save_step`` wrote about a step.
 
     Raises:
-        UserError: If the folder holds nothing of the kind.
+        UserError: If the folder holds no saved step.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"'{folder}' holds no {ABOUT} that can be read ({type(error).__name__}); name a folder "
-            f"RUN/{FOLDER}/step-<n> of a run that met a step with a loss or gradient that is not finite"
+            f"RUN/{FOLDER}/step-<n> of a run with a loss or gradient that was not finite"
         ) from None
     missing = [name for name in _NEEDED if not isinstance(about, dict) or name not in about]
     if missing:
@@ -154,15 +216,15 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Mapping[str, Any]) -> list[Example]:
-    """Returns the saved rows of a step as the run tokenised them, by the names that they had there.
+    """Returns the saved rows of a step as the run tokenized them, with their original ``file:line``.
 
     Raises:
-        UserError: If there are none that can be read.
+        UserError: If the rows cannot be read.
     """
     path = folder / ROWS
     settings = DataSettings.of_saved_rows(path, about)
-    tokenised = tokenize_records(read_records(settings), tokenizer, settings, LoadReport())
-    examples = {record.source: example for record, example in tokenised}
+    tokenized = tokenize_records(read_records(settings), tokenizer, settings, LoadReport())
+    examples = {record.source: example for record, example in tokenized}
     names = [json.loads(line).get("source", "") for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         examples[place]._replace(source=name)
@@ -174,3 +236,36 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
 def _as_row(record: Record) -> dict[str, Any]:
     row = {"prompt": record.prompt, "response": record.response, "ground_truth": record.ground_truth}
     return {**row, "weight": record.weight, "source": record.source}
+
+
+def _save(
+    trainer: Trainer, stats: StepStats, rows: Sequence[StepRow], micro_batches: Sequence[MicroBatchLosses]
+) -> None:
+    data: TrainingData = datamodule_of(trainer)
+    settings = data.settings("train")
+    module: Any = trainer.lightning_module
+    run, checkpoint = run_folder(trainer, None), last_checkpoint(trainer)
+    records = find_records(lambda: read_records(settings, SkippedRows()), rows)
+    about = {
+        "step": trainer.global_step + 1,
+        "loss": stats.loss,
+        "gradient_norm": stats.grad_norm,
+        # A checkpoint of this run is saved by name, so that the run's folder may move.
+        "checkpoint": Path(checkpoint).name if checkpoint and Path(checkpoint).parent == run else checkpoint,
+        "model_path": _absolute(module.hparams["model_path"]),
+        **{name: module.hparams[name] for name in ("init", "attn_implementation")},
+        "tokenizer_path": _absolute(str(data.tokenizer_path)),
+        **settings.token_options,
+        "precision": str(trainer.precision),
+        "layout": next((batch.layout for _, batch in micro_batches if batch.num_rows), "padded"),
+        "seed": data.seed,
+        "rows": [row.source for row in rows],
+        "rows_not_finite": [row.source for row in rows if not row.is_finite],
+        "rows_not_found": sorted({row.source for row in rows} - {record.source for record in records}),
+    }
+    save_step(run, records, about)
+
+
+def _absolute(path: str) -> str:
+    """Returns an absolute path for a folder, and a hub name unchanged."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path

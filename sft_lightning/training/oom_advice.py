@@ -1,4 +1,4 @@
-"""What a run says where its memory does not suffice."""
+"""Turn out-of-memory errors of a run into one line of advice."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -7,18 +7,19 @@ from lightning.pytorch import LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.lightning_compat.trainer import datamodule_of, resume_path
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import generation_advice, translate_out_of_memory
 
 
 def step_oom_advice(
     module: LightningModule, doing: str, batch: MicroBatch | None = None
 ) -> AbstractContextManager[None]:
-    """Returns a context in which running out of memory ends in one line: what for, how much, and what to change.
+    """Returns a context that reports running out of memory in one line: where, how much, and what to change.
 
     Args:
-        module: The module that is trained or asked.
-        doing: What the memory is needed for.
-        batch: The micro-batch that is computed.
+        module: The module in use.
+        doing: The part of the step that runs in the context.
+        batch: The micro-batch in use.
 
     Raises:
         RunFailedError: In place of the error, which is chained to it.
@@ -36,7 +37,7 @@ def step_oom_advice(
 
 
 def generation_oom_advice(trainer: Trainer, generator: Any, num_prompts: int) -> AbstractContextManager[None]:
-    """Returns the same for answers to prompts, where other settings decide."""
+    """Returns the same context for generation, where other settings help."""
     return translate_out_of_memory(
         lambda: f"the answers to {num_prompts} prompts after step {trainer.global_step}",
         lambda: f"{generation_advice(generator)}. {_checkpoint_line(trainer)}",
@@ -45,7 +46,7 @@ def generation_oom_advice(trainer: Trainer, generator: Any, num_prompts: int) ->
 
 
 def last_checkpoint(trainer: Trainer) -> str:
-    """Returns the folder of the newest checkpoint of a run, else the one that it goes on from; else an empty text."""
+    """Returns the newest checkpoint of a run, else the one that it resumed from, else an empty text."""
     return getattr(trainer.checkpoint_callback, "last_model_path", "") or resume_path(trainer) or ""
 
 
@@ -58,7 +59,7 @@ def _shape(batch: MicroBatch) -> str:
 
 
 def _batch_advice(trainer: Trainer, module: LightningModule) -> str:
-    """Returns the settings to change: those first that cost nothing but time."""
+    """Returns the settings to change; settings that only cost time come first."""
     data, fits = datamodule_of(trainer), trainer.state.fn == "fit"
     size, ways = getattr(data, "batch_size", 1), []
     if size > 1:
@@ -68,7 +69,7 @@ def _batch_advice(trainer: Trainer, module: LightningModule) -> str:
         ways.append(f"--data.batch_size {smaller}{step}")
     if fits and not module.hparams.get("gradient_checkpointing"):
         ways.append("--model.gradient_checkpointing true")
-    if str(trainer.precision) in ("32-true", "64-true"):
+    if not Precision.named(trainer.precision).is_16_bit:
         ways.append("--trainer.precision bf16-mixed")
     if hasattr(data, "max_length"):
         ways.append(f"--data.max_length below {data.max_length}")

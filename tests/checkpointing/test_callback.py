@@ -153,7 +153,7 @@ def test_a_resumed_run_writes_the_same_metrics(fit, tmp_path, val_file, every_n_
         assert torch.equal(ours.best_model_score, theirs.best_model_score)
 
 
-def test_a_run_that_died_before_its_first_checkpoint_leaves_no_metrics_to_the_next(fit, tmp_path):
+def test_metrics_of_a_run_without_checkpoint_are_dropped(fit, tmp_path):
     MetricsCSVLogger(tmp_path).log_metrics({"val/answer_accuracy": 0.5}, 0)
     fit(tmp_path, logger=MetricsCSVLogger(tmp_path), max_steps=2, log_every_n_steps=1)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
@@ -172,7 +172,7 @@ def test_early_stopping_works_on_a_validation_metric(fit, tmp_path, val_file):
     assert (tmp_path / "final" / "config.json").is_file()
 
 
-def test_retention_keeps_the_newest_and_what_links_stand_for(fit, tmp_path):
+def test_retention_keeps_the_newest_and_the_targets_of_links(fit, tmp_path):
     fit(tmp_path, checkpoint={"every_n_train_steps": 2, "keep_last": 2})
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     assert (tmp_path / "last").resolve().name == "checkpoint-12"
@@ -221,7 +221,7 @@ def test_a_model_folder_without_trainer_state_does_not_resume(fit, tmp_path):
         fit(tmp_path / "b", ckpt_path=str(tmp_path / "a" / "final"))
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(fit, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_skipped(fit, tmp_path):
     fit(tmp_path, max_steps=4, checkpoint={"every_n_train_steps": 2})
     weights = tmp_path / "checkpoint-4" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(fit, tmp_path):
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-2")
 
 
-def test_resuming_elsewhere_spares_the_run_that_is_there(fit, tmp_path):
+def test_resuming_into_another_runs_folder_is_refused(fit, tmp_path):
     fit(tmp_path / "a", max_steps=2)
     fit(tmp_path / "b", max_steps=3)
     before = (tmp_path / "b" / "final" / "manifest.json").read_bytes()

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 from sft_lightning.data.batch import Example
 from sft_lightning.diagnostics.replay import replay_rows, weights_not_finite
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 ROWS = [
     Example.from_prompt(np.array(tokens, dtype=np.int32), 3, f"a:{n}")
     for n, tokens in enumerate(([5, 6, 7, 8, 9], [5, 6, 7, 4]))
 ]
-OPTIONS = {"precision": "32-true", "pad_token_id": 0}
+OPTIONS = {"precision": Precision.named("32-true"), "pad_token_id": 0}
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_gradient_that_is_not_finite_is_named_where_all_activations_are(model)
 def test_float16_overflows_where_the_run_did(model):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e7)
-    half = list(replay_rows(model, ROWS[:1], layout="padded", precision="16-mixed", pad_token_id=0))
+    half = list(replay_rows(model, ROWS[:1], layout="padded", precision=Precision.named("16-mixed"), pad_token_id=0))
     assert half[0].first_not_finite == "activation of model.layers.0.mlp.up_proj"
     whole = list(replay_rows(model, ROWS[:1], layout="padded", **OPTIONS))
     assert whole[0].is_finite

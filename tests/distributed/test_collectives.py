@@ -1,7 +1,19 @@
-"""Two processes: tests/test_distributed.py, tests/callbacks/test_predictions.py."""
+"""Two processes: tests/test_distributed.py, tests/training/callbacks/test_predictions.py."""
 
-from sft_lightning.distributed.collectives import all_gather_objects
+import pytest
+import torch
+
+from sft_lightning.distributed.collectives import all_gather_distinct, all_gather_objects
 
 
 def test_one_process_has_all_there_is():
     assert all_gather_objects(["a", "b"], 1) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(("theirs", "expected"), [(["c", "a"], ["a", "b", "c"]), ([], ["a", "b"])])
+def test_distinct_rows_keep_the_order_of_ranks(monkeypatch, theirs, expected):
+    def all_gather_object(parts, rows):
+        parts[:] = [rows, theirs]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    assert all_gather_distinct(["a", "b", "a"], 2) == expected

@@ -120,7 +120,7 @@ def test_masked_normalize_of_an_empty_mask_is_zero():
     assert masked_normalize(torch.tensor(TENSOR), torch.zeros(2, 3), 7.0).item() == 0.0
 
 
-def test_masked_normalize_is_untouched_by_what_is_masked_out():
+def test_masked_normalize_ignores_masked_out_values():
     tensor = torch.tensor([1.0, math.nan, math.inf, 2.0], requires_grad=True)
     result = masked_normalize(tensor, torch.tensor([True, False, False, True]), 2.0)
     assert result.item() == 1.5
@@ -258,7 +258,7 @@ def test_sft_loss_gradient_matches_a_float64_loop():
     assert (model.table.grad - expected_gradient).norm() / expected_gradient.norm() <= 1e-6
 
 
-def test_sft_loss_never_looks_at_labels_outside_of_the_response():
+def test_sft_loss_ignores_labels_outside_of_the_response():
     mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
     spoiled = LABELS.masked_fill(mask == 0, -100)
     assert compute_sft_loss(Bigrams(TABLE), INPUT_IDS, spoiled, mask).item() == pytest.approx(

@@ -223,7 +223,7 @@ def test_logits_far_from_zero_lose_no_digits(offset):
     assert bias.grad.tolist() == [1.0, 0.0, -1.0]
 
 
-def test_tokens_that_are_ruled_out_by_a_bias_of_minus_infinity_count_for_nothing():
+def test_tokens_with_a_bias_of_minus_infinity_do_not_count():
     problem = Problem(with_bias=True)
     problem.bias.data[V // 2 :] = -math.inf
     loss, _, logits = problem.plain(torch.float64)
@@ -300,7 +300,7 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale_arrives():
         assert error < 2e-3  # some units of float16's last place, 2 ** -11
 
 
-def test_float16_gradients_do_not_overflow_where_all_labels_are_the_same():
+def test_float16_gradients_do_not_overflow_for_equal_labels():
     hidden = torch.full((512, D), 8.0, dtype=torch.float16)
     weight = torch.zeros(V, D, dtype=torch.float16, requires_grad=True)
     weights = torch.full((512,), 2.0**-9, dtype=torch.float64)
@@ -349,7 +349,7 @@ def test_the_hidden_states_are_not_multiplied_twice():
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient_and_no_memory(frozen):
+def test_frozen_inputs_get_no_gradient_and_no_memory(frozen):
     problem = Problem(with_bias=True)
     truth = dict(zip(("hidden", "weight", "bias"), problem.gradients(problem.plain(torch.float64)[0]), strict=True))
     getattr(problem, frozen).requires_grad_(False)
@@ -361,7 +361,7 @@ def test_what_is_frozen_gets_no_gradient_and_no_memory(frozen):
         assert gradient is None if name == frozen else relative_error(gradient, expected) < 1e-6
 
 
-def test_without_gradients_only_the_loss_is_made():
+def test_without_gradients_only_the_loss_is_computed():
     problem = Problem(num_labels=64)
     loss, nll, _ = problem.plain(torch.float64)
     with torch.no_grad(), CreatedTensors() as created:
@@ -373,7 +373,7 @@ def test_without_gradients_only_the_loss_is_made():
     assert relative_error(losses.nll, nll) < 1e-6
 
 
-def test_only_the_sum_has_a_gradient_and_only_what_was_asked_for_is_there():
+def test_only_the_sum_has_a_gradient_and_entropy_is_optional():
     losses = linear_cross_entropy(*Problem().arguments)
     assert losses.weighted_sum.requires_grad
     assert not losses.nll.requires_grad
@@ -395,7 +395,7 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_the_same_inputs_give_the_same_bits_with_deterministic_algorithms_only():
+def test_deterministic_algorithms_give_the_same_bits():
     problem = Problem(torch.bfloat16, num_labels=64)
     torch.use_deterministic_algorithms(True)
     try:
@@ -435,7 +435,7 @@ def test_a_compiled_model_gives_the_same_for_every_number_of_labels():
             torch.testing.assert_close(own, expected)
 
 
-def test_weights_of_zero_make_no_infinite_unit_where_they_are_float32():
+def test_float32_weights_of_zero_make_no_infinite_unit():
     """Apple's GPUs have no float64, and an empty micro-batch's only weight is 0."""
     assert math.isfinite(_gradient_unit(torch.zeros(1), torch.float16))
 
@@ -443,13 +443,13 @@ def test_weights_of_zero_make_no_infinite_unit_where_they_are_float32():
 @pytest.mark.parametrize(
     ("device", "total_gib", "budget_mib"), [("cpu", 0, 256), ("cuda", 8, 256), ("cuda", 24, 384), ("cuda", 80, 1280)]
 )
-def test_a_large_gpu_takes_larger_chunks(monkeypatch, device, total_gib, budget_mib):
+def test_a_large_gpu_computes_larger_chunks(monkeypatch, device, total_gib, budget_mib):
     properties = SimpleNamespace(total_memory=total_gib * 2**30)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
     assert _budget_bytes(torch.device(device)) == budget_mib * 2**20
 
 
-def test_a_cpu_takes_768_rows_at_once_whatever_the_budget():
+def test_a_cpu_computes_at_most_768_rows_at_once():
     problem = Problem(num_labels=1600)
     with CreatedTensors() as created:
         losses = linear_cross_entropy(*problem.arguments)

@@ -137,7 +137,7 @@ class HeadPastTheModule(nn.Module):
         return SimpleNamespace(logits=F.linear(self.embedding(input_ids), self.head.weight, self.head.bias))
 
 
-def test_a_model_that_does_not_call_its_head_as_a_module_still_gives_the_right_losses():
+def test_a_head_that_is_not_called_as_a_module_works():
     torch.manual_seed(0)
     model, batch = HeadPastTheModule(), make_batch()
     install_label_loss(model)
@@ -147,7 +147,7 @@ def test_a_model_that_does_not_call_its_head_as_a_module_still_gives_the_right_l
 
 
 @pytest.mark.parametrize("head", [nn.Sequential(nn.Linear(16, 61)), type("Adapted", (nn.Linear,), {})(16, 61)])
-def test_a_head_that_is_no_plain_linear_layer_makes_its_own_logits(head):
+def test_a_head_that_is_not_linear_computes_its_own_logits(head):
     model, batch = make_model(), make_batch()
     model.lm_head = head
     install_label_loss(model)
@@ -168,7 +168,7 @@ class Adapted(nn.Module):
         return self.base_layer(hidden) + self.high(self.low(hidden))
 
 
-def test_an_adapter_may_be_put_around_the_head_later():
+def test_an_adapter_may_wrap_the_head_later():
     model, batch = make_model(), make_batch()
     install_label_loss(model)
     model.lm_head = Adapted(model.lm_head)
@@ -200,7 +200,7 @@ def test_a_failed_forward_leaves_nothing_behind():
     assert torch.equal(model(input_ids=batch.input_ids).logits, plain)
 
 
-def test_no_gradient_is_made_without_grad_mode():
+def test_no_gradient_is_computed_without_grad_mode():
     model, batch = make_model(), make_batch()
     install_label_loss(model)
     with torch.no_grad():

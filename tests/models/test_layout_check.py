@@ -17,6 +17,7 @@ from sft_lightning.models.attention import segments as segment_attention
 from sft_lightning.models.attention.selection import choose_attention
 from sft_lightning.models.layout_check import choose_layout
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 ATTEND = segment_attention.attend
 LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -279,8 +280,8 @@ def test_dropout_is_off_meanwhile(dropout_model_folder):
     assert guard(load_model(dropout_model_folder)) == "shared_prefix"
 
 
-@pytest.mark.parametrize(("dtype", "entered"), [(torch.float32, 0), (torch.bfloat16, 1)])
-def test_the_precision_of_training_is_left_out_where_float32_shows_more(dtype, entered, model_folder):
+@pytest.mark.parametrize(("name", "entered"), [("32-true", 0), ("bf16-true", 1)])
+def test_float32_replaces_the_precision_of_training_where_it_shows_more(name, entered, model_folder):
     times = 0
 
     @contextmanager
@@ -289,7 +290,7 @@ def test_the_precision_of_training_is_left_out_where_float32_shows_more(dtype, e
         times += 1
         yield
 
-    assert guard(load_model(model_folder, dtype=dtype), precision=precision) == "shared_prefix"
+    assert guard(load_model(model_folder, precision=Precision.named(name)), precision=precision) == "shared_prefix"
     assert times == entered
 
 

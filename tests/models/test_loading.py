@@ -35,6 +35,7 @@ from sft_lightning.models.loading import (
     save_model,
     survives_saving,
 )
+from sft_lightning.models.precision import Precision
 
 SHAPE = {
     "vocab_size": 61,
@@ -127,11 +128,13 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(folder):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("asked", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)]
+)
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, asked, init):
+def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, precision, asked, init):
     make_model().to(stored).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), init=init, dtype=asked)
+    model = load_model(str(tmp_path), init=init, precision=Precision.named(precision))
     assert {parameter.dtype for parameter in model.parameters()} == {asked}
     assert model.training
 
@@ -261,7 +264,7 @@ def test_an_embedding_with_spare_rows_is_fine(tokenizer, spare_rows):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
-def test_what_is_saved_reloads_bit_equal_by_plain_transformers(tmp_path, name):
+def test_plain_transformers_reloads_a_saved_model_bit_equal(tmp_path, name):
     make_model(name).save_pretrained(tmp_path / "original")
     model = load_model(str(tmp_path / "original"), gradient_checkpointing=True)
     with torch.no_grad():
@@ -311,7 +314,7 @@ def test_a_published_generation_config_that_transformers_refuses_to_save_is_save
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_given_weights_are_saved_in_place_of_the_models(folder, tmp_path):
+def test_given_weights_are_saved_instead_of_the_models(folder, tmp_path):
     model = load_model(str(folder))
     weights = {name: torch.full_like(weight, 0.5) for name, weight in model.state_dict().items()}
     save_model(model, None, tmp_path, state_dict=weights)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sft_lightning.training.metrics import TokenMetrics, answer_metrics
+from sft_lightning.training.metrics import TokenMetrics
 
 
 def metrics_of(*batches):
@@ -13,7 +13,7 @@ def metrics_of(*batches):
     return {name: value.item() for name, value in metrics.compute().items()}
 
 
-def test_worked_out_by_hand():
+def test_token_metrics_by_hand():
     found = metrics_of(([1.0, 2.0], [True, False]), ([6.0], [True]))
     assert found == {
         "loss": 3.0,  # (1 + 2 + 6) / 3, and not the mean 3.75 of the batches' means 1.5 and 6
@@ -113,38 +113,5 @@ def test_a_nan_is_not_hidden():
     assert math.isnan(metrics_of(([1.0], [True]), ([math.nan], [False]))["loss"])
 
 
-def test_nothing_of_it_is_saved_with_the_weights():
+def test_token_metrics_add_nothing_to_the_state_dict():
     assert TokenMetrics().state_dict() == {}
-
-
-def graded(format_correct, answer_correct, num_tokens, strict=None, entropy=None):
-    return {
-        "format_correct": format_correct,
-        "strict_format_correct": strict,
-        "answer_correct": answer_correct,
-        "num_tokens": num_tokens,
-        "mean_entropy": entropy,
-    }
-
-
-def test_answer_metrics():
-    samples = [
-        graded(True, False, 10, strict=True, entropy=0.5),
-        graded(False, True, 30, strict=False, entropy=1.5),
-        graded(True, True, 20, strict=False),
-    ]
-    assert answer_metrics(samples, torch.device("cpu")) == {
-        "format_accuracy": pytest.approx(2 / 3, abs=1e-12),
-        "strict_format_accuracy": pytest.approx(1 / 3, abs=1e-12),
-        "answer_accuracy": pytest.approx(2 / 3, abs=1e-12),
-        "mean_reward": pytest.approx(1 / 3, abs=1e-12),
-        "response_tokens": 20.0,
-        "response_entropy": 1.25,  # of tokens: (10 * 0.5 + 30 * 1.5) / 40
-    }
-
-
-def test_answer_metrics_leave_out_what_no_answer_tells(recwarn):
-    values = answer_metrics([graded(True, True, 4)], torch.device("cpu"))
-    assert values == {"format_accuracy": 1.0, "answer_accuracy": 1.0, "mean_reward": 1.0, "response_tokens": 4.0}
-    assert answer_metrics([], torch.device("cpu")) == {}
-    assert not recwarn.list

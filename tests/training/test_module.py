@@ -154,7 +154,7 @@ def test_the_learning_rate_is_logged_and_stepped_per_optimizer_step(watched_run)
         ),
     ],
 )
-def test_no_clipping_and_clipping_by_value(make_trainer, make_data, model_folder, train_file, options, clip):
+def test_clipping_by_value_and_no_clipping(make_trainer, make_data, model_folder, train_file, options, clip):
     watch = StepWatch()
     make_trainer(watch, max_steps=2, **options).fit(SFTModule(model_folder), make_data(train_file))
     assert len(watch.steps) == 2
@@ -176,9 +176,7 @@ def test_dropout_follows_from_the_plan_alone(make_trainer, make_data, dropout_mo
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_a_fit_after_one_that_was_stopped_in_mid_step_logs_its_own_loss(
-    make_trainer, make_data, model_folder, train_file
-):
+def test_a_fit_after_one_stopped_in_mid_step_logs_its_own_loss(make_trainer, make_data, model_folder, train_file):
     class StopsInMidStep(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             trainer.should_stop = True
@@ -244,7 +242,7 @@ def equal_weights(one, other):
     return all(torch.equal(weight.nan_to_num(7.0), other[name].nan_to_num(7.0)) for name, weight in one.items())
 
 
-def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
+def test_a_nan_loss_names_its_row_and_stops_before_the_step(
     make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer, tmp_path
 ):
     (tilde,) = tokenizer("~").input_ids
@@ -262,9 +260,7 @@ def test_a_row_whose_loss_is_nan_is_named_and_stops_the_run_before_the_step(
     assert sorted(named.split(", ")) == [f"{rows_with_a_tilde}:5", f"{rows_with_a_tilde}:9"]
 
 
-def test_the_steps_before_a_bad_row_are_taken(
-    make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer
-):
+def test_steps_before_a_bad_row_are_taken(make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer):
     (tilde,) = tokenizer("~").input_ids
     folder = broken_model_folder(lambda model: model.model.embed_tokens.weight[tilde].fill_(float("nan")))
     taken, names = [], []
@@ -293,9 +289,7 @@ def test_a_broken_weight_names_the_rows_of_the_step(make_trainer, make_data, bro
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run_too(
-    make_trainer, make_data, model_folder, rows_with_a_tilde, value
-):
+def test_a_nonfinite_gradient_stops_the_run(make_trainer, make_data, model_folder, rows_with_a_tilde, value):
     class BreaksTheGradient(Callback):
         def on_train_start(self, trainer, module):
             module.model.model.norm.weight.register_hook(lambda gradient: gradient * value)
@@ -338,7 +332,7 @@ def test_validation_metrics_are_exact_over_the_set(make_trainer, make_data, mode
         assert {name: metrics[f"{stage}/{name}"] for name in expected} == expected
 
 
-def test_each_validation_counts_for_itself(make_trainer, make_data, model_folder, train_file, val_file):
+def test_each_validation_starts_from_zero(make_trainer, make_data, model_folder, train_file, val_file):
     module = SFTModule(model_folder, learning_rate=1e-2)
     data = make_data(train_file, val_path=val_file)
     trainer = make_trainer(max_steps=4, val_check_interval=8)
@@ -351,7 +345,7 @@ def test_each_validation_counts_for_itself(make_trainer, make_data, model_folder
     assert abs(final_loss - loss) > 0.01
 
 
-def test_an_empty_validation_batch_counts_nothing(make_trainer, make_data, model_folder, val_file, monkeypatch):
+def test_an_empty_validation_batch_adds_nothing(make_trainer, make_data, model_folder, val_file, monkeypatch):
     """Of 11 rows in batches of 4, the second of two processes has the second batch and an empty one."""
 
     class Watch(Callback):
@@ -478,7 +472,7 @@ def resume(make_trainer, data, model_folder, checkpoint, **options):
     return trainer.logger.series("train/lr"), groups
 
 
-def test_a_longer_run_goes_on_with_its_own_schedule(make_trainer, make_data, checkpoint, model_folder, train_file):
+def test_a_longer_run_resumes_with_its_own_schedule(make_trainer, make_data, checkpoint, model_folder, train_file):
     rates, _ = resume(make_trainer, make_data(train_file), model_folder, checkpoint)
     expected = [1e-3 * (1 + math.cos(math.pi * done / 6)) / 2 for done in (2, 3, 4, 5)]
     assert rates == [(step, pytest.approx(rate)) for step, rate in zip((3, 4, 5, 6), expected, strict=True)]
@@ -503,7 +497,7 @@ def test_another_optimizer_setting_is_refused_by_name(
         resume(make_trainer, make_data(train_file), model_folder, checkpoint, **{name: value})
 
 
-def test_resume_override_goes_on_with_the_new_settings(make_trainer, make_data, checkpoint, model_folder, train_file):
+def test_resume_override_continues_with_the_new_settings(make_trainer, make_data, checkpoint, model_folder, train_file):
     changed = {"learning_rate": 5e-4, "lr_schedule": "linear", "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
     rates, groups = resume(
         make_trainer, make_data(train_file), model_folder, checkpoint, resume_override=True, **changed

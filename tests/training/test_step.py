@@ -1,269 +1,103 @@
-"""A step that is not finite reaches no weight: real fits of a model with a broken token, or a broken gradient."""
-
 import copy
-import json
-import os
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.plugins import MixedPrecision
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft_lightning.checkpointing import folder as checkpoint_folder
-from sft_lightning.checkpointing import run_folder as claims
-from sft_lightning.errors import NonFiniteError, UserError
-from sft_lightning.training.step import StepWatch
-
-NAN = float("nan")
+from sft_lightning.data.batch import Example
+from sft_lightning.data.batching.collate import collate
+from sft_lightning.losses.base import LabelLosses
+from sft_lightning.training.step import MicroBatchLosses, StepAccumulator, StepStats, name_sources, step_sums
 
 
-class BreaksGradients(Callback):
-    """Multiplies a gradient in the steps of the given numbers; keeps weights and optimizer after each step."""
-
-    def __init__(self, factors):
-        self.factors = factors
-        self.after = {}
-
-    def on_train_start(self, trainer, module):
-        weight = module.model.model.norm.weight
-        weight.register_hook(lambda gradient: gradient * self.factors.get(trainer.global_step + 1, 1.0))
-
-    def on_train_batch_end(self, trainer, module, *args):
-        state = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
-        self.after[trainer.global_step] = (copy.deepcopy(module.model.state_dict()), state)
+def micro_batch(*lines):
+    examples = [Example.from_prompt(np.array([1, 2, 3], dtype=np.int32), 1, f"rows.jsonl:{line}") for line in lines]
+    return collate(examples, [1.0] * len(examples), layout="padded", pad_token_id=0)
 
 
-def equal(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    return torch.equal(one, other)
+def losses(nll, *, correct, entropy=None):
+    nll = torch.tensor(nll)
+    weighted_sum = (nll * 0.5).sum().requires_grad_()
+    entropy = None if entropy is None else torch.tensor(entropy)
+    return LabelLosses(weighted_sum=weighted_sum, nll=nll, correct=torch.tensor(correct), entropy=entropy)
 
 
-SKIP = {"on_nonfinite": "skip", "max_nonfinite_steps": 2, "lr_schedule": "linear"}
-OPTIONS = {"max_epochs": 1, "accumulate_grad_batches": 1}
+FIRST = losses([1.0, 2.0, 3.0, 4.0], correct=[True, False, False, True], entropy=[0.5, 0.5, 1.0, 1.0])
+SECOND = losses([6.0, 8.0], correct=[False, True], entropy=[2.0, 4.0])
+DUMMY = losses([100.0], correct=[True], entropy=[100.0])._replace(weighted_sum=torch.zeros(()))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_a_skipped_step_leaves_weights_moments_and_counters_and_the_schedule_moves_on(
-    fit, tmp_path, precision, clip, caplog
-):
-    watch = BreaksGradients({4: NAN})
-    run = fit(tmp_path / "run", model=SKIP, callbacks=(watch,), precision=precision, gradient_clip_val=clip, **OPTIONS)
-    assert run.trainer.global_step == 11
-    assert equal(watch.after[3][0], watch.after[4][0])
-    assert equal(watch.after[3][1], watch.after[4][1])
-    assert not equal(watch.after[4][0], watch.after[5][0])
-    assert {int(state["step"]) for state in watch.after[11][1].values()} == {10}
-    assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.0
-    assert "in optimizer step 4: skipped the step (1 of 2 skipped)" in caplog.text
-    about = json.loads((tmp_path / "run" / "nonfinite" / "step-4" / "about.json").read_text())
-    assert about["gradient_norm"] == "nan"
-    assert len(about["rows"]) == 4
-    assert about["rows_not_finite"] == []
+def test_sums_of_a_step_leave_out_the_dummies_of_empty_micro_batches():
+    empty = collate([], [], layout="padded", pad_token_id=0)
+    parts = [(FIRST, micro_batch(1, 2)), (SECOND, micro_batch(3)), (DUMMY, empty)]
+    sums = step_sums([MicroBatchLosses(*part) for part in parts])
+    assert sums.tolist() == [12.0, 3.0, 9.0, 6.0]  # 0.5 * (10 + 14); three are right; 3 + 6 nats; six labels
 
 
-def test_the_step_after_a_skipped_one_is_that_of_a_run_whose_plan_had_it_weigh_nothing(fit):
-    """Skipping is the same as a step of learning rate 0 whose moments are not touched: an independent AdamW agrees."""
-    watch = BreaksGradients({1: NAN})
-    run = fit(model=SKIP | {"lr_schedule": "constant"}, callbacks=(watch,), max_steps=2, accumulate_grad_batches=1)
-    gradient = run.gradients[1]["model.layers.0.mlp.up_proj.weight"].double()
-    norm = torch.stack([g.double().norm() for g in run.gradients[1].values()]).norm()
-    gradient = gradient * min(1.0, 1.0 / (norm.item() + 1e-6))
-    before = watch.after[1][0]["model.layers.0.mlp.up_proj.weight"].double()
-    # The first step of AdamW: both moments are bias-corrected to the gradient itself.
-    expected = before - 1e-2 * gradient / (gradient.abs() + 1e-8)
-    after = watch.after[2][0]["model.layers.0.mlp.up_proj.weight"].double()
-    assert torch.allclose(after, expected, atol=1e-7)
+def test_entropy_that_is_not_computed_sums_to_zero():
+    plain = losses([1.0, 2.0], correct=[True, False])
+    assert step_sums([MicroBatchLosses(plain, micro_batch(1))]).tolist() == [1.5, 1.0, 0.0, 2.0]
 
 
-def test_one_more_than_allowed_stops_the_run(fit, tmp_path):
-    watch = BreaksGradients({2: NAN, 4: float("inf"), 6: NAN})
-    with pytest.raises(NonFiniteError) as raised:
-        fit(tmp_path, model=SKIP, callbacks=(watch,), checkpoint={"every_n_train_steps": 1}, **OPTIONS)
-    assert "in optimizer step 6: stopped before the step (2 of 2 skipped)" in str(raised.value)
-    assert sorted(path.name for path in (tmp_path / "nonfinite").iterdir()) == ["step-2", "step-4", "step-6"]
-    assert (tmp_path / "last").resolve().name == "checkpoint-5"
-    checkpoint_folder.verify(tmp_path / "checkpoint-5")
-    assert json.loads((tmp_path / "nonfinite/step-6/about.json").read_text())["checkpoint"] == "checkpoint-5"
-    three, four = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (3, 4))
-    assert equal(three, four)
-    claims.clear(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+class FakeTrainer:
+    """Reduces by adding what another process would give."""
+
+    def __init__(self, parameters, theirs=(), num_replicas=1):
+        self.lightning_module = torch.nn.ParameterList(parameters)
+        self.distributed_sampler_kwargs = {"num_replicas": num_replicas, "rank": 0}
+        self.strategy = self
+        self.theirs = theirs
+        self.num_reductions = 0
+
+    def reduce(self, tensor, reduce_op):
+        assert reduce_op == "sum"
+        self.num_reductions += 1
+        return tensor + torch.tensor(self.theirs) if self.theirs else tensor
 
 
-def test_the_count_of_skipped_steps_survives_a_resume(fit, tmp_path):
-    saving = {"every_n_train_steps": 1}
-    with pytest.raises(NonFiniteError):
-        fit(
-            tmp_path,
-            model=SKIP | {"max_nonfinite_steps": 1},
-            callbacks=(BreaksGradients({2: NAN, 5: NAN}),),
-            checkpoint=saving,
-            **OPTIONS,
-        )
-    resumed = {"ckpt_path": str(tmp_path / "checkpoint-4"), "checkpoint": saving, **OPTIONS}
-    with pytest.raises(NonFiniteError, match=r"step 7: stopped before the step \(2 of 2 skipped\)"):
-        fit(tmp_path, model=SKIP, callbacks=(BreaksGradients({6: NAN, 7: NAN}),), **resumed)
-    # And a run that begins anew with the same module counts from 0: see SFTModule.setup.
-    run = fit(model=SKIP, callbacks=(BreaksGradients({1: NAN, 2: NAN}),), **OPTIONS)
-    assert run.module.step_watch.num_skipped == 2
-    run.module.setup("fit")
-    assert run.module.step_watch.num_skipped == 0
+def parameter_with_gradient(*gradient):
+    parameter = torch.nn.Parameter(torch.zeros(len(gradient)))
+    parameter.grad = torch.tensor(gradient)
+    return parameter
 
 
-def test_stop_is_the_default_and_nothing_of_a_dry_run_is_kept(fit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(NonFiniteError, match="stopped before the step, the weights"):
-        fit(callbacks=(BreaksGradients({1: NAN}),), fast_dev_run=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_with_float16_the_scaler_decides_about_gradients(fit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    watch = BreaksGradients({2: float("inf")})
-    run = fit(callbacks=(watch,), plugins=MixedPrecision("16-mixed", "cpu"), max_steps=4, accumulate_grad_batches=1)
-    assert equal(watch.after[1][0], watch.after[2][0])
-    assert equal(watch.after[1][1], watch.after[2][1])
-    assert not equal(watch.after[2][0], watch.after[3][0])
-    assert run.module.step_watch.num_skipped == 0
-    assert not (tmp_path / "nonfinite").exists()
-
-
-def test_with_float16_a_step_whose_loss_is_nan_is_skipped_too(fit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    class BreaksAWeight(BreaksGradients):
-        def on_train_batch_start(self, trainer, module, batch, index):
-            weight = module.model.model.norm.weight.data
-            weight.copy_(torch.full_like(weight, NAN) if index == 1 else torch.ones_like(weight))
-
-    watch = BreaksAWeight({})
-    run = fit(
-        model=SKIP,
-        callbacks=(watch,),
-        plugins=MixedPrecision("16-mixed", "cpu"),
-        max_steps=4,
-        accumulate_grad_batches=1,
+def test_one_reduction_gives_the_numbers_of_the_step():
+    step = StepAccumulator()
+    step.add(FIRST, micro_batch(1, 2))
+    step.add(SECOND, micro_batch(3))
+    trainer = FakeTrainer([parameter_with_gradient(3.0, 0.0), parameter_with_gradient(4.0)])
+    stats = step.reduce(trainer, stop_requested=False)
+    assert stats == StepStats(
+        loss=12.0, grad_norm=5.0, token_accuracy=0.5, entropy=1.5, num_labels=6, stop_requested=False
     )
-    assert run.module.step_watch.num_skipped == 1
-    before, after = watch.after[1], watch.after[2]
-    assert equal(before[1], after[1])
-    assert all(equal(weight, after[0][name]) for name, weight in before[0].items() if name != "model.norm.weight")
+    assert trainer.num_reductions == 1
+    assert step.grad_norm.item() == 5.0
 
 
-def test_a_bad_number_of_steps_is_refused():
-    with pytest.raises(UserError, match=r"model\.max_nonfinite_steps must be at least 0, got -1"):
-        StepWatch("skip", -1)
-
-
-def test_a_disk_that_is_full_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
-    (tmp_path / "nonfinite").write_text("a file in the place of the folder")
-    with pytest.raises(NonFiniteError, match="in optimizer step 1"):
-        fit(tmp_path, callbacks=(BreaksGradients({1: NAN}),))
-    assert "the rows could not be saved" in caplog.text
-
-
-# Spikes
-
-
-def test_a_spike_is_logged_and_its_rows_are_named_and_a_resumed_run_logs_the_same(fit, make_trainer, tmp_path, caplog):
-    spikes = {13: 1e3, 16: 1e4}
-    options = {"max_epochs": 2, "accumulate_grad_batches": 1, "log_every_n_steps": 2}
-    whole, resumed = make_trainer().logger, make_trainer().logger
-    saving = {"checkpoint": {"every_n_train_steps": 4}}
-    fit(tmp_path / "whole", callbacks=(BreaksGradients(spikes),), logger=whole, **saving, **options)
-    found = whole.series("train/grad_norm_spike")
-    assert [step for step, spike in found if spike] == [13, 16]
-    assert all(spike > 5 for _, spike in found if spike)
-    warned = [record.getMessage() for record in caplog.records if "gradient norm" in record.getMessage()]
-    assert len(warned) == 2
-    assert "in optimizer step 13 is" in warned[0]
-    assert warned[0].partition(" Examples: ")[2].count("train.jsonl:") == 4
-    path = str(tmp_path / "whole" / "checkpoint-12")
-    fit(tmp_path / "resumed", callbacks=(BreaksGradients(spikes),), logger=resumed, ckpt_path=path, **saving, **options)
-    assert resumed.series("train/grad_norm_spike") == [(step, spike) for step, spike in found if step > 12]
-
-
-# Two processes
-
-
-@pytest.fixture
-def broken(tmp_path, tokenizer, model_folder):
-    """An untied model whose embedding of "~" is NaN, and rows of which line 30 alone has one."""
-    (tilde,) = tokenizer("~").input_ids
-    config = AutoConfig.from_pretrained(model_folder)
-    config.tie_word_embeddings = False
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.model.embed_tokens.weight.data[tilde] = NAN
-    model.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
-    rows = [
-        {"prompt": f"say {n}{'~' if n == 30 else ''}:", "response": f" {n} </think> <answer> {n} </answer>"}
-        for n in range(1, 49)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def command_line_fit(folder, run, *options, devices=2):
-    command = [sys.executable, "-m", "sft_lightning", "fit", "--model.model_path", "broken", "--output_dir", run]
-    command += ["--data.train_path", "rows.jsonl", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "2"]
-    command += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
-    command += ["--trainer.log_every_n_steps", "1", "--checkpoint.every_n_train_steps", "1", *options]
-    if devices > 1:
-        command += ["--trainer.strategy", "ddp"]
-    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300, "check": False}
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
-
-
-@pytest.mark.slow
-def test_two_processes_stop_alike_where_one_has_the_bad_row(broken, note_fault):
-    done = command_line_fit(broken, "run")
-    assert done.returncode == 1, done.stderr
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1, done.stderr
-    (folder,) = (broken / "run" / "nonfinite").iterdir()
-    about = json.loads((folder / "about.json").read_text())
-    step = about["step"]
-    assert f"loss nan and gradient norm nan in optimizer step {step}: stopped before the step" in errors[0]
-    assert errors[0].endswith(f"sft-lightning replay '{folder}'. Examples: rows.jsonl:30")
-    assert about["rows_not_finite"] == ["rows.jsonl:30"]
-    assert len(set(about["rows"])) == 8, "of both processes"
-    assert (folder / "rows.jsonl").read_text().count("\n") == 8
-    assert (broken / "run" / "last").resolve().name == f"checkpoint-{step - 1}"
-    checkpoint_folder.verify(broken / "run" / "last")
-    note_fault(
-        "loss is NaN on one rank",
-        provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, in mid-run",
-        outcome="both ranks stop before the step; exit 1, one line; the rows of all ranks are kept for replay",
+@pytest.mark.parametrize(("ours", "theirs", "agreed"), [(True, 0.0, True), (False, 1.0, True), (False, 0.0, False)])
+def test_the_reduction_adds_up_processes_and_agrees_on_the_stop_request(ours, theirs, agreed):
+    step = StepAccumulator()
+    step.add(SECOND, micro_batch(3))
+    # Of the other process: loss, number right, entropy, labels, stop request, and its half of the common norm.
+    others = [5.0, 1.0, 2.0, 2.0, theirs, 2.5]
+    trainer = FakeTrainer([parameter_with_gradient(3.0, 4.0)], others, num_replicas=2)
+    stats = step.reduce(trainer, stop_requested=ours)
+    assert stats == StepStats(
+        loss=12.0, grad_norm=5.0, token_accuracy=0.5, entropy=2.0, num_labels=4, stop_requested=agreed
     )
 
 
-@pytest.mark.slow
-def test_two_processes_skip_alike_and_end_with_equal_weights(broken, note_fault):
-    done = command_line_fit(broken, "run", "--model.on_nonfinite", "skip")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("skipped the step (1 of 3 skipped)") == 1
-    (folder,) = (broken / "run" / "nonfinite").iterdir()
-    step = json.loads((folder / "about.json").read_text())["step"]
-    before, after = (
-        load_file(broken / "run" / f"checkpoint-{number}" / "model.safetensors") for number in (step - 1, step)
-    )
-    assert all(torch.equal(weight.nan_to_num(7.0), after[name].nan_to_num(7.0)) for name, weight in before.items())
-    single = command_line_fit(broken, "single", "--model.on_nonfinite", "skip", "--data.batch_size", "4", devices=1)
-    assert single.returncode == 0, single.stderr
-    ones, others = (load_file(broken / run / "final" / "model.safetensors") for run in ("run", "single"))
-    for name, weight in ones.items():
-        assert torch.allclose(weight.nan_to_num(7.0), others[name].nan_to_num(7.0), atol=1e-5), name
-    note_fault(
-        "loss is NaN on one rank, on_nonfinite: skip",
-        provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, with model.on_nonfinite skip",
-        outcome="both ranks skip the step and go on; weights, moments and counters are as before it",
-        lost="the step",
-    )
+def test_micro_batches_are_kept_without_gradient_until_cleared():
+    step, batch = StepAccumulator(), micro_batch(1, 2)
+    step.add(copy.copy(FIRST), batch)
+    assert FIRST.weighted_sum.requires_grad
+    assert not step.micro_batches[0].losses.weighted_sum.requires_grad
+    step.clear()
+    assert step.micro_batches == []
+    assert step.batch is batch
+
+
+def test_eight_sources_are_named_and_the_others_counted():
+    sources = [f"a:{line}" for line in range(1, 11)]
+    assert name_sources(sources[:8]) == "a:1, a:2, a:3, a:4, a:5, a:6, a:7, a:8"
+    assert name_sources(sources) == "a:1, a:2, a:3, a:4, a:5, a:6, a:7, a:8 and 2 more"

@@ -105,12 +105,11 @@ def _load(path: str) -> tuple[Any, Any]:
 
     from sft_lightning.data.tokenization import load_tokenizer
     from sft_lightning.models.loading import hide_progress_bars, load_model
+    from sft_lightning.models.precision import Precision
 
     hide_progress_bars()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    model = load_model(
-        path, dtype=torch.bfloat16 if on_gpu else torch.float32, device_type=device.type, half_precision=on_gpu
-    )
+    model = load_model(path, precision=Precision.named("bf16-true" if on_gpu else "32-true"), device_type=device.type)
     model.to(device)  # type: ignore[arg-type]
     return model, load_tokenizer(path)

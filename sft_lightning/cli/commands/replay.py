@@ -21,6 +21,7 @@ def run(args: list[str]) -> int:
     folder = Path(options.folder)
 
     from sft_lightning.diagnostics.replay import replay_rows, weights_not_finite
+    from sft_lightning.models.precision import Precision
     from sft_lightning.training.nonfinite import read_about
 
     about = read_about(folder)
@@ -32,7 +33,8 @@ def run(args: list[str]) -> int:
     for name in weights_not_finite(model):
         print(f"weight {name} contains values that are not finite")
     rows = []
-    for row in replay_rows(model, examples, layout=about["layout"], precision=about["precision"], pad_token_id=padding):
+    precision = Precision.named(about["precision"])
+    for row in replay_rows(model, examples, layout=about["layout"], precision=precision, pad_token_id=padding):
         rows.append(row)
         print(_describe(row), flush=True)
     for source in about.get("rows_not_found", ()):
@@ -61,11 +63,12 @@ def _load(folder: Path, path: str, about: Mapping[str, Any]) -> tuple[Any, "list
     import torch
 
     from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
-    from sft_lightning.models.loading import dtype_options, hide_progress_bars, load_model
+    from sft_lightning.models.loading import hide_progress_bars, load_model
+    from sft_lightning.models.precision import Precision
     from sft_lightning.training.nonfinite import read_examples
 
     hide_progress_bars()
-    precision, tokenizer = about["precision"], load_tokenizer(about["tokenizer_path"])
+    tokenizer = load_tokenizer(about["tokenizer_path"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(about["seed"])
     model = load_model(
@@ -73,7 +76,7 @@ def _load(folder: Path, path: str, about: Mapping[str, Any]) -> tuple[Any, "list
         init="pretrained" if path != about["model_path"] else about["init"],
         attn_implementation=about["attn_implementation"],
         device_type=device.type,
-        **dtype_options(precision),
+        precision=Precision.named(about["precision"]),
     )
     model.to(device)  # type: ignore[arg-type]
     return model, read_examples(folder, tokenizer, about), pad_token_id(tokenizer)

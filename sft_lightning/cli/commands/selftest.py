@@ -65,7 +65,7 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
         setup = _setup(parsed.config, parsed.built, num_steps, Path(folder))
         for each in _precisions(setup):
             for outcome in settled(check_gradients(each, tolerance), each, tolerance):
-                outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision}"))
+                outcomes.append(replace(outcome, check=f"{outcome.check}, {each.precision.name}"))
                 status.update(f"{outcome.check}: {outcome.verdict}")
         status.update("save and resume")
         outcomes.append(check_resume(setup))
@@ -75,6 +75,7 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
 def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
     """Returns the setup of the selftest, from the config of fit and the classes built from it."""
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
+    from sft_lightning.models.precision import Precision
 
     built.data.settings("train")  # stops here if there is no training set
     trainer = config.trainer
@@ -85,7 +86,7 @@ def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
         accumulate=trainer.accumulate_grad_batches,
         clipping=clipping,
         accelerator=trainer.accelerator,
-        precision=str(trainer.precision or "32-true"),
+        precision=Precision.named(trainer.precision or "32-true"),
         seed=config.seed_everything if isinstance(config.seed_everything, int) else 42,
         num_steps=num_steps,
         folder=folder,
@@ -94,8 +95,10 @@ def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
 
 def _precisions(setup: "SelftestSetup") -> "Iterator[SelftestSetup]":
     """Yields the setup in an exact precision, which shows small differences, and then in its own if that differs."""
+    from sft_lightning.models.precision import Precision
+
     attention = setup.model.hparams["attn_implementation"]
-    exact = setup.precision if setup.precision in ("32-true", "64-true") else "32-true"
+    exact = Precision.named("32-true") if setup.precision.is_16_bit else setup.precision
     model = setup.model
     if attention in _HALF_ATTENTION:  # these kernels take 16 bits only
         model = copy.deepcopy(model)

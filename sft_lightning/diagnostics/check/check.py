@@ -21,7 +21,6 @@ from sft_lightning.diagnostics.check.memory_estimate import (
     Device,
     MemoryEstimate,
     ModelShape,
-    Precision,
     check_memory,
     check_positions,
     estimate_memory,
@@ -32,6 +31,7 @@ from sft_lightning.diagnostics.check.texts import Texts
 from sft_lightning.diagnostics.check.token_boundaries import TokenBoundaries
 from sft_lightning.grading.graders import Grader
 from sft_lightning.models.loading import check_vocabulary, empty_model
+from sft_lightning.models.precision import Precision
 
 _ORDER = ("error", "warning", "info")
 

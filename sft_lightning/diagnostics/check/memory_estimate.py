@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from sft_lightning.diagnostics.check.findings import Finding
 from sft_lightning.diagnostics.check.layout_statistics import LargestMicroBatch
 from sft_lightning.losses.chunking import budget_bytes, num_chunk_rows
+from sft_lightning.models.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,31 +114,6 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
-    """Bytes of numbers in a Trainer's precision.
-
-    Attributes:
-        parameter_bytes: Of a parameter, its gradient and each of its averages.
-        compute_bytes: Of what matrix products make.
-        autocast: Whether parameters are wider than what is computed with them.
-    """
-
-    parameter_bytes: int
-    compute_bytes: int
-    autocast: bool
-
-    @classmethod
-    def named(cls, name: str) -> "Precision":
-        """Returns the bytes of ``bf16-mixed``, ``32-true`` and the like; other names count as float32."""
-        bits, _, kind = str(name).partition("-")
-        half = bits.endswith("16")
-        if half and kind == "mixed":
-            return cls(4, 2, True)
-        size = 2 if half and kind == "true" else 8 if bits == "64" else 4
-        return cls(size, size, False)
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """The memory of a training step by part, and the largest micro-batch that fits.
 
@@ -196,7 +172,7 @@ def estimate_memory(
         with_entropy: ``model.log_token_statistics``.
         gradient_checkpointing: ``model.gradient_checkpointing``.
     """
-    size, compute = precision.parameter_bytes, precision.compute_bytes
+    size, compute = precision.parameter_dtype.itemsize, precision.matmul_dtype.itemsize
     layer = activation_bytes_per_layer(shape, precision, float32_attention=packed and not device.is_cuda)
     per_position = shape.num_layers * layer
     if gradient_checkpointing:
@@ -207,7 +183,7 @@ def estimate_memory(
         "weights": size * shape.num_parameters,
         "gradients": size * shape.num_parameters,
         "optimizer": 2 * size * shape.num_parameters,
-        "16-bit copies": 2 * (shape.num_parameters - shape.num_input_embeddings) if precision.autocast else 0,
+        "16-bit copies": 2 * (shape.num_parameters - shape.num_input_embeddings) if precision.autocast_dtype else 0,
         "activations": per_position * largest.num_positions,
         "loss": _loss_bytes(shape, labels, precision=precision, device=device, with_entropy=with_entropy),
     }
@@ -218,13 +194,12 @@ def estimate_memory(
 
 def activation_bytes_per_layer(shape: ModelShape, precision: Precision, *, float32_attention: bool = False) -> int:
     """Returns the bytes that a layer keeps per position for its backward pass."""
-    hidden, compute = shape.hidden_size, precision.compute_bytes
-    is_half = compute == 2
-    norm = 6 if is_half and not precision.autocast else 2 * max(4, compute)
-    inputs = _PRODUCT_INPUTS_AUTOCAST if precision.autocast else _PRODUCT_INPUTS
+    hidden, compute = shape.hidden_size, precision.matmul_dtype.itemsize
+    norm = 6 if precision.parameter_dtype.itemsize == 2 else 2 * max(4, compute)
+    inputs = _PRODUCT_INPUTS_AUTOCAST if precision.autocast_dtype else _PRODUCT_INPUTS
     attention = 2 * shape.query_size + 2 * shape.key_size
     attention_bytes = compute * attention
-    if float32_attention and is_half:
+    if float32_attention and precision.is_16_bit:
         attention_bytes = 4 * attention + compute * shape.query_size  # and the input of the output projection
     return norm * shape.norm_size + compute * (inputs * hidden + 4 * shape.inner_size) + attention_bytes
 
@@ -258,7 +233,8 @@ def in_gib(num_bytes: int) -> str:
 
 
 def _loss_bytes(shape: ModelShape, num_labels: int, *, precision: Precision, device: Device, with_entropy: bool) -> int:
-    compute, wide = precision.compute_bytes, max(4, precision.compute_bytes)
+    compute, parameter = precision.matmul_dtype.itemsize, precision.parameter_dtype.itemsize
+    wide = max(4, compute)
     vocabulary, hidden = shape.vocabulary_size, shape.hidden_size
     rows = num_chunk_rows(
         num_labels,
@@ -267,5 +243,5 @@ def _loss_bytes(shape: ModelShape, num_labels: int, *, precision: Precision, dev
         on_cpu=not device.is_cuda,
     )
     per_logit = wide * (1 + with_entropy) + (compute if compute < wide else 0)
-    weight = vocabulary * hidden * (wide + (compute if precision.autocast else 0))
-    return rows * vocabulary * per_logit + weight + num_labels * hidden * (precision.parameter_bytes + compute)
+    weight = vocabulary * hidden * (wide + (compute if precision.autocast_dtype else 0))
+    return rows * vocabulary * per_logit + weight + num_labels * hidden * (parameter + compute)

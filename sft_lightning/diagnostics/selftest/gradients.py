@@ -20,6 +20,7 @@ from sft_lightning.diagnostics.selftest.reference import (
 from sft_lightning.diagnostics.selftest.result import Outcome, gradient_difference, relative_difference
 from sft_lightning.diagnostics.selftest.setup import LAYOUTS, SelftestSetup
 from sft_lightning.errors import RunFailedError, UserError
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import is_out_of_memory
 from sft_lightning.training.datamodule import SFTDataModule
 
@@ -27,7 +28,6 @@ from sft_lightning.training.datamodule import SFTDataModule
 _EXACT, _HALF = 1e-5, 5e-2
 # Of a single label's loss, relative to the mean.
 _EXACT_LABEL, _HALF_LABEL = 1e-4, 5e-2
-_EXACT_PRECISIONS = ("32-true", "64-true", "32", "64", "None")
 
 
 class LayoutRefusedError(Exception):
@@ -95,7 +95,7 @@ def check_gradients(trial: SelftestSetup, tolerance: float | None = None) -> Ite
         trial: What to try, in which precision.
         tolerance: Of gradients; by default 1e-5 in float32, and 5e-2 of the whole gradient in 16 bits.
     """
-    exact = trial.precision in _EXACT_PRECISIONS
+    exact = not trial.precision.is_16_bit
     allowed = tolerance or (_EXACT if exact else _HALF)
     module = trial.module(learning_rate=0.0, lr_schedule="constant", warmup_steps=0, warmup_ratio=0.0)
     reference: list[Step] = []
@@ -135,16 +135,17 @@ def settled(outcomes: Iterable[Outcome], trial: SelftestSetup, tolerance: float 
         trial: What they were of.
         tolerance: As given to that.
     """
+    float32, float64 = Precision.named("32-true"), Precision.named("64-true")
     failed: list[Outcome] = []
     for outcome in outcomes:
-        if trial.precision == "32-true" and outcome.failed and math.isfinite(outcome.difference or 0.0):
+        if trial.precision == float32 and outcome.failed and math.isfinite(outcome.difference or 0.0):
             failed.append(outcome)
         else:
             yield outcome
     if not failed or torch.backends.mps.is_available():  # Apple's GPUs have no float64
         yield from failed
         return
-    in_float64 = {each.check: each for each in check_gradients(replace(trial, precision="64-true"), tolerance)}
+    in_float64 = {each.check: each for each in check_gradients(replace(trial, precision=float64), tolerance)}
     for outcome in failed:
         again = in_float64.get(outcome.check)
         if again is None or again.difference is None or again.failed:

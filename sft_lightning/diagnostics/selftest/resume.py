@@ -10,7 +10,7 @@ from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.diagnostics.selftest.result import Outcome
 from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 from sft_lightning.errors import RunFailedError, UserError
-from sft_lightning.lightning_compat.trainer import is_optimizer_step
+from sft_lightning.lightning_compat.loops import is_optimizer_step
 from sft_lightning.system.out_of_memory import is_out_of_memory
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from sft_lightning.data.batch import Layout
+from sft_lightning.models.precision import Precision
 from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule
 
@@ -34,7 +35,7 @@ class SelftestSetup:
     accumulate: int
     clipping: dict[str, Any]
     accelerator: str
-    precision: str
+    precision: Precision
     seed: int
     num_steps: int
     folder: Path
@@ -82,7 +83,7 @@ class SelftestSetup:
         return Trainer(
             accelerator=self.accelerator,
             devices=1,
-            precision=self.precision,  # type: ignore[arg-type]
+            precision=self.precision.name,  # type: ignore[arg-type]
             accumulate_grad_batches=accumulate,
             callbacks=list(callbacks),
             default_root_dir=str(self.folder),

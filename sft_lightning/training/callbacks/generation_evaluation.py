@@ -13,12 +13,12 @@ from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.errors import UserError
 from sft_lightning.evaluation.comparison import compare, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
+from sft_lightning.evaluation.metrics import answer_metrics
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
-from sft_lightning.training.metrics import answer_metrics
 from sft_lightning.training.oom_advice import generation_oom_advice
 
 logger = logging.getLogger(__name__)

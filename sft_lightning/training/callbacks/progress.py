@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sft_lightning.lightning_compat.trainer import is_optimizer_step, total_optimizer_steps
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import total_optimizer_steps
 
 # Logged, but not printed: a line of every metric would be hard to read.
 _NOT_PRINTED = {

@@ -11,7 +11,8 @@ from torch import Tensor
 from sft_lightning.checkpointing.run_folder import register_file, run_folder
 from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat.trainer import is_dry_run, is_optimizer_step, replicas
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import is_dry_run, replicas
 from sft_lightning.system.files import unfinished, write_atomically
 
 FOLDER = "ledger"

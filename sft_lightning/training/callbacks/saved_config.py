@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run
+from sft_lightning.optim.factory import target_of
 from sft_lightning.system.files import write_atomically
 from sft_lightning.system.identity import public_name
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
@@ -156,10 +158,17 @@ def _as_yaml(value: Any, place: str, not_repeated: list[str]) -> Any:
         return {str(key): _as_yaml(each, place, not_repeated) for key, each in value.items()}
     if isinstance(value, Sequence):
         return [_as_yaml(each, place, not_repeated) for each in value]
-    if "<locals>" in type(value).__qualname__:
-        raise ValueError(f"{type(value).__qualname__} cannot be imported")
-    arguments = _arguments(value, type(value), f"{place}.init_args", not_repeated)
-    return {"class_path": public_name(type(value)), **({"init_args": arguments} if arguments else {})}
+    if isinstance(value, type | partial) or inspect.isfunction(value):
+        factory: Any = value  # of an optimizer
+        kind: Any = target_of(factory)
+        keywords = factory.keywords if isinstance(factory, partial) else {}
+        arguments = {name: _as_yaml(each, place, not_repeated) for name, each in keywords.items()}
+    else:
+        kind = type(value)
+        arguments = _arguments(value, kind, f"{place}.init_args", not_repeated)
+    if not inspect.isclass(kind) or "<locals>" in kind.__qualname__:
+        raise ValueError(f"{kind.__qualname__} cannot be imported as a class")
+    return {"class_path": public_name(kind), **({"init_args": arguments} if arguments else {})}
 
 
 def _trainer_arguments(trainer: Trainer, not_repeated: list[str]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.data.batch import MicroBatch
-from sft_lightning.lightning_compat.trainer import is_optimizer_step, replicas
+from sft_lightning.lightning_compat.loops import is_optimizer_step
+from sft_lightning.lightning_compat.trainer import replicas
 from sft_lightning.models.flops import ModelFlops, count_model_flops, num_attended
+from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import peak_memory_bytes
 from sft_lightning.system.peak_flops import Peak, peak_of
 
 logger = logging.getLogger(__name__)
-
-_MATMUL_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 @dataclass(slots=True)
@@ -122,8 +122,7 @@ class Throughput(Callback):
 
 
 def _find_peak(trainer: Trainer, device: torch.device) -> Peak:
-    dtype = _MATMUL_DTYPES.get(str(trainer.precision).partition("-")[0], torch.float32)
-    peak = peak_of(device, dtype)
+    peak = peak_of(device, Precision.named(trainer.precision).matmul_dtype)
     if trainer.is_global_zero:
         rate = peak.flops_per_second / 1e12
         logger.info("model FLOP utilization is relative to %.4g TFLOP/s (%s)", rate, peak.source)

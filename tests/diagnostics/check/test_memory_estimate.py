@@ -13,7 +13,6 @@ from sft_lightning.diagnostics.check.layout_statistics import LargestMicroBatch
 from sft_lightning.diagnostics.check.memory_estimate import (
     Device,
     ModelShape,
-    Precision,
     activation_bytes_per_layer,
     check_memory,
     check_positions,
@@ -22,6 +21,7 @@ from sft_lightning.diagnostics.check.memory_estimate import (
 )
 from sft_lightning.losses.model_hooks import label_losses
 from sft_lightning.models.loading import empty_model, load_model
+from sft_lightning.models.precision import Precision
 
 SIZES = {
     "vocab_size": 500,
@@ -37,7 +37,7 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "olmo2": Olmo2Config(**SIZES),
 }
-DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+PRECISIONS = ["32-true", "bf16-mixed", "bf16-true"]
 CPU = Device("cpu", 2**30, is_cuda=False, is_known=True)
 
 
@@ -67,10 +67,10 @@ def kept_bytes(model, layout, precision):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), batch.input_ids.numel()
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_activation_bytes_equal_what_autograd_saves(folder, layout, precision):
-    model = load_model(folder, init="random", dtype=DTYPES[precision])
+    model = load_model(folder, init="random", precision=Precision.named(precision))
     measured, num_positions = kept_bytes(model, layout, precision)
     shape = ModelShape.of(empty_model(folder))
     layer = activation_bytes_per_layer(shape, Precision.named(precision), float32_attention=layout == "packed")
@@ -176,14 +176,6 @@ def test_an_unknown_architecture_has_no_estimate():
             return torch.nn.Linear(1, 1)
 
     assert ModelShape.of(Odd()) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("32-true", (4, 4, False)), ("64-true", (8, 8, False)), ("16-mixed", (4, 2, True)), ("bf16-true", (2, 2, False))],
-)
-def test_precisions_by_name(name, expected):
-    assert Precision.named(name) == Precision(*expected)
 
 
 def test_bytes_are_shown_in_gib_or_mib():

@@ -4,6 +4,7 @@ import pytest
 
 from sft_lightning import SFTDataModule, SFTModule
 from sft_lightning.diagnostics.selftest.setup import SelftestSetup
+from sft_lightning.models.precision import Precision
 
 
 @pytest.fixture
@@ -15,7 +16,12 @@ def make_setup(model_folder, train_file, tmp_path):
         )
         module = SFTModule(**{"model_path": model_folder, "learning_rate": 1e-2} | (model or {}))
         defaults = {"accumulate": 2, "clipping": {"gradient_clip_val": 1.0}, "accelerator": "cpu"}
-        rest = {"precision": "32-true", "seed": 3, "num_steps": 2, "folder": tmp_path}
+        rest = {
+            "precision": Precision.named(options.pop("precision", "32-true")),
+            "seed": 3,
+            "num_steps": 2,
+            "folder": tmp_path,
+        }
         return SelftestSetup(data=datamodule, model=module, **(defaults | rest | options))
 
     return make

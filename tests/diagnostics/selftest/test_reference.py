@@ -10,6 +10,7 @@ from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 from sft_lightning.diagnostics.selftest import reference
 from sft_lightning.diagnostics.selftest.reference import Weighting, chunked_loss_difference, own_losses, reference_step
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 ROWS = [
     Example.from_prompt(np.arange(10, 18, dtype=np.int32), 5, "b:1"),  # three labels
@@ -42,7 +43,7 @@ def test_a_step_is_the_mean_over_labels_with_record_weights(model):
 
 def test_the_gradient_is_that_of_the_loss(model):
     step = reference_step(model, [(row, 1.0) for row in ROWS], Weighting("token", 1.0), nullcontext)
-    double = load_model(model.name_or_path, dtype=torch.float64).eval()
+    double = load_model(model.name_or_path, precision=Precision.named("64-true")).eval()
     ids = [torch.tensor(row.sequences[0].tokens).long() for row in ROWS]
     nll = [-double(input_ids=one[None]).logits[0, 4:-1].log_softmax(-1).gather(-1, one[5:, None]).sum() for one in ids]
     (sum(nll) / 4).backward()

@@ -10,6 +10,7 @@ from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -208,9 +209,9 @@ def test_entropy_is_the_mean_over_an_answers_tokens(tokenizer):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_with_our_attention(model_folder, tokenizer, attention, dtype):
-    model = load_model(model_folder, attn_implementation=attention, dtype=dtype).eval()
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_models_with_our_attention(model_folder, tokenizer, attention, precision):
+    model = load_model(model_folder, attn_implementation=attention, precision=Precision.named(precision)).eval()
     assert can_decode(model)
     answers = loop_of(model, tokenizer, stop_strings=(), eos_token_ids=()).answer(PROMPTS[:1], [0])
     assert answers[0].tokens == by_transformers(model, PROMPTS[0])

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -223,3 +224,27 @@ def test_the_strategy_is_saved(tmp_path, monkeypatch, strategy, devices, expecte
     config, not_repeated = config_of_run(trainer, SFTModule("m"))
     assert (config["trainer"].get("strategy"), config["trainer"]["devices"]) == (expected, devices)
     assert not_repeated == []
+
+
+def test_fit_repeats_a_python_run_with_another_optimizer(tmp_path, model_folder, train_file):
+    data = SFTDataModule(train_file, tokenizer_path=model_folder, batch_size=4, max_length=512, seed=1)
+    module = SFTModule(model_folder, learning_rate=1e-2, optimizer=partial(torch.optim.SGD, momentum=0.9))
+    trainer_of(tmp_path / "run", max_steps=2).fit(module, data)
+    assert saved_config(tmp_path / "run")["model"]["optimizer"] == {
+        "class_path": "torch.optim.sgd.SGD",
+        "init_args": {"momentum": 0.9},
+    }
+    config = str(tmp_path / "run" / "config.yaml")
+    assert main(["fit", "--config", config, "--output_dir", str(tmp_path / "again")]) == 0
+    assert_equal_weights(tmp_path / "again", tmp_path / "run")
+
+
+def test_an_optimizer_function_is_listed_as_not_repeated(tmp_path, model_folder, train_file):
+    def make_sgd(params, *, lr):
+        return torch.optim.SGD(params, lr=lr)
+
+    trainer = trainer_of(tmp_path, max_steps=2)
+    trainer.datamodule = SFTDataModule(train_file, tokenizer_path=model_folder)
+    config, not_repeated = config_of_run(trainer, SFTModule(model_folder, optimizer=make_sgd))
+    assert "optimizer" not in config["model"]
+    assert not_repeated == ["model.optimizer, which cannot be read from SFTModule"]

@@ -1,11 +1,13 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from sft_lightning.errors import UserError
-from sft_lightning.optim.adamw import build_adamw, learning_rate_factor, parameter_groups, resolve_warmup_steps
+from sft_lightning.optim.factory import adamw as adamw_factory
+from sft_lightning.optim.factory import adopt_settings, arguments_of, build_optimizer, parameter_groups, target_of
 
 
 class HeadNorm(nn.Module):
@@ -40,13 +42,14 @@ class TinyModel(nn.Module):
 
 def names_by_decay(model, weight_decay=0.1):
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, weight_decay)
+    groups = torch.optim.AdamW(parameter_groups(model), weight_decay=weight_decay).param_groups
     return {group["weight_decay"]: [name_of[id(parameter)] for parameter in group["params"]] for group in groups}
 
 
 def adamw(model, **options):
-    defaults = {"learning_rate": 0.1, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "fused": False}
-    return build_adamw(model, **(defaults | options))
+    defaults = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "fused": False}
+    learning_rate = options.pop("learning_rate", 0.1)
+    return build_optimizer(model, adamw_factory(**(defaults | options)), learning_rate)
 
 
 # parameter_groups
@@ -66,7 +69,7 @@ def test_only_matrices_are_decayed():
     }
 
 
-def test_tied_weights_stand_once_and_count_as_an_embedding():
+def test_tied_weights_appear_once_and_count_as_an_embedding():
     groups = names_by_decay(TinyModel(tied=True))
     # head.weight is the tensor's first name; it is the embedding's too, and so it is not decayed.
     assert groups[0.1] == ["linear.weight", "experts.up"]
@@ -74,7 +77,7 @@ def test_tied_weights_stand_once_and_count_as_an_embedding():
     assert "embedding.weight" not in groups[0.0]
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_in_no_group():
     model = TinyModel()
     model.linear.requires_grad_(False)
     model.norm.weight.requires_grad_(False)
@@ -84,7 +87,7 @@ def test_frozen_parameters_are_left_out():
     }
 
 
-def test_an_empty_group_is_left_out():
+def test_an_empty_group_is_omitted():
     model = TinyModel().requires_grad_(False)
     model.linear.weight.requires_grad_(True)
     assert names_by_decay(model) == {0.1: ["linear.weight"]}
@@ -119,7 +122,7 @@ def test_every_trainable_tensor_of_a_tied_qwen2_is_in_exactly_one_group():
     )
 
 
-# build_adamw
+# build_optimizer
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -165,93 +168,87 @@ def test_a_model_with_nothing_to_train_is_refused():
         ("eps", -1e-8, "epsilon value: -1e-08"),
     ],
 )
-def test_numbers_out_of_range_are_the_users_mistake(option, value, named):
+def test_numbers_out_of_range_are_a_user_error(option, value, named):
     with pytest.raises(UserError, match=named):
         adamw(TinyModel(), **{option: value})
 
 
-# learning_rate_factor
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.AdamW])
+def test_any_torch_optimizer_decays_the_matrices_only(optimizer):
+    built = build_optimizer(TinyModel(), partial(optimizer, weight_decay=0.3), 0.02)
+    assert type(built) is optimizer
+    assert [(group["lr"], group["weight_decay"]) for group in built.param_groups] == [(0.02, 0.3), (0.02, 0.0)]
 
 
-def factors(steps, schedule, *, total_steps=10, warmup_steps=0, min_factor=0.0):
-    options = {"total_steps": total_steps, "warmup_steps": warmup_steps, "min_factor": min_factor}
-    return [learning_rate_factor(step, schedule=schedule, **options) for step in steps]
+def test_an_optimizer_that_refuses_its_options_is_a_user_error():
+    with pytest.raises(UserError, match=r"the optimizer refuses its options: .*parameter groups"):
+        build_optimizer(TinyModel(), torch.optim.LBFGS, 0.1)
 
 
-def test_constant_stays_at_one_after_its_warmup():
-    assert factors(range(10), "constant") == [1.0] * 10
-    assert factors([0, 1, 2, 3, 4, 9, 50], "constant", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+# target_of and arguments_of
 
 
-def test_linear_falls_in_equal_parts():
-    expected = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
-    assert factors(range(10), "linear") == pytest.approx(expected)
-    assert factors([0, 1, 2, 6, 9], "linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
+class WithoutLearningRate(torch.optim.Optimizer):
+    def __init__(self, params, step_size=1.0):
+        super().__init__(params, {"step_size": step_size})
 
 
-def test_cosine_at_known_angles():
-    # 12 steps after the warm-up: a sixth, a quarter, a third and a half of the way are 30, 45, 60 and 90 degrees.
-    steps = [0, 1, 2, 3, 4, 6, 7, 8, 10, 12, 13, 15]
-    expected = [0.25, 0.5, 0.75, 1.0, 1.0, (1 + math.sqrt(3) / 2) / 2, (1 + math.sqrt(0.5)) / 2, 0.75, 0.5, 0.25]
-    expected += [(1 - math.sqrt(0.5)) / 2, (1 + math.cos(math.pi * 11 / 12)) / 2]
-    assert factors(steps, "cosine", total_steps=16, warmup_steps=4) == pytest.approx(expected)
+def momentum_sgd(params, lr, momentum=0.5):
+    return torch.optim.SGD(params, lr=lr, momentum=momentum)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_decay_ends_at_the_minimum_and_stays_there(schedule):
-    assert factors([10, 11, 1000], schedule, warmup_steps=3) == [0.0, 0.0, 0.0]
-    assert factors([10, 11, 1000], schedule, warmup_steps=3, min_factor=0.1) == pytest.approx([0.1, 0.1, 0.1])
-    # Halfway between 1 and the minimum at half of the way.
-    assert factors([5], schedule, min_factor=0.2) == pytest.approx([0.6])
-    assert factors([9], schedule)[0] > 0.0, "the last step of a run must not be wasted"
+def instantiate(target, *args, **kwargs):
+    return target(*args, **kwargs)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_warmup_longer_than_the_run_only_rises(schedule):
-    assert factors([0, 1, 2], schedule, total_steps=3, warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3])
-    assert factors([0], schedule, total_steps=1, warmup_steps=1) == [1.0]
+def test_the_target_is_the_class_behind_a_partial():
+    assert target_of(torch.optim.SGD) is torch.optim.SGD
+    assert target_of(partial(torch.optim.SGD, momentum=0.9)) is torch.optim.SGD
+    assert target_of(partial(instantiate, torch.optim.SGD, momentum=0.9)) is torch.optim.SGD
+    assert target_of(momentum_sgd) is momentum_sgd
 
 
-def test_an_unknown_schedule_is_named_together_with_the_known_ones():
-    with pytest.raises(UserError, match="schedule 'cosin' is unknown; choose constant, cosine or linear"):
-        factors([0], "cosin")
-
-
-# resolve_warmup_steps
+def test_arguments_include_defaults_but_neither_params_nor_lr():
+    assert arguments_of(momentum_sgd) == {"momentum": 0.5}
+    assert arguments_of(partial(momentum_sgd, momentum=0.9)) == {"momentum": 0.9}
+    of_parser = arguments_of(partial(instantiate, torch.optim.SGD, momentum=0.9))
+    assert of_parser == arguments_of(partial(torch.optim.SGD, momentum=0.9))
+    assert (of_parser["momentum"], of_parser["nesterov"]) == (0.9, False)
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("factory", "message"),
     [
-        ({}, 0),
-        ({"warmup_steps": 30}, 30),
-        ({"warmup_ratio": 0.1}, 20),
-        ({"warmup_ratio": 0.013}, 3),  # 2.6
-        ({"warmup_ratio": 1.0}, 200),
-        ({"warmup_steps": 30, "warmup_ratio": 0.0}, 30),
-        ({"warmup_steps": 0, "warmup_ratio": 0.5}, 100),
+        (
+            WithoutLearningRate,
+            r"model\.optimizer WithoutLearningRate cannot be called with \(params, lr=.*'lr'",
+        ),
+        (partial(torch.optim.SGD, momentun=0.9), r"model\.optimizer SGD cannot be called .*'momentun'"),
+        (partial(torch.optim.SGD, lr=0.1), r"model\.optimizer SGD has lr 0\.1: set model\.learning_rate instead"),
     ],
 )
-def test_warmup_by_steps_or_ratio(options, expected):
-    assert resolve_warmup_steps(200, **options) == expected
-
-
-@pytest.mark.parametrize("total_steps", [100, 300, 700])
-def test_warmup_ratio_is_free_of_floating_point_surprises(total_steps):
-    # 0.07 * 100 is 7.000000000000001 in floating point; rounding up would make 8 of it.
-    assert resolve_warmup_steps(total_steps, warmup_ratio=0.07) == 7 * total_steps // 100
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps 5 and warmup_ratio 0.1 are both given"),
-        ({"warmup_steps": -1}, "warmup_steps -1 is negative"),
-        ({"warmup_ratio": 1.5}, "warmup_ratio 1.5 is outside"),
-        ({"warmup_ratio": -0.1}, "warmup_ratio -0.1 is outside"),
-        ({"warmup_ratio": math.nan}, "warmup_ratio nan is outside"),
-    ],
-)
-def test_impossible_warmup_is_refused(options, message):
+def test_a_factory_that_cannot_be_called_is_a_user_error(factory, message):
     with pytest.raises(UserError, match=message):
-        resolve_warmup_steps(200, **options)
+        arguments_of(factory)
+
+
+# adopt_settings
+
+
+def test_a_checkpoint_adopts_the_settings_of_the_run_and_keeps_its_state():
+    model = TinyModel()
+    old = build_optimizer(model, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1), 0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    old.step()
+    state = old.state_dict()
+    checkpoint = {"optimizer_states": [state], "lr_schedulers": [{"base_lrs": [0.5, 0.5], "last_epoch": 1}]}
+    for group in state["param_groups"]:
+        group["initial_lr"] = 0.5  # as a scheduler adds it
+    adopt_settings(checkpoint, model, partial(torch.optim.SGD, weight_decay=0.2), learning_rate=0.4, factor=0.25)
+    assert [
+        (group["lr"], group["initial_lr"], group["momentum"], group["weight_decay"]) for group in state["param_groups"]
+    ] == [(0.1, 0.4, 0, 0.2), (0.1, 0.4, 0, 0.0)]
+    assert checkpoint["lr_schedulers"] == [{"base_lrs": [0.4, 0.4], "last_epoch": 1}]
+    assert state["param_groups"][0]["params"] == [0, 1]
+    assert all("momentum_buffer" in values for values in state["state"].values())

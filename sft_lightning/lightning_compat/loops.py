@@ -1,0 +1,90 @@
+"""Read and steer the Trainer's loops: the position of a fit, validations inside it, and counters on resume."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+
+def is_optimizer_step(trainer: Trainer) -> bool:
+    """Returns whether the micro-batch that just ran ended its accumulation window."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def fit_position(trainer: Trainer) -> tuple[int, int]:
+    """Returns (epoch, micro-batches of it that are done), when Lightning asks the train loader for its iterator."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Returns whether Lightning will validate right after the micro-batch that just ran."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validates now, inside fit, as the training loop itself would."""
+    first_loop_iter = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop.restarting = False  # or it skips the batches of the last validation as done
+    val_loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_loop_iter
+
+
+class _RerunEndLoop(_FitLoop):
+    @property
+    def skip(self) -> bool:
+        return self.trainer.limit_train_batches == 0
+
+
+def set_reruns_end(trainer: Trainer, reruns_end: bool) -> None:
+    """Sets whether a run that resumes with no step left runs its start and end hooks, which Lightning skips.
+
+    Call it in ``on_fit_start``. The run that wrote the last checkpoint may have died before its end hooks ran.
+    """
+    trainer.fit_loop.__class__ = _RerunEndLoop if reruns_end else _FitLoop
+
+
+def reruns_end(trainer: Trainer) -> bool:
+    """Returns what ``set_reruns_end`` set."""
+    return isinstance(trainer.fit_loop, _RerunEndLoop)
+
+
+def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:
+    """Rewrites saved loop counters so that Lightning continues after ``global_step`` optimizer steps.
+
+    Lightning counts micro-batches. A resumed run may split the same step into other micro-batches, and a state saved at
+    an epoch's last batch restarts with its epoch counters one apart. The counters are therefore computed from the
+    number of optimizer steps alone.
+
+    Args:
+        loops: ``checkpoint["loops"]["fit_loop"]``, changed in place.
+        global_step: Optimizer steps done.
+        steps_per_epoch: Of the resumed run, the same as of the saved one.
+        accumulate: Micro-batches per step in the resumed run.
+    """
+    epoch, step = divmod(global_step, steps_per_epoch)
+    started = epoch + 1 if step else epoch
+    epochs = {"ready": started, "started": started, "processed": epoch, "completed": epoch}
+    loops["epoch_progress"] = {"total": dict(epochs), "current": dict(epochs)}
+    before = epoch * steps_per_epoch * accumulate
+    batches = loops["epoch_loop.batch_progress"]
+    for key, offset in (("total", before), ("current", 0)):
+        done = offset + step * accumulate
+        # In mid-epoch the state is that of `on_train_batch_end`, which Lightning itself increments on restart.
+        batches[key] = {"ready": done, "started": done, "processed": done, "completed": done - 1 if step else done}
+    batches["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - 1 if step else global_step
+
+
+def start_epoch_afresh(trainer: Trainer) -> None:
+    """Starts the first epoch of a run that resumes between two epochs. Call it in ``on_train_start``.
+
+    Otherwise the epoch loop continues as if it had stopped after a batch, and skips its first iteration.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if trainer.fit_loop.restarting and epoch_loop.batch_progress.current.ready == 0:
+        epoch_loop.restarting = False

@@ -1,0 +1,206 @@
+"""Settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and from YAML."""
+
+from functools import partial
+
+import pytest
+import torch
+import yaml
+
+from sft_lightning.cli.main import main
+from sft_lightning.errors import UserError
+from sft_lightning.losses.token_loss import TokenLoss
+from sft_lightning.training.module import SFTModule
+from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
+
+SETTINGS = {
+    "loss": None,
+    "optimizer": None,
+    "learning_rate": 0.1,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "lr_schedule": "cosine",
+    "warmup_steps": 0,
+    "warmup_ratio": 0.0,
+    "min_lr_factor": 0.0,
+}
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "Adagrad": {"lr_decay": 0.1},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "AdamW": {"betas": [0.8, 0.9], "amsgrad": True},
+}
+
+
+class SmoothedLoss(TokenLoss):
+    def __init__(self, smoothing=0.1):
+        self.smoothing = smoothing
+
+
+class WithoutLearningRate(torch.optim.Optimizer):
+    def __init__(self, params, step_size=1.0):
+        super().__init__(params, {"step_size": step_size})
+
+
+# Identities
+
+
+def test_the_default_optimizer_and_loss_have_no_identity():
+    assert optimizer_identity(None) is None
+    assert loss_identity(None) is None
+    assert loss_identity(TokenLoss()) is None
+
+
+def test_an_identity_names_the_class_and_all_settings():
+    text = optimizer_identity(partial(torch.optim.SGD, momentum=0.9))
+    assert text.startswith("torch.optim.sgd.SGD(")
+    assert "momentum=0.9, nesterov=False" in text
+    assert text == optimizer_identity(partial(torch.optim.SGD, momentum=0.9, nesterov=False))
+    assert optimizer_identity(partial(torch.optim.AdamW, betas=[0.9, 0.8])) == optimizer_identity(
+        partial(torch.optim.AdamW, betas=(0.9, 0.8))
+    )
+    assert loss_identity(SmoothedLoss(0.2)).endswith("SmoothedLoss(smoothing=0.2)")
+
+
+# What may differ
+
+
+def test_equal_settings_resume_also_as_lists():
+    check_resumable({**SETTINGS, "betas": [0.9, 0.999]}, SETTINGS, override=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss", "SmoothedLoss(smoothing=0.2)"), ("betas", (0.9, 0.9)), ("lr_schedule", "linear"), ("eps", 1e-6)],
+)
+def test_another_setting_is_refused_without_an_override(name, value):
+    current = {**SETTINGS, name: value}
+    with pytest.raises(
+        UserError, match=rf"^model\.{name} is .*, but the checkpoint was trained with .*resume_override"
+    ):
+        check_resumable(SETTINGS, current, override=False)
+    check_resumable(SETTINGS, current, override=True)
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "current"),
+    [(None, "torch.optim.sgd.SGD(momentum=0)"), ("torch.optim.sgd.SGD(momentum=0)", "torch.optim.adagrad.Adagrad()")],
+)
+def test_another_class_of_optimizer_is_always_refused(saved, current, override):
+    settings = ({**SETTINGS, "optimizer": optimizer} for optimizer in (saved, current))
+    with pytest.raises(UserError, match=r"model\.optimizer is .*, but the checkpoint holds the state of .*"):
+        check_resumable(*settings, override=override)
+
+
+def test_other_arguments_of_an_optimizer_need_an_override():
+    saved, current = ({**SETTINGS, "optimizer": f"SGD(momentum={momentum})"} for momentum in (0.5, 0.9))
+    with pytest.raises(
+        UserError, match=r"model\.optimizer is SGD\(momentum=0\.9\), .* trained with SGD\(momentum=0\.5\)"
+    ):
+        check_resumable(saved, current, override=False)
+    check_resumable(saved, current, override=True)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_resume_bit_equal_from_python(fit, tmp_path, name):
+    options = {
+        "model": {"optimizer": partial(getattr(torch.optim, name), **OPTIMIZERS[name]), "lr_schedule": "linear"},
+        "checkpoint": {"every_n_train_steps": 2},
+        "max_steps": 5,
+    }
+    straight = fit(tmp_path / "a", **options)
+    resumed = fit(tmp_path / "b", ckpt_path=str(tmp_path / "a" / "checkpoint-2"), **options)
+    assert type(resumed.trainer.optimizers[0]).__name__ == name
+    assert resumed.losses == straight.losses[2:]
+    for weight, expected in straight.weights.items():
+        assert torch.equal(resumed.weights[weight], expected), weight
+    groups = resumed.trainer.optimizers[0].param_groups
+    assert {group["lr"] for group in groups} == {straight.trainer.optimizers[0].param_groups[0]["lr"]}
+    assert groups[1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_resume_bit_equal_from_yaml(command, tmp_path, name):
+    overlay = tmp_path / "overlay.yaml"
+    optimizer = {"class_path": f"torch.optim.{name}", "init_args": OPTIMIZERS[name]}
+    overlay.write_text(yaml.safe_dump({"model": {"optimizer": optimizer}, "evaluation": {"num_examples": 0}}))
+    command = [*command, "--config", str(overlay)]
+    assert main([*command, "--trainer.max_steps", "2"]) == 0
+    assert main([*command, "--trainer.max_steps", "4", "--ckpt_path", "auto"]) == 0
+    assert main([*command, "--trainer.max_steps", "4", "--output_dir", str(tmp_path / "straight")]) == 0
+    ours, theirs = ((tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("run", "straight"))
+    assert ours == theirs
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["optimizer"]
+    assert saved["class_path"] == f"torch.optim.{name}"
+    assert OPTIMIZERS[name].items() <= saved["init_args"].items()
+    assert "lr" not in saved["init_args"]
+
+
+def test_an_override_continues_with_other_arguments_of_the_same_optimizer(fit, tmp_path):
+    sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
+    fit(tmp_path, model={"optimizer": sgd}, max_steps=2)
+    resumed = {"ckpt_path": str(tmp_path / "checkpoint-2"), "max_steps": 3}
+    other = {"optimizer": partial(sgd, momentum=0.5, weight_decay=0.2)}
+    with pytest.raises(
+        UserError, match=r"model\.optimizer is torch\.optim\.sgd\.SGD\(.*momentum=0\.5.*resume_override"
+    ):
+        fit(tmp_path, model=other, **resumed)
+    with pytest.raises(
+        UserError, match=r"model\.optimizer is torch\.optim\.adamw\.AdamW, but .* state of torch\.optim\.sgd\.SGD"
+    ):
+        fit(tmp_path, model={"resume_override": True}, **resumed)
+    run = fit(tmp_path, model={**other, "resume_override": True}, **resumed)
+    groups = run.trainer.optimizers[0].param_groups
+    assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.2), (0.5, 0.0)]
+
+
+def test_another_loss_needs_an_override_to_resume(fit, tmp_path):
+    fit(tmp_path, model={"loss": SmoothedLoss(0.1)}, max_steps=1)
+    with pytest.raises(
+        UserError, match=r"model\.loss is .*SmoothedLoss\(smoothing=0\.2\), .*SmoothedLoss\(smoothing=0\.1\)"
+    ):
+        fit(tmp_path, model={"loss": SmoothedLoss(0.2)}, ckpt_path=str(tmp_path / "checkpoint-1"), max_steps=2)
+
+
+# Mistakes in a config
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight_decay", 0.1), ("betas", (0.9, 0.95)), ("eps", 1e-6)])
+def test_an_adamw_option_beside_another_optimizer_names_both(name, value):
+    with pytest.raises(UserError, match=rf"model\.{name} .* beside model\.optimizer torch\.optim\.sgd\.SGD") as raised:
+        SFTModule("nowhere", optimizer=torch.optim.SGD, **{name: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            {"class_path": f"{__name__}.WithoutLearningRate"},
+            "WithoutLearningRate cannot be called with (params, lr=...)",
+        ),
+        ({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, "Option 'lr' is not accepted"),
+        ({"class_path": "torch.optim.SGD", "init_args": {"momentun": 0.1}}, "Option 'momentun' is not accepted"),
+        ({"class_path": "torch.nn.Linear"}, "to be a subclass of Optimizer"),
+        ({"class_path": "torch.optim.LBFGS"}, "the optimizer refuses its options"),
+    ],
+)
+def test_a_wrong_optimizer_in_a_config_is_one_line_and_code_2(command, tmp_path, capsys, optimizer, message):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
+    assert main([*command, "--config", str(overlay)]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft-lightning: error:")]
+    assert message in error
+
+
+def test_the_loss_is_given_by_class_path_in_the_short_form(command, tmp_path):
+    options = ["--model.loss", "sft_lightning.TokenLoss", "--trainer.max_steps", "1", "--evaluation.num_examples", "0"]
+    assert main([*command, *options]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["loss"]
+    assert saved["class_path"].endswith("TokenLoss")
+    state = torch.load(tmp_path / "run" / "checkpoint-1" / "trainer_state.ckpt", weights_only=True)
+    assert state["identities"] == {"optimizer": None, "loss": None}
