@@ -18,6 +18,7 @@ from sft_lightning.data.batching.collate import collate
 from sft_lightning.data.batching.plan import EpochPlan, StepShape
 from sft_lightning.losses.model_hooks import label_losses
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.precision import Precision
 
 CONSTANT = 7.0
 SPLITS = [(4, 8), (32, 1), (1, 32)]  # of 42 rows in steps of 32: a full step, then a short one of ten rows
@@ -257,7 +258,7 @@ def test_conversations_have_the_gradient_of_each_sequence_alone(gpt2_folder, lay
         layout=layout,
         example_of=examples.__getitem__,
     )
-    model = load_model(gpt2_folder, dtype=torch.float64).eval()
+    model = load_model(gpt2_folder, precision=Precision.named("64-true")).eval()
     loss, dealt_rows, num_shared = 0.0, [], 0
     for index in range(2):
         planned = plan.micro_batch(0, index)

@@ -82,7 +82,7 @@ def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_setup, mon
     def wrong(hidden, weight, bias, labels, loss_weights, **options):
         return linear_cross_entropy(hidden, weight, bias, labels.where(labels != 0, 1), loss_weights, **options)
 
-    monkeypatch.setattr("sft_lightning.losses.model_hooks.linear_cross_entropy", wrong)  # takes EOS for another token
+    monkeypatch.setattr("sft_lightning.losses.token_loss.linear_cross_entropy", wrong)  # takes EOS for another token
     outcomes = verdicts(make_setup())
     assert failed(outcomes) == set(outcomes)
 
