@@ -55,7 +55,7 @@ def test_a_prompt_with_several_responses_stays_together():
 def test_rows_of_a_sharing_group_are_in_the_order_of_their_prefixes():
     """The order decides how gradients round: a run would not repeat bit for bit if it followed the cost."""
     rows = [
-        example([*PREAMBLE, *[question] * 16], [1] * num_labels) for question, num_labels in ((9, 2), (3, 9), (5, 4))
+        example([*PREAMBLE, *[question] * 16], [1] * num_labels) for question, num_labels in ((9, 9), (3, 2), (5, 4))
     ]
     (group,) = balance_sharing_groups(rows, 1)
     assert group.tolist() == [1, 2, 0]
