@@ -73,7 +73,8 @@ class _Watcher(Callback):
         if not self.with_reference:
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        store, model, precision = data.training_tokens, pl_module.model, trainer.precision_plugin.forward_context
+        module: Any = pl_module
+        store, model, precision = data.training_tokens, module.model, trainer.precision_plugin.forward_context
         rows = {}
         for index in range(len(store)):
             example = store[index]
@@ -81,8 +82,8 @@ class _Watcher(Callback):
         weighting = Weighting(data.loss_normalization, data.normalize_constant)
         for step in self.steps:
             step_rows = [rows[source] for source in step.sources]
-            self.reference.append(reference_step(model, step_rows, weighting, precision))  # type: ignore[arg-type]
-            difference = chunked_loss_difference(model, step_rows, precision)  # type: ignore[arg-type]
+            self.reference.append(reference_step(model, step_rows, weighting, precision, module.loss))
+            difference = chunked_loss_difference(model, step_rows, precision)
             self.label_difference = max(self.label_difference, difference)
 
 

@@ -10,6 +10,23 @@ from transformers import MambaConfig, MambaForCausalLM, Qwen2Model
 from sft_lightning.data.batching import plan
 from sft_lightning.diagnostics.selftest.gradients import check_gradients, settled
 from sft_lightning.losses.linear_cross_entropy import linear_cross_entropy
+from sft_lightning.losses.token_loss import TokenLoss
+
+
+class DoubledFromHidden(TokenLoss):
+    """Twice the cross-entropy, in chunks only."""
+
+    def from_hidden(self, *args, **kwargs):
+        losses = super().from_hidden(*args, **kwargs)
+        return losses._replace(weighted_sum=2 * losses.weighted_sum)
+
+
+class DoubledLoss(DoubledFromHidden):
+    """Twice the cross-entropy."""
+
+    def from_logits(self, *args, **kwargs):
+        losses = super().from_logits(*args, **kwargs)
+        return losses._replace(weighted_sum=2 * losses.weighted_sum)
 
 
 def verdicts(trial, **options):
@@ -29,6 +46,12 @@ def test_every_layout_and_split_passes(make_setup, normalization):
     assert list(outcomes) == ["loss, in chunks", *expected]
     assert {outcome.verdict for outcome in outcomes.values()} == {"pass"}
     assert all(0 < outcome.difference < 1e-5 for outcome in outcomes.values())
+
+
+def test_a_loss_by_class_path_is_compared_with_itself_on_logits(make_setup):
+    assert failed(verdicts(make_setup(model={"loss": DoubledLoss()}))) == set()
+    outcomes = verdicts(make_setup(model={"loss": DoubledFromHidden()}))
+    assert failed(outcomes) == outcomes.keys() - {"loss, in chunks"}
 
 
 def test_dropout_is_off_and_weights_stay(make_setup, dropout_model_folder):
