@@ -145,7 +145,7 @@ def _drop_steps_after(ledger: Path, step: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for path in (path for epoch in ledger.glob("epoch-*") for path in unfinished(epoch, "step-*")):
+    for path in unfinished(ledger, "epoch-*/step-*"):
         path.unlink()
     for path in ledger.glob("epoch-*/step-*.parquet"):
         match = _PART.fullmatch(path.name)
