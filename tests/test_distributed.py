@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft_lightning.checkpointing import folder as checkpoint_folder
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder
 
 PROGRAM = """
 import json, os, signal, sys
@@ -220,7 +220,7 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
     assert ledgers[1] == pytest.approx(ledgers[0], rel=1e-6)
     names = {path.name for path in (tmp_path / "two" / "ledger" / "epoch-0").iterdir()}
     assert names == {f"step-{step}.rank-{rank}.parquet" for step in (5, 6) for rank in (0, 1)}
-    claims.clear(tmp_path / "two")
+    run_folder.clear(tmp_path / "two")
     assert not (tmp_path / "two" / "ledger").exists()
 
 

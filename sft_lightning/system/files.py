@@ -102,7 +102,7 @@ def remove_atomically(folder: Path) -> None:
 
 
 def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
-    """Returns the temporary files and folders of paths below ``folder`` that match a glob pattern, such as ``a/*.b``."""
+    """Returns the temporary files and folders of paths below ``folder`` that match a glob pattern such as ``a/*.b``."""
     parents, slash, name = pattern.rpartition("/")
     return folder.glob(f"{parents}{slash}.{name}.tmp-*")
 

@@ -1,4 +1,4 @@
-"""The reference of the self-test: each row alone through the model's own forward, and the loss by its formula."""
+"""Compute the self-test's reference: each row alone through the model's own forward, and the loss by its formula."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimizer step had: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
+    """An optimizer step: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
 
     sources: tuple[str, ...]
     loss: float
@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """How a step's loss is made of its rows: ``data.loss_normalization`` and ``data.normalize_constant``."""
+    """How the losses of a step's rows add up: ``data.loss_normalization`` and ``data.normalize_constant``."""
 
     normalization: str
     constant: float

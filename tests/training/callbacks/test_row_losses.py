@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.checkpointing import folder as checkpoint_folder
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder
 from sft_lightning.errors import UserError
-from sft_lightning.training.callbacks import row_losses as row_ledger
+from sft_lightning.training.callbacks import row_losses
 from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
@@ -121,7 +121,7 @@ def test_a_repeated_epoch_has_the_same_rows_again(fit, tmp_path):
 
 def test_memory_is_bounded_by_writing_more_parts(fit, tmp_path, monkeypatch):
     fit(callbacks=(RowLossRecorder(str(tmp_path / "one")),))
-    monkeypatch.setattr(row_ledger, "_MICRO_BATCHES_AT_ONCE", 3)
+    monkeypatch.setattr(row_losses, "_MICRO_BATCHES_AT_ONCE", 3)
     fit(callbacks=(RowLossRecorder(str(tmp_path / "many")),))
     # Two micro-batches a step: a third one is there in the middle of a step, and the part ends with it.
     assert [path.name for path in parts(tmp_path / "many")] == [
@@ -212,7 +212,7 @@ def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
 def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
     fit(tmp_path, callbacks=(RowLossRecorder(),))
     assert len(parts(tmp_path)) == 2
-    claims.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
