@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
 
 
 def parts(run):
-    return sorted((run / "ledger").glob("epoch-*/*"))
+    return sorted((run / "row_losses").glob("epoch-*/*"))
 
 
 def entries(run):
@@ -141,7 +141,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def whole(fit, straight):
-    """The ledger of a run that nothing interrupted."""
+    """The row losses of a run that nothing interrupted."""
     if not (straight / "final").exists():
         fit(straight, checkpoint={"every_n_train_steps": 1}, callbacks=(RowLossRecorder(),))
     return entries(straight)
@@ -180,7 +180,7 @@ def test_rows_are_recorded_once_after_a_crash_before_the_checkpoint(fit, tmp_pat
         patches.setattr(checkpoint_folder, "publish", dies)
         with pytest.raises(RuntimeError, match="killed"):
             fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),))
-    assert (tmp_path / "ledger" / "epoch-1" / "step-8.rank-0.parquet").exists()
+    assert (tmp_path / "row_losses" / "epoch-1" / "step-8.rank-0.parquet").exists()
     fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),), ckpt_path=str(tmp_path / "checkpoint-4"))
     assert entries(tmp_path) == whole
 
@@ -198,7 +198,7 @@ def test_a_file_is_cut_at_the_resumed_step(fit, tmp_path, whole):
 
 
 def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
-    folder = tmp_path / "ledger" / "epoch-0"
+    folder = tmp_path / "row_losses" / "epoch-0"
     folder.mkdir(parents=True)
     (folder / ".step-4.rank-0.parquet.tmp-1").write_text("half")
     (folder / "mine.parquet").write_text("mine")
@@ -209,7 +209,7 @@ def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
 # The run folder
 
 
-def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
+def test_overwriting_a_run_deletes_its_row_losses(fit, tmp_path):
     fit(tmp_path, callbacks=(RowLossRecorder(),))
     assert len(parts(tmp_path)) == 2
     run_folder.clear(tmp_path)
