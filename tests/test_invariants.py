@@ -1,7 +1,7 @@
 """Runs that must give the same result, whatever their batches, splits and interruptions: "equal" as in DESIGN 12.
 
 The reference is a plain loop in float64 that shares nothing with the package but the answer to "which rows are in step
-k": it reads the file, tokenises row by row, computes all logits and takes the formulas literally.
+k": it reads the file, tokenizes row by row, computes all logits and takes the formulas literally.
 """
 
 import json
