@@ -59,7 +59,7 @@ def add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--resume_override",
         action="store_true",
-        help="Resume with another learning rate or schedule than the checkpoint was trained with.",
+        help="Resume with another learning rate, schedule, loss or other optimizer options than the checkpoint had.",
     )
 
 

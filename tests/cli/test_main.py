@@ -28,6 +28,12 @@ def test_help_lists_every_command(capsys):
         assert f"\n  {command} " in printed
 
 
+def test_help_of_a_trainer_command_names_it_as_users_type_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    assert capsys.readouterr().out.startswith("usage: sft-lightning fit [")
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"sft-lightning {__version__}\n"

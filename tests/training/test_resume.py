@@ -10,7 +10,7 @@ from sft_lightning.cli.main import main
 from sft_lightning.errors import UserError
 from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.training.module import SFTModule
-from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
+from sft_lightning.training.resume import check_resumable, check_same_steps, loss_identity, optimizer_identity
 
 SETTINGS = {
     "loss": None,
@@ -100,6 +100,19 @@ def test_other_arguments_of_an_optimizer_need_an_override():
     ):
         check_resumable(saved, current, override=False)
     check_resumable(saved, current, override=True)
+
+
+def test_a_difference_in_steps_is_named():
+    check_same_steps({"data.seed": 7}, {"data.seed": 7})
+    with pytest.raises(UserError, match=r"^cannot resume: data\.seed is 8, the checkpoint was trained with 7; set it"):
+        check_same_steps({"a": 1, "data.seed": 8}, {"a": 1, "data.seed": 7})
+
+
+def test_a_missing_name_is_a_difference():
+    with pytest.raises(UserError, match="the filter is 'x', the checkpoint was trained with None"):
+        check_same_steps({"the filter": "x"}, {})
+    with pytest.raises(UserError, match="the filter is None, the checkpoint was trained with 'x'"):
+        check_same_steps({}, {"the filter": "x"})
 
 
 # Whole runs

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
 _DESCRIPTION = """\
-Run a few optimizer steps of a config on one device, with its model and its first rows. Compares every layout and
-several splits of a step with each row alone through the model's own forward, and a resumed run with an uninterrupted
-one. Takes every option of fit as well, see sft-lightning fit --help. Prints the largest differences and leaves nothing
-in output_dir. Exit code: 0 if all checks pass, 1 if one fails, 2 for a mistake in the command, the config or the
-data."""
+Test a few optimizer steps of a config on one device, with its model and its first rows. Compares the gradients of every
+layout (padded, packed, shared_prefix), with the step split into micro-batches in several ways, with those of each row
+alone through the model's own forward, and a resumed run with an uninterrupted one. Takes every option of fit as well,
+see sft-lightning fit --help. Prints the largest differences and leaves nothing in output_dir. Exit code: 0 if all
+checks pass, 1 if one fails, 2 for a mistake in the command, the config or the data."""
 _HALF_ATTENTION = ("flash_attention_2", "flash_attention_3", "varlen")
 
 
