@@ -613,7 +613,6 @@ def test_opening_a_store_imports_neither_transformers_nor_pyarrow(data):
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, row_filter):
     monkeypatch.setattr("sft_lightning.data.tokenization._RECORDS_AT_ONCE", 256)
     monkeypatch.setattr("sft_lightning.data.filters._RECORDS_AT_ONCE", 256)
-    monkeypatch.setattr("sft_lightning.data.token_store._ROWS_AT_ONCE", 256)
 
     def peak_bytes(num_chunks):
         rows = [{"prompt": "one plus " * 20, "response": "three", "ground_truth": 3}] * (256 * num_chunks)

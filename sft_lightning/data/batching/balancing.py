@@ -45,12 +45,17 @@ def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list
         As :func:`balance_groups` does; a group costs its unique input tokens.
     """
     trie = _StepTrie(examples)
-    order = sorted(range(len(examples)), key=lambda row: trie.places[row])
+    order = sorted(range(len(examples)), key=trie.places.__getitem__)
+    if num_groups == 1:
+        return [np.array(order)]
     common = trie.common([trie.places[row][0] for row in order])
     num_filled = min(num_groups, len(examples))
-    pieces, costs = _cut_bundles([trie.num_unique_inputs([row]) for row in order], common, num_filled)
-    groups = [[order[place] for index in indices for place in pieces[index]] for indices in _spread(costs, num_filled)]
-    return _costliest_first(groups, [trie.num_unique_inputs(group) for group in groups], num_groups)
+    pieces, costs = _cut_bundles([trie.num_unique_inputs(trie.places[row]) for row in order], common, num_filled)
+    groups = []
+    for indices in _spread(costs, num_filled):
+        groups.append([order[index] for index in sorted(index for piece in indices for index in pieces[piece])])
+    costs = [trie.num_unique_inputs(sorted(place for row in group for place in trie.places[row])) for group in groups]
+    return _costliest_first(groups, costs, num_groups)
 
 
 class _StepTrie:
@@ -73,14 +78,12 @@ class _StepTrie:
     def common(self, places: Sequence[int]) -> list[int]:
         """Returns how many tokens the sequences at neighboring ones of some ascending places have in common."""
         # Sequences that are not adjacent have in common what all sequences between them have.
-        return np.minimum.reduceat(self._common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
+        return [min(self._common[one:other]) for one, other in pairwise(places)]
 
-    def num_unique_inputs(self, rows: Sequence[int]) -> int:
-        """Returns the input tokens of some rows, shared ones counted once."""
-        places = [place for row in rows for place in self.places[row]]
+    def num_unique_inputs(self, places: Sequence[int]) -> int:
+        """Returns the input tokens of the sequences at some ascending places, shared ones counted once."""
         if len(places) == 1:
             return self._num_inputs[places[0]]
-        places.sort()
         nodes, _ = build_trie(places, self.common(places), self._num_inputs)
         return sum(node.end - node.first for node in nodes)
 
