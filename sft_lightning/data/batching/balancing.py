@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -53,8 +53,8 @@ def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list
     pieces, costs = _cut_bundles([trie.num_unique_inputs(trie.places[row]) for row in order], common, num_filled)
     groups = []
     for indices in _spread(costs, num_filled):
-        groups.append([order[index] for index in sorted(index for piece in indices for index in pieces[piece])])
-    costs = [trie.num_unique_inputs(sorted(place for row in group for place in trie.places[row])) for group in groups]
+        groups.append([order[index] for index in sorted(chain.from_iterable(pieces[piece] for piece in indices))])
+    costs = [trie.num_unique_inputs(sorted(chain.from_iterable(trie.places[row] for row in group))) for group in groups]
     return _costliest_first(groups, costs, num_groups)
 
 
