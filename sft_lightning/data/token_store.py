@@ -113,6 +113,15 @@ class TokenStore:
         assert example is not None
         return example
 
+    def prefixes(self, index: int) -> list[tuple[np.ndarray, int]]:
+        """Returns ``self[index].prefixes``, but reads no more than that where every row has one sequence."""
+        if self._row_starts is not None:
+            return self[index].prefixes
+        record = _SEQUENCE_RECORD.unpack_from(self._sequences, _SEQUENCE_RECORD.size * self._indices[index])
+        start, _, first_span, _, _, _, length, _, num_spans = record
+        prefix_length, _, _ = _SPAN_RECORD.unpack_from(self._spans, _SPAN_RECORD.size * (first_span + num_spans - 1))
+        return [(self._tokens[start : start + prefix_length], length - 1)]
+
     def _read(self, number: int, earlier: tuple[TokenSequence, ...] = ()) -> Example:
         """Returns a row as far as one of its sequences, from the earlier ones of the row."""
         record = _SEQUENCE_RECORD.unpack_from(self._sequences, _SEQUENCE_RECORD.size * number)
