@@ -36,7 +36,7 @@ def seconds_a_step(store: TokenStore, layout: str, batch_size: int, rows_per_ste
         seed=0,
         epoch=0,
         layout=layout,
-        example_of=store.__getitem__,
+        prefixes_of=store.prefixes,
     )
     options = {"pad_token_id": 0, "pad_to_multiple_of": None, "layout": layout}
     micro_batches = MicroBatches(store, TrainingShare(plan, 0), plan.num_micro_batches, **options)

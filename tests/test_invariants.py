@@ -68,7 +68,13 @@ def dealt(rows, batch_size, accumulate, step, layout, seed=7):
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
     examples = [Example.from_prompt(np.array(ids), prompt) for ids, prompt in rows]
-    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "example_of": examples.__getitem__}
+    options = {
+        "shape": shape,
+        "seed": seed,
+        "epoch": 0,
+        "layout": layout,
+        "prefixes_of": lambda index: examples[index].prefixes,
+    }
     plan = EpochPlan(inputs, labels, inputs * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]
@@ -256,7 +262,7 @@ def test_conversations_have_the_gradient_of_each_sequence_alone(gpt2_folder, lay
         normalization=mode,
         normalize_constant=CONSTANT,
         layout=layout,
-        example_of=examples.__getitem__,
+        prefixes_of=lambda index: examples[index].prefixes,
     )
     model = load_model(gpt2_folder, precision=Precision.named("64-true")).eval()
     loss, dealt_rows, num_shared = 0.0, [], 0

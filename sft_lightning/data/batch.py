@@ -84,6 +84,11 @@ class Example(NamedTuple):
         """Label tokens of all sequences."""
         return sum(span.end - span.start for sequence in self.sequences for span in sequence.label_spans)
 
+    @property
+    def prefixes(self) -> list[tuple[np.ndarray, int]]:
+        """For each sequence, the tokens that others may share, and the number of its input tokens."""
+        return [(sequence.prefix, len(sequence.tokens) - 1) for sequence in self.sequences]
+
 
 class Segment(NamedTuple):
     """A part of a packed line: tokens that attend causally to themselves and to all of their ancestors.

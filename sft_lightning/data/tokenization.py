@@ -124,7 +124,7 @@ def tokenize_records(
                 load_report.overlength_rows.add(record.source, f"{len(prompt) + len(response)} tokens")
                 continue
             load_report.truncated_prompts += len(kept) < len(prompt)
-            tokens = np.array(kept + response, dtype=np.int32)
+            tokens = np.fromiter(itertools.chain(kept, response), np.int32, len(kept) + len(response))
             yield record, Example.from_prompt(tokens, len(kept), record.source)
     if settings.overlength == "error" and load_report.overlength_rows.count:
         raise UserError(

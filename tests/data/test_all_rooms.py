@@ -67,7 +67,7 @@ def micro_batches_of(store, shape, layout, mode, multiple, epoch):
         normalization=mode,
         normalize_constant=CONSTANT,
         layout=layout,
-        example_of=store.__getitem__,
+        prefixes_of=store.prefixes,
     )
     options = {"pad_token_id": PAD, "pad_to_multiple_of": multiple, "layout": layout}
     loaders = [

@@ -38,6 +38,17 @@ def test_labels_are_counted_over_sequences_and_spans_whatever_they_weigh():
     assert Example((two, TokenSequence(tokens[:3], (LabelSpan(2, 3),)))).num_labels == 3 + 2 + 1
 
 
+def test_an_example_has_the_prefix_and_the_input_count_of_each_sequence():
+    tokens = np.arange(10, dtype=np.int32)
+    two = Example(
+        (
+            TokenSequence(tokens, (LabelSpan(1, 4), LabelSpan(8, 10))),
+            TokenSequence(tokens[:3], (LabelSpan(2, 3),)),
+        )
+    )
+    assert [(prefix.tolist(), num_inputs) for prefix, num_inputs in two.prefixes] == [(list(range(8)), 9), ([0, 1], 2)]
+
+
 def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
     moved = collated(rng_seed=5).to(torch.device("meta"))
     tensors = [getattr(moved, name) for name in MicroBatch.__slots__ if torch.is_tensor(getattr(moved, name))]

@@ -228,6 +228,27 @@ def test_lengths_and_weights_are_of_rows_over_all_their_sequences(tmp_path):
     assert store.longest_sequence == 6
 
 
+ONE_SEQUENCE_ROWS = [
+    Example((TokenSequence(np.array([1, 2, 3, 4, 5, 6], np.int32), (LabelSpan(1, 2), LabelSpan(4, 6))),), "a.jsonl:1"),
+    Example.from_prompt(np.array([7, 8, 9], np.int32), 2, "a.jsonl:2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [
+        (ONE_SEQUENCE_ROWS, [[([1, 2, 3, 4], 5)], [([7, 8], 2)]]),
+        (CONVERSATIONS, [[(prefix.tolist(), n) for prefix, n in one.prefixes] for one in CONVERSATIONS]),
+    ],
+)
+def test_prefixes_are_read_as_examples_have_them(tmp_path, examples, expected):
+    store = store_of(tmp_path, examples, [1.0] * len(examples))
+    read = [store.prefixes(index) for index in range(len(store))]
+    assert [[(prefix.tolist(), num_inputs) for prefix, num_inputs in row] for row in read] == expected
+    with pytest.raises(IndexError):
+        store.prefixes(len(store))
+
+
 def test_the_first_rows_have_all_their_sequences(tmp_path):
     store = store_of(tmp_path, CONVERSATIONS, CONVERSATION_WEIGHTS)
     for view in (store.first(2), pickle.loads(pickle.dumps(store.first(2)))):
@@ -613,7 +634,6 @@ def test_opening_a_store_imports_neither_transformers_nor_pyarrow(data):
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, row_filter):
     monkeypatch.setattr("sft_lightning.data.tokenization._RECORDS_AT_ONCE", 256)
     monkeypatch.setattr("sft_lightning.data.filters._RECORDS_AT_ONCE", 256)
-    monkeypatch.setattr("sft_lightning.data.token_store._ROWS_AT_ONCE", 256)
 
     def peak_bytes(num_chunks):
         rows = [{"prompt": "one plus " * 20, "response": "three", "ground_truth": 3}] * (256 * num_chunks)

@@ -33,7 +33,7 @@ def input_tokens_of(examples, group):
 
 def dealt(examples, num_groups, share=True):
     if share:
-        return balance_sharing_groups(examples, num_groups)
+        return balance_sharing_groups([one.prefixes for one in examples], num_groups)
     return balance_groups([input_tokens(one) for one in examples], num_groups)
 
 
@@ -147,7 +147,7 @@ def test_nested_prompts_may_be_deeper_than_the_stack(monkeypatch):
     monkeypatch.setattr(trie, "MIN_SHARED_TOKENS", 1)
     longest = np.arange(1, 1501, dtype=np.int32)
     rows = [example(longest[:length], [1]) for length in range(1, 1501)]
-    (group,) = balance_sharing_groups(rows, 1)
+    (group,) = dealt(rows, 1)
     assert sorted(group.tolist()) == list(range(1500))
 
 

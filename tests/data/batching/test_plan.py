@@ -30,9 +30,9 @@ def plan_of(total_lengths, label_lengths=None, weights=None, *, shape, **options
     return EpochPlan(total_lengths - 1, labels, weights, shape=StepShape(*shape), **{"seed": 1, "epoch": 0} | options)
 
 
-def example_of(index):
+def prefixes_of(index):
     """One of five questions behind one preamble. At the top of the file, so that it can be pickled."""
-    return Example.from_prompt(np.array([*PREAMBLE, *[100 + index % 5] * 20, *[1] * 10]), 40)
+    return Example.from_prompt(np.array([*PREAMBLE, *[100 + index % 5] * 20, *[1] * 10]), 40).prefixes
 
 
 def lengths_for(num_examples, seed=0):
@@ -225,7 +225,7 @@ def test_random_numbers_of_micro_batches_differ_and_come_again():
 @given(st.integers(1, 60), shapes, limits, st.integers(0, 9))
 def test_a_layout_changes_who_computes_a_row_and_nothing_else(num_examples, shape, limit, seed):
     totals = lengths_for(num_examples, seed) + 40
-    options = {"shape": shape, "seed": seed, "max_micro_batches": limit, "example_of": example_of}
+    options = {"shape": shape, "seed": seed, "max_micro_batches": limit, "prefixes_of": prefixes_of}
     plans = {layout: plan_of(totals, totals - 40, **options, layout=layout) for layout in LAYOUTS}
     steps = {layout: steps_of(plan, shape) for layout, plan in plans.items()}
     seeds = {layout: [each.rng_seed for s in steps[layout] for p in s for each in p] for layout in LAYOUTS}
@@ -250,7 +250,7 @@ def test_packed_micro_batches_have_about_the_same_tokens_costliest_first(num_exa
 
 def test_rows_with_a_common_prompt_share_a_micro_batch():
     shape = (2, 5, 1)
-    plan = plan_of([50] * 10, shape=shape, layout="shared_prefix", example_of=example_of)
+    plan = plan_of([50] * 10, shape=shape, layout="shared_prefix", prefixes_of=prefixes_of)
     (step,) = steps_of(plan, shape)
     assert sorted(sorted(each.examples.tolist()) for (each,) in step) == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
 
@@ -260,10 +260,10 @@ def test_a_step_is_dealt_once_for_all_its_micro_batches():
 
     def counted(index):
         asked.append(index)
-        return example_of(index)
+        return prefixes_of(index)
 
     shape = (2, 2, 2)
-    plan = plan_of([50] * 16, shape=shape, layout="shared_prefix", example_of=counted)
+    plan = plan_of([50] * 16, shape=shape, layout="shared_prefix", prefixes_of=counted)
     steps_of(plan, shape)
     assert sorted(asked) == list(range(16))
 
@@ -275,7 +275,7 @@ def test_a_plan_travels_to_other_processes_at_any_time(layout):
             (each.examples.tolist(), each.label_weights.tolist()) for each in map(plan.micro_batch, [0] * 4, range(4))
         ]
 
-    plan = plan_of(lengths_for(16) + 40, shape=(4, 2, 1), layout=layout, example_of=example_of)
+    plan = plan_of(lengths_for(16) + 40, shape=(4, 2, 1), layout=layout, prefixes_of=prefixes_of)
     before = pickle.loads(pickle.dumps(plan))
     assert drawn(plan) == drawn(before) == drawn(pickle.loads(pickle.dumps(plan)))
 
@@ -341,7 +341,7 @@ def test_weights_are_those_of_the_formulas(num_examples, shape, limit, mode, lay
     labels = [int(value) for value in np.random.default_rng(seed + 1).integers(1, totals)]
     weights = [float(value) for value in np.random.default_rng(seed).choice([0.0, 0.5, 1.0, 3.0], num_examples)]
     options = {"normalization": mode, "normalize_constant": 2.5, "max_micro_batches": limit}
-    options |= {"layout": layout, "example_of": example_of}
+    options |= {"layout": layout, "prefixes_of": prefixes_of}
     plan = plan_of(totals, labels, weights, shape=shape, **options)
     for step in steps_of(plan, shape):
         expected = reference_weights(step, labels, weights, mode, 2.5)
