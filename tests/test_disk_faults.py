@@ -109,7 +109,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"sft-lightning: error: '{run}/checkpoint-4' could not be written: ")
-    assert error.endswith(f"'{run}/checkpoint-3' is the last good checkpoint, and --ckpt_path auto goes on from there")
+    assert error.endswith(f"'{run}/checkpoint-3' is the last good checkpoint; resume with --ckpt_path auto")
     assert not list(run.glob(".*tmp*"))
     during(None, None)
     assert main([*options, "--ckpt_path", "auto"]) == 0

@@ -419,7 +419,7 @@ def test_every_family_gets_an_attention_on_a_gpu(name, folder_of, monkeypatch):
     else:
         assert attention == on_cpu  # transformers' own, since the family takes no other
         for kernel in ("flash_attention_2", "varlen"):
-            with pytest.raises(UserError, match="cannot run here: the model has an attention of its own"):
+            with pytest.raises(UserError, match="cannot run here: the model implements attention itself"):
                 choose_attention(config, kernel, device_type="cuda", half_precision=True)
 
 

@@ -255,8 +255,8 @@ class MicroBatch:
 
         Args:
             device: Where to.
-            non_blocking: Whether the host goes on while page-locked memory is copied. By default it does on CUDA, since
-                Lightning asks for that with bare tensors only.
+            non_blocking: Whether page-locked memory is copied asynchronously. By default it is on CUDA, since Lightning
+                sets this for bare tensors only.
         """
         kind = torch.device(device).type
         asynchronous = kind == "cuda" if non_blocking is None else non_blocking

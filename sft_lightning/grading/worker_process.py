@@ -1,4 +1,4 @@
-"""Run a program that answers tasks in a process of its own, which a time limit or a crash may end.
+"""Run a program that answers tasks in a separate process, which a time limit or a crash may end.
 
 :class:`WorkerProcess` is the side of the caller. :func:`open_streams` and :func:`time_limit` are the side of the
 program, which loads this file by its path: nothing here imports the package.
@@ -122,7 +122,7 @@ def open_streams() -> tuple[BinaryIO, Callable[[str], None]]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Kills this process with SIGALRM if the block takes longer, whatever it does and even if the caller has died."""
+    """Kills this process with SIGALRM if the block takes longer, even if the block hangs or the caller has died."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)

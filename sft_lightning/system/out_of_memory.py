@@ -48,7 +48,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def translate_out_of_memory(
     where: Callable[[], str], advice: Callable[[], str], device: Callable[[], torch.device]
 ) -> Iterator[None]:
-    """Raises ``RunFailedError`` in place of an out-of-memory error.
+    """Turns an out-of-memory error into ``RunFailedError``.
 
     Args:
         where: Returns what the memory was needed for.

@@ -275,7 +275,7 @@ def test_environment_variables_and_later_configs_override(command, tmp_path, mon
 def mistakes():
     yield ["--model.learning_ratee", "1"], "unrecognized arguments: --model.learning_ratee 1"
     yield ["--model.learning_rate", "abc"], 'Parser key "model.learning_rate": Expected a float. Got value: abc'
-    yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"
+    yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is not a file"
     yield ["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"
     yield ["--data.max_length", "3"], "Raise data.max_length (3)"
     yield ["--model.model_path", "/nope"], "'/nope'"
@@ -288,7 +288,7 @@ def mistakes():
     yield ["--config", "nope.yaml"], "nope.yaml"
     yield ["--validate_every_n_steps", "0"], "validate_every_n_steps must be at least 1, got 0"
     yield ["--checkpoint.monitor", "val/loss"], "checkpoint.monitor 'val/loss' needs validations: set data.val_path"
-    yield ["--model.attn_implementation", "flash_attention_2"], "pip install 'sft-lightning[flash-attn]'"
+    yield ["--model.attn_implementation", "flash_attention_2"], "pip install flash-attn --no-build-isolation"
     yield ["--model.warmup_steps", "1", "--model.warmup_ratio", "0.1"], "warmup_ratio 0.1 are both given"
     scheduler = '{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}'
     yield ["--trainer.callbacks+", scheduler], "GradientAccumulationScheduler"
@@ -312,7 +312,7 @@ def test_a_logger_without_its_package_says_what_to_install(command, tmp_path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
     logger = json.dumps([{"class_path": name, "init_args": {"save_dir": str(tmp_path)}}])
     assert main([*command, "--trainer.logger", logger]) == 2
-    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install 'sft-lightning[{package}]'"
+    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install {package}"
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 

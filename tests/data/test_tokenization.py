@@ -337,8 +337,8 @@ def test_text_without_tokens_is_a_bad_row():
     rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     assert [record.source for record, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
-        ("a:1", "the tokenizer makes no token of the response"),
-        ("a:2", "the tokenizer makes no token of the prompt"),
+        ("a:1", "the response has no tokens"),
+        ("a:2", "the prompt has no tokens"),
     ]
 
 
@@ -390,7 +390,7 @@ def test_a_damaged_tokenizer_file_is_an_error(tmp_path):
 
 
 def test_a_tokenizer_path_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="it is no folder here, and the hub did not give it"):
+    with pytest.raises(UserError, match="it is not a local folder and the hub did not provide it"):
         load_tokenizer(str(tmp_path / "missing"))
     file = tmp_path / "tokenizer.json"
     file.touch()

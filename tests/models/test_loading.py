@@ -178,7 +178,7 @@ def test_weights_that_are_missing_are_refused_instead_of_starting_random(folder)
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers + 1}))
     message = message_of(load_model, str(folder))
-    assert "lacks weights that its config.json asks for" in message
+    assert "weights that its config.json defines" in message
     assert f"model.layers.{layers}." in message
 
 
@@ -205,13 +205,13 @@ def test_an_unreachable_hub_name_is_named(monkeypatch, tmp_path, no_network):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = message_of(load_model, "someone/nothing")
     assert message.startswith(
-        "model.model_path 'someone/nothing' is no folder here and cannot be loaded from the hub: "
+        "model.model_path 'someone/nothing' is not a local folder and cannot be loaded from the hub: "
     )
 
 
 def test_a_folder_without_config_is_no_model(tmp_path):
     assert message_of(load_config, str(tmp_path)) == (
-        f"model.model_path '{tmp_path}' is a folder without config.json, so it is no model"
+        f"model.model_path '{tmp_path}' is not a model: the folder has no config.json"
     )
 
 
@@ -227,7 +227,7 @@ def test_an_unusable_config_is_named(tmp_path, text):
 def test_a_model_of_another_kind_is_refused(tmp_path, init):
     ViTConfig().save_pretrained(tmp_path)
     assert message_of(load_model, str(tmp_path), init=init) == (
-        f"model.model_path '{tmp_path}' is a vit model, no causal language model"
+        f"model.model_path '{tmp_path}' is a vit model, not a causal language model"
     )
 
 
@@ -249,7 +249,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
     model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size - 1, 2))
     assert message_of(check_vocabulary, model, tokenizer) == (
         f"data.tokenizer_path '{tokenizer.name_or_path}' has {size} tokens but the embedding of model.model_path has "
-        f"{size - 1} rows: take the model's own tokenizer or resize the embedding first"
+        f"{size - 1} rows: use the model's own tokenizer or resize the embedding first"
     )
 
 
@@ -345,5 +345,5 @@ def test_an_empty_model_has_the_shapes_of_the_config_and_takes_no_memory(name, t
 
 
 def test_an_empty_model_needs_a_config(tmp_path):
-    with pytest.raises(UserError, match=r"without config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         empty_model(str(tmp_path))

@@ -18,7 +18,7 @@ class MicroBatches(Dataset):
     """Micro-batch i of one replica, collated when asked for. Picklable, so that worker processes can hold it.
 
     Args:
-        store: The tokenised examples.
+        store: The tokenized examples.
         planned: Micro-batch i's rows and weights.
         length: Micro-batches there are.
         pad_token_id: Fills rows up.
@@ -75,10 +75,10 @@ class ValidationShare:
 
 
 class PlannedLoader:
-    """Iterates over micro-batches, each time from where ``open_epoch`` says.
+    """Iterates over micro-batches, each time from the position that ``open_epoch`` returns.
 
-    Deliberately no DataLoader: into one of those Lightning injects a sampler that repeats rows under several devices,
-    and it restores a position of its own on resume, which it gets wrong in five ways.
+    Deliberately not a DataLoader: Lightning would inject a sampler, which repeats rows under several devices, and
+    restore its position on resume, which it gets wrong in five ways.
 
     Args:
         length: Micro-batches of a whole epoch.

@@ -214,9 +214,9 @@ def validation_batches(
 ) -> list[np.ndarray]:
     """Returns one replica's share of a set, each example in exactly one replica's share.
 
-    Padded ones longest first, others in file order, where rows with a common prompt usually stand together. Every
-    replica gets the same number of batches, the last ones possibly empty: a model that is wrapped for several processes
-    may talk to the others in each forward.
+    Padded rows are sorted longest first. Others stay in file order, where rows with a common prompt are usually
+    neighbors. Every replica gets the same number of batches, of which the last may be empty, since a model that is
+    wrapped for several processes may communicate in each forward.
     """
     rows = np.argsort(-total_lengths, kind="stable") if layout == "padded" else np.arange(len(total_lengths))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -97,12 +97,12 @@ class _Wait:
 
 
 def _kill_in_time(wait: _Wait, workers: list[BaseProcess], timeout_seconds: int, ended: threading.Event) -> None:
-    """Kills the workers when a wait for them lasts too long: whoever waits then gets an error.
+    """Kills the workers when a wait for them lasts too long, which raises an error in the waiting thread.
 
-    A time-out of torch's would not do: it ends waiting for a message, and not waiting for the tensor behind a message,
-    which a worker that was stopped never hands over.
+    torch's time-out does not suffice: it covers the wait for a message, but not for the tensor of that message, which a
+    stopped worker never sends.
     """
-    # Turns are counted, and no clock is read, which goes on while a job is suspended by its user.
+    # Counts turns, since a clock would advance while the user suspends the job.
     turns, last = 0, 0
     while not ended.wait(_LOOK_EVERY_SECONDS):
         turns = turns + 1 if wait.is_on and wait.number == last else 0

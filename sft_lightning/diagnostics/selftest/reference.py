@@ -1,4 +1,4 @@
-"""The reference of the self-test: each row alone through the model's own forward, and the loss by its formula."""
+"""Compute the selftest's reference: each row alone through the model's own forward, and the loss by its formula."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimizer step had: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
+    """An optimizer step: its rows as sorted ``file:line``, its loss, and its gradients on the CPU."""
 
     sources: tuple[str, ...]
     loss: float
@@ -28,13 +28,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """How a step's loss is made of its rows: ``data.loss_normalization`` and ``data.normalize_constant``."""
+    """The weighting of rows in a step's loss: ``data.loss_normalization`` and ``data.normalize_constant``."""
 
     normalization: str
     constant: float
 
     def weight(self, rows: Sequence[Example], row: Example) -> float:
-        """Returns the weight of one of the row's labels, without the record's and the span's own weights."""
+        """Returns the weight of each of the row's labels, without the weights of its record and of its spans."""
         if self.normalization == "token":
             return 1.0 / sum(each.num_labels for each in rows)
         if self.normalization == "sequence":
@@ -49,13 +49,13 @@ def reference_step(
     weighting: Weighting,
     precision: Callable[[], AbstractContextManager],
 ) -> Step:
-    """Returns a step by the model's own logits, one row at a time, and a plain cross-entropy in float32.
+    """Computes a step from the model's own logits, one row at a time, with a plain cross-entropy in float32.
 
     Args:
         model: On its device; its gradients are overwritten.
         rows: The step's examples and their record weights.
-        weighting: The loss.
-        precision: Enters the precision of training.
+        weighting: Normalization of the loss.
+        precision: Returns a context manager that enters the precision of training.
     """
     model.zero_grad(set_to_none=True)
     examples = [example for example, _ in rows]
@@ -74,7 +74,7 @@ def reference_step(
 
 
 def own_losses(model: "PreTrainedModel", example: Example) -> Tensor:
-    """Returns the loss of each label of a row by the model's own logits. Shape [M], at least float32."""
+    """Returns the loss of each label of a row from the model's own logits. Shape [M], at least float32, in nats."""
     losses = []
     for tokens, label_spans in example.sequences:
         ids = torch.as_tensor(tokens.astype("int64"), device=model.device)
@@ -95,7 +95,7 @@ def _span_weights(example: Example) -> Tensor:
 def chunked_loss_difference(
     model: "PreTrainedModel", rows: Sequence[tuple[Example, float]], precision: Callable[[], AbstractContextManager]
 ) -> float:
-    """Returns the largest difference of a label's loss in chunks from that by own logits, relative to the mean loss."""
+    """Returns the largest difference between a label's chunked and plain loss, relative to the mean plain loss."""
     ours, expected = [], []
     with torch.no_grad(), precision():
         for example, _ in rows:
@@ -108,5 +108,5 @@ def chunked_loss_difference(
 
 
 def gradients_of(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """Returns copies of all gradients on the CPU, by parameter."""
+    """Returns copies of all gradients on the CPU, by parameter name."""
     return {name: p.grad.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.grad is not None}

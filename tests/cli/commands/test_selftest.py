@@ -80,7 +80,7 @@ def test_a_tolerance_of_the_user(config, capsys):
     [
         (["--num_steps", "1"], "--num_steps must be at least 2, a full step and a short one, got 1"),
         (["--tolerance", "nan"], "--tolerance must be a positive number, got nan"),
-        (["--data.train_path", "nowhere.jsonl"], "data.train_path: data path 'nowhere.jsonl' is no file"),
+        (["--data.train_path", "nowhere.jsonl"], "data.train_path: data path 'nowhere.jsonl' is not a file"),
         (["--model.lrr", "1"], "model.lrr"),
     ],
 )

@@ -188,7 +188,7 @@ def test_sizes_are_counted_after_filter_correct(command, fits, train_file, tmp_p
         (["--sizes", "8", "--output_dir", "x"], "sweep sets --output_dir"),
         (["--sizes", "8", "--model.learning_ratee", "1"], "--model.learning_ratee"),
         (["--sizes", "8", "--data.val_path", "null"], "set data.val_path"),
-        (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"),
+        (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is not a file"),
         (["--sizes", "8", "--data.train_path", "null"], "data.train_path is not set"),
         (["--sizes", "8", "--checkpoint.dirpath=x"], "checkpoint.dirpath cannot be set: remove it"),
     ],

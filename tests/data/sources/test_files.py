@@ -53,7 +53,7 @@ def test_an_existing_file_is_no_glob(tmp_path):
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl"])
 def test_a_path_without_files_is_an_error(tmp_path, name):
     message = error_of(resolve_files, tmp_path / name)
-    assert message.startswith(f"data path '{tmp_path / name}' is no file, no folder and matches none")
+    assert message.startswith(f"data path '{tmp_path / name}' is not a file or folder and matches no file")
 
 
 def test_a_folder_without_data_files_is_an_error(tmp_path):

@@ -127,7 +127,7 @@ def test_fit_reads_the_tokens_that_the_check_cached(tmp_path, checked_set, token
 
 
 def test_a_missing_path_is_an_error_that_names_the_option(tmp_path, checked_set):
-    with pytest.raises(UserError, match=r"data\.train_path: data path .* is no file"):
+    with pytest.raises(UserError, match=r"data\.train_path: data path .* is not a file"):
         checked_set(tmp_path / "none.jsonl", overlength="error").load_tokens()
 
 

@@ -59,7 +59,7 @@ def message_of(*args, **kwargs):
 @pytest.mark.parametrize(
     ("choice", "command"),
     [
-        ("flash_attention_2", "flash-attn is not installed: pip install 'sft-lightning[flash-attn]' --no-build"),
+        ("flash_attention_2", "flash-attn is not installed: pip install flash-attn --no-build"),
         ("flash_attention_3", "flash-attn-3 is not installed: pip install 'git+https://github.com/Dao-AILab/"),
     ],
 )
