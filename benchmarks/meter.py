@@ -122,7 +122,7 @@ class Summary:
     num_steps: int = field(default=0)
 
 
-def summarise(measurement: Measurement, config: PretrainedConfig) -> Summary:
+def summarize(measurement: Measurement, config: PretrainedConfig) -> Summary:
     counts, seconds = measurement.counts, measurement.seconds
 
     def mean(name: str) -> float:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning_trainer
-from meter import as_json, machine, summarise
+from meter import as_json, machine, summarize
 from rows import (
     DTYPES,
     Job,
@@ -148,7 +148,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         **asdict(point),
         "mean_tokens": lengths.mean_tokens,
         "peak_resident_bytes": peak_resident_bytes(),
-        **as_json(summarise(measurement, AutoConfig.from_pretrained(job.folder))),
+        **as_json(summarize(measurement, AutoConfig.from_pretrained(job.folder))),
     }
 
 

@@ -127,7 +127,7 @@ def touches_of_lightning_internals(tree):
                 yield ast.unparse(node)
 
 
-def test_the_rules_see_what_they_are_meant_to_see():
+def test_the_rules_detect_planted_violations():
     tree = ast.parse(
         "from lightning.pytorch.cli import _private\n"
         "from sft_lightning.data import batch\n"

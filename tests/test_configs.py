@@ -122,7 +122,7 @@ def test_a_misspelled_setting_is_refused(tmp_path, capsys, paths):
 
 
 @each_stack
-def test_it_builds_what_a_run_needs(build, paths):
+def test_a_config_builds_the_objects_of_a_run(build, paths):
     trainer, module, datamodule = build(paths)
     assert isinstance(module, SFTModule)
     assert isinstance(datamodule, SFTDataModule)

@@ -95,9 +95,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_training(command, small_disk
 
 
 @pytest.mark.parametrize("size_bytes", [30_000, 110_000])
-def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
-    command, tmp_path, straight, during, capsys, size_bytes, note_fault
-):
+def test_a_failed_write_keeps_the_last_checkpoint(command, tmp_path, straight, during, capsys, size_bytes, note_fault):
     """The limit falls into the weights, or into the optimizer's state, which is twice as large."""
     run = tmp_path / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -122,7 +120,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
     )
 
 
-def test_a_folder_that_cannot_be_written_stops_the_run_at_its_start(command, small_disk, capsys, note_fault):
+def test_an_unwritable_folder_stops_the_run_at_its_start(command, small_disk, capsys, note_fault):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert main([*command, "--output_dir", str(small_disk / "run")]) == 2
     assert "cannot be written: Read-only file system" in capsys.readouterr().err.splitlines()[-1]
@@ -156,7 +154,7 @@ def lose_the_manifest(checkpoint):
         (lose_the_manifest, "checkpoint without its manifest", "has no readable manifest.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     command, tmp_path, straight, caplog, capsys, damage, fault, complaint, note_fault
 ):
     run = tmp_path / "run"
@@ -178,7 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     )
 
 
-def test_what_died_unfinished_is_cleared_away(command, tmp_path, straight, note_fault):
+def test_unfinished_folders_of_dead_processes_are_removed(command, tmp_path, straight, note_fault):
     run = tmp_path / "run"
     assert main([*command, "--trainer.max_steps", "4"]) == 0
     shutil.copytree(run / "checkpoint-4", run / ".checkpoint-6.tmp-4711")
@@ -195,7 +193,7 @@ def test_what_died_unfinished_is_cleared_away(command, tmp_path, straight, note_
     )
 
 
-def test_temporary_files_on_another_file_system_are_no_matter(
+def test_temporary_files_may_be_on_another_file_system(
     command, tmp_path, small_disk, straight, monkeypatch, note_fault
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
@@ -210,7 +208,7 @@ def test_temporary_files_on_another_file_system_are_no_matter(
     )
 
 
-def test_nothing_good_is_overwritten_by_a_run_that_cannot_go_on(command, tmp_path, capsys, note_fault):
+def test_a_failing_run_overwrites_no_good_checkpoint(command, tmp_path, capsys, note_fault):
     run = tmp_path / "run"
     assert main(command) == 0
     for checkpoint in folders.checkpoints(run):

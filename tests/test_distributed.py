@@ -250,7 +250,7 @@ def test_gradients_and_validation_are_those_of_one_process(run, tmp_path, refere
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_in_one_and_in_four(run, tmp_path, reference, note_fault):
+def test_a_run_of_two_processes_resumes_in_one_and_four(run, tmp_path, reference, note_fault):
     seen, expected = reference
     run("two", 2, 2, 2, max_steps=5)
     for devices, batch_size in ((1, 4), (4, 1)):
@@ -305,7 +305,7 @@ def test_sharded_training_is_that_of_one_process_in_every_layout(run, tmp_path, 
 
 
 @pytest.mark.slow
-def test_sharded_training_resumes_bit_equal_and_into_and_out_of_other_strategies(run, tmp_path, reference, note_fault):
+def test_sharded_training_resumes_bit_equal_and_across_strategies(run, tmp_path, reference, note_fault):
     seen, expected = reference
     options = {"strategy": "fsdp2", "precision": "32-true"}
     run("straight", 2, 2, 2, **options)

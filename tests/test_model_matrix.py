@@ -331,7 +331,7 @@ def result_of(folder_of) -> Callable[[str], Result]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_layout_that_is_not_refused_gives_the_gradients_of_the_rows_alone(name, result_of):
+def test_supported_layouts_give_the_gradients_of_single_rows(name, result_of):
     result = result_of(name)
     assert result.layouts == FAMILIES[name].layouts
     assert result.preferred == result.layouts[-1]
@@ -345,7 +345,7 @@ def test_every_layout_that_is_not_refused_gives_the_gradients_of_the_rows_alone(
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal])
-def test_a_layout_that_a_family_does_not_support_is_refused_in_one_line(name, result_of):
+def test_unsupported_layouts_are_refused_in_one_line(name, result_of):
     refusals = result_of(name).refusals
     assert len(refusals) == 2
     for layout, refusal in zip(("packed", "shared_prefix"), refusals, strict=True):
@@ -356,7 +356,7 @@ def test_a_layout_that_a_family_does_not_support_is_refused_in_one_line(name, re
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_made_in_chunks_unless_logits_are_changed_in_an_unknown_way(name, result_of):
+def test_each_family_chunks_its_loss_as_expected(name, result_of):
     assert result_of(name).chunked == FAMILIES[name].chunked
 
 
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, layout, folder_of):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_without_segments_a_model_is_what_transformers_makes_of_it(name, folder_of, tmp_path):
+def test_without_segments_a_model_equals_that_of_transformers(name, folder_of, tmp_path):
     """Logits and greedy answers are bit-equal, and a saved folder tells of nothing of ours."""
     model = load_model(folder_of(name)).eval()
     own_attention = "eager" if model.config._attn_implementation.endswith("eager") else "sdpa"
@@ -424,7 +424,7 @@ def test_every_family_gets_an_attention_on_a_gpu(name, folder_of, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [GPT2Config(attn_pdrop=0.1), LlamaConfig(attention_dropout=0.1)], ids=type)
-def test_a_kernel_without_dropout_is_not_taken_where_there_is_some(config, monkeypatch):
+def test_models_with_dropout_get_no_kernel_without_it(config, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(UserError, match="'varlen' cannot run here: it has no dropout"):
         choose_attention(config, "varlen", device_type="cuda", half_precision=True)
@@ -467,7 +467,7 @@ def render(results: dict[str, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_table_in_the_docs_is_what_is_found_here(result_of):
+def test_the_table_in_the_docs_matches_these_results(result_of):
     table = render({name: result_of(name) for name in FAMILIES})
     if os.environ.get("SFT_WRITE_DOCS"):
         DOCUMENT.parent.mkdir(exist_ok=True)

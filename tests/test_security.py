@@ -109,7 +109,7 @@ def test_tags_in_environment_variables_and_options_make_no_objects(options, mark
     assert not marker.exists()
 
 
-def test_the_payloads_would_work_if_they_were_let(marker):
+def test_the_payloads_work_without_protection(marker):
     for payload in yaml_payloads(marker)[:4]:
         yaml.unsafe_load(payload)
         assert marker.is_dir()
@@ -232,7 +232,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(options, own_model, monkeyp
     assert main(["check", *options, *changed]) in (0, 1)
 
 
-def test_a_cache_is_no_pickle(options, tmp_path, monkeypatch, marker):
+def test_a_cache_holds_no_pickle(options, tmp_path, monkeypatch, marker):
     """A token cache of somebody else's holds numbers: arrays are mapped, not unpickled."""
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
     assert main(["check", *options]) == 0
@@ -290,7 +290,7 @@ def report_of(tmp_path, name, text, model_folder):
     return (place / "run" / "report" / "index.html").read_text(encoding="utf-8")
 
 
-def test_a_real_report_escapes_what_data_and_configs_say(tmp_path, model_folder, note_fault):
+def test_a_real_report_escapes_data_and_configs(tmp_path, model_folder, note_fault):
     plain = report_of(tmp_path, "plain", "What", model_folder)
     hostile = report_of(tmp_path, "hostile", HOSTILE, model_folder)
     expected, found = Tags(plain), Tags(hostile)
@@ -397,7 +397,7 @@ def test_a_whole_job_reaches_no_other_machine(guarded, note_fault, offline):
 
 
 @pytest.mark.slow
-def test_the_guard_sees_who_reaches_out(guarded):
+def test_the_guard_detects_connections(guarded):
     for code in (
         "import urllib.request; urllib.request.urlopen('http://example.invalid')",
         "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)",

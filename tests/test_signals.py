@@ -104,7 +104,7 @@ def test_one_checkpoint_at_the_next_step_and_code_75(start, command, tmp_path, n
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_a_job_spares_its_workers(start, tmp_path, note_fault):
+def test_a_signal_to_all_processes_spares_the_workers(start, tmp_path, note_fault):
     """Loader workers share the process group, as all that a job started share its cgroup."""
     process = start(*LONG, "--data.num_workers", "2")
     wait_for_steps(tmp_path / "run", 5, process)
@@ -197,7 +197,7 @@ def test_a_restart_by_a_scheduler_resumes_by_itself(start, command, tmp_path, va
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path, monkeypatch, note_fault):
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(start, tmp_path, monkeypatch, note_fault):
     run = tmp_path / "run"
     # Else gloo may find in torchrun's own store the addresses of processes that died.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

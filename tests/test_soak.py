@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parent / "soak.py"
 
 
 @pytest.mark.slow
-def test_killed_runs_go_on_to_the_same_end(note_fault):
+def test_killed_runs_resume_to_the_same_result(note_fault):
     num_forked, num_whole = map(int, os.environ.get("SFT_SOAK", "8 2").split())
     program = [sys.executable, str(PROGRAM), str(num_forked), str(num_whole)]
     lines = []

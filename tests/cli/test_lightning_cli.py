@@ -306,7 +306,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, option
 
 
 @pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")])
-def test_a_logger_without_its_package_says_what_to_install(command, tmp_path, monkeypatch, capsys, name, package):
+def test_a_logger_without_its_package_names_the_install_command(command, tmp_path, monkeypatch, capsys, name, package):
     find_spec = importlib.util.find_spec
     hidden = ("wandb", "tensorboard", "tensorboardX")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))

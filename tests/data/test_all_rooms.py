@@ -108,13 +108,13 @@ def rows_in(batch):
 
 def expected_weight(mode, labels_by_micro_batch, mine, num_labels):
     """The table of loss weights, in fractions."""
-    dealt = [labels for labels in labels_by_micro_batch if labels]
-    num_rows = sum(map(len, dealt))
+    counted = [labels for labels in labels_by_micro_batch if labels]
+    num_rows = sum(map(len, counted))
     return {
-        "token": Fraction(1, sum(map(sum, dealt))),
+        "token": Fraction(1, sum(map(sum, counted))),
         "sequence": Fraction(1, num_rows * num_labels),
         "constant": 1 / (num_rows * Fraction(CONSTANT)),
-        "micro_batch": Fraction(1, len(dealt) * sum(labels_by_micro_batch[mine])),
+        "micro_batch": Fraction(1, len(counted) * sum(labels_by_micro_batch[mine])),
     }[mode]
 
 

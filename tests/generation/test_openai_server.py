@@ -82,7 +82,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_end_alike_on_every_kind_of_server(server, kind):
+def test_answers_end_equally_on_every_kind_of_server(server, kind):
     server.answer = Served({prompt: row[0] for prompt, row in ENDINGS.items()}, kind)
     found = generate(generator_of(server, stop_strings=["</answer>", "<end>"]), list(ENDINGS))
     assert [(g.text, g.stop_reason) for g in found] == [(row[1], row[3]) for row in ENDINGS.values()]
@@ -110,7 +110,7 @@ def test_a_stop_string_of_the_server_ends_like_eos(server):
     assert generation == [Generation("hi", 3, "eos")]
 
 
-def test_request_holds_what_the_settings_say(server):
+def test_request_holds_the_settings(server):
     server.answer = Served({"Why?": "4</answer>"}, "vLLM")
     settings = {"temperature": 0.7, "top_p": 0.9, "seed": 7, "extra_fields": {"top_k": -1}}
     generate(generator_of(server, **settings), ["Why?"], numbers=[3])
@@ -431,7 +431,7 @@ def test_transformers_serve_samples_by_seed(transformers_serve, served_folder):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_transformers_serve_says_what_it_refuses(transformers_serve, served_folder):
+def test_transformers_serve_explains_refusals(transformers_serve, served_folder):
     with pytest.raises(UserError, match=r"/completions: HTTP 422: Unexpected fields in the request: \{'top_k'\}$"):
         OpenAIServerGenerator(transformers_serve, served_folder, extra_fields={"top_k": 5}).generate(None, None, ["x"])
     with pytest.raises(UserError, match=r"HTTP 400: Server is pinned to .*; requested 'other'"):

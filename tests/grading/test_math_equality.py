@@ -214,7 +214,7 @@ BY_MATHEMATICS = [
 
 
 @pytest.mark.parametrize(("answer", "truth", "pair"), BY_MATHEMATICS)
-def test_what_text_cannot_tell_is_left_to_mathematics(answer, truth, pair):
+def test_math_verify_decides_what_text_comparison_cannot(answer, truth, pair):
     assert same_text(answer, truth) is None
     assert expressions(answer, truth) == pair
 

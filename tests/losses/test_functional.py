@@ -88,7 +88,7 @@ def test_token_nll_gradient_is_probability_minus_one_hot():
     torch.testing.assert_close(logits.grad, torch.tensor([[1 / 8, 2 / 8 - 1, 5 / 8]]))
 
 
-def test_token_nll_gives_zero_where_there_is_no_label():
+def test_token_nll_is_zero_without_a_label():
     logits = torch.tensor([EIGHTHS, EIGHTHS], requires_grad=True)
     nll = token_nll(logits, torch.tensor([-100, 0]))
     assert nll.tolist() == pytest.approx([0.0, LOG_8])
@@ -209,7 +209,7 @@ def test_train_step_by_hand():
     assert metadata["num_response_tokens"].item() == 3
 
 
-def test_train_steps_accumulate_to_the_gradient_of_all_rows_at_once():
+def test_train_steps_accumulate_to_the_gradient_of_all_rows():
     log_probs = -torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
     mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(3)) < 0.6
     whole = log_probs.clone().requires_grad_()
@@ -233,7 +233,7 @@ def test_train_step_without_response_tokens_has_loss_and_gradient_zero():
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_sft_loss_is_the_mean_over_response_tokens_and_not_over_rows(mask_dtype):
+def test_sft_loss_is_the_mean_over_response_tokens(mask_dtype):
     mask = torch.tensor([[0, 1, 1], [0, 0, 1]]).to(mask_dtype)
     loss = compute_sft_loss(Bigrams(TABLE), INPUT_IDS, LABELS, mask)
     assert loss.item() == pytest.approx((math.log(3) + math.log(4) + math.log(4)) / 3)

@@ -157,7 +157,7 @@ def test_from_python_the_error_is_chained(make_trainer, make_data, model_folder,
 
 
 @pytest.mark.parametrize("where", ["backward", "update"])
-def test_backward_pass_and_update_are_told_apart(make_trainer, make_data, model_folder, train_file, where):
+def test_backward_pass_and_update_are_distinguished(make_trainer, make_data, model_folder, train_file, where):
     class Hungry(SFTModule):
         def on_train_start(self):
             super().on_train_start()
@@ -197,7 +197,7 @@ def test_a_smaller_batch_makes_the_same_step(size, smaller, accumulate):
     ) in str(raised.value)
 
 
-def test_outside_of_fit_there_is_nothing_to_lose():
+def test_outside_of_fit_the_message_says_nothing_was_changed():
     module = stand_in("validate", batch_size=4, max_length=64)
     with pytest.raises(RunFailedError) as raised, step_oom_advice(module, "validation"):
         raise MemoryError

@@ -105,7 +105,7 @@ def test_the_quickstart_passes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_nothing_either(config, tmp_path):
+def test_an_interrupt_leaves_no_files(config, tmp_path):
     temporary = tmp_path / "temporary"
     with subprocess.Popen(
         [sys.executable, "-m", "sft_lightning", *config, "--num_steps", "50"],

@@ -121,7 +121,7 @@ def test_each_size_trains_on_the_first_rows_and_tokenizes_once(command, trains_h
     assert "\n".join(table) in (sweep / "sweep.md").read_text()
 
 
-def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_path, capsys):
+def test_a_rerun_trains_missing_and_added_sizes(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     assert main([*command, "--sizes", "8"]) == 0
     assert fits == ["8"]
@@ -132,7 +132,7 @@ def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_pat
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8", "16"]
 
 
-def test_a_failed_run_ends_the_sweep_and_the_command_resumes_it(command, fits, tmp_path, capsys):
+def test_a_sweep_stops_at_a_failed_run_and_resumes(command, fits, tmp_path, capsys):
     words = [*command, "--sizes", "8", "16", "full"]
     fits.codes = {"16": 1}
     assert main(words) == 1

@@ -29,7 +29,7 @@ def graded(rows_of, texts, grader=None, *, stops=False):
     return truths, {finding.name: finding for finding in truths.findings(stops_evaluation=stops)}
 
 
-def test_correct_and_ungraded_rows_are_no_finding(rows_of):
+def test_correct_and_ungraded_rows_give_no_finding(rows_of):
     truths, found = graded(rows_of, [("a", r1("72"), "72"), ("a", r1("$1,005"), 1005), ("a", "anything")])
     assert (truths.num_graded, found) == (2, {})
 

@@ -32,7 +32,7 @@ def good(prompt=SHORT, response=" 4"):
     return {"prompt": prompt, "response": response}
 
 
-def test_every_bad_row_is_listed_whatever_max_bad_rows(tmp_path, checked_set):
+def test_every_bad_row_is_listed_beyond_max_bad_rows(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", *[good(), "no json", {"prompt": "a", "response": " "}] * 20)
     checked = checked_set(path)
     rows, account = read(checked)

@@ -43,7 +43,7 @@ def test_a_last_bit_of_one_weight_fails(make_setup, monkeypatch):
     assert check_resume(make_setup()).failed
 
 
-def test_what_does_not_fit_into_memory_is_said(make_setup, monkeypatch):
+def test_out_of_memory_is_reported_as_not_tried(make_setup, monkeypatch):
     def without_memory(self, *arguments, **options):
         raise torch.OutOfMemoryError("out of memory")
 

@@ -100,7 +100,7 @@ def test_output_and_gradients_equal_the_formula(dtype, num_key_heads):
     ],
     ids=str,
 )
-def test_windows_and_soft_caps_are_honoured(options):
+def test_windows_and_soft_caps_are_honored(options):
     got = outputs_and_gradients(ours, heads(), scale=0.5, **options)
     expected = outputs_and_gradients(formula, heads(), scale=0.5, **options)
     for mine, reference in zip(got, expected, strict=True):

@@ -85,7 +85,7 @@ def test_a_kernel_that_cannot_run_here_is_refused(gpu, install, choice):
     assert "it does not run on a GPU" in message_of(choice)
 
 
-def test_what_a_kernel_lacks_is_refused_by_name(gpu, install):
+def test_options_a_kernel_lacks_are_refused_by_name(gpu, install):
     for kernel in PACKAGED:
         install(kernel)
     assert "it has no soft-capping" in message_of("varlen", config=SOFT_CAPPED)
@@ -140,7 +140,7 @@ def test_a_model_without_sdpa_falls_back_on_its_eager_attention():
     assert "'sdpa' is not supported by this model" in message_of("sdpa", "cpu", config=SOFT_CAPPED)
 
 
-def test_a_model_that_looks_its_attention_up_nowhere_keeps_its_own():
+def test_a_model_without_registered_attention_keeps_its_implementation():
     assert choose("auto", "cpu", config=MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1)) == "eager"
 
 

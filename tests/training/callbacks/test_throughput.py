@@ -163,7 +163,7 @@ def test_a_model_without_a_formula_has_no_utilization(run, peaks, clock, monkeyp
     ("precision", "dtype"),
     [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16-true", torch.bfloat16)],
 )
-def test_the_peak_of_the_training_dtype_is_read_once_per_fit(run, peaks, caplog, precision, dtype):
+def test_peak_flops_are_read_once_per_fit(run, peaks, caplog, precision, dtype):
     callback = Throughput()
     assert not peaks
     with caplog.at_level("INFO", logger="sft_lightning"):

@@ -215,7 +215,7 @@ for step in (0, 8):
 
 
 @pytest.mark.slow
-def test_wandb_gets_a_table_of_all_samples_up_to_its_limit(tmp_path):
+def test_wandb_gets_all_samples_up_to_its_limit(tmp_path):
     pytest.importorskip("wandb")
     samples = [sample(i, prompt=text, ground_truth=i) for i, text in enumerate(HOSTILE)]
     samples += [sample(i, ground_truth=[str(i), i]) for i in range(len(HOSTILE), 1500)]
