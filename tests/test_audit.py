@@ -1,4 +1,4 @@
-"""What `make audit` says of a report by pip-audit, with literal reports of version 2.10."""
+"""Test the verdicts of `make audit` on literal reports of pip-audit 2.10."""
 
 import importlib.util
 from pathlib import Path

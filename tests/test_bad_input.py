@@ -1,4 +1,4 @@
-"""What users hand in wrong, as typed: each fault ends in one line that names it, or is told of and left out."""
+"""Test wrong user input: each fault ends the command in one line, or is reported and skipped."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch, capfd, caplog):
-    """Runs a command on a config in tmp_path; returns (exit code, its error or all that it said)."""
+    """Runs a command on a config in tmp_path; returns (exit code, its error or its whole output)."""
     caplog.set_level(logging.INFO, "sft_lightning")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = {
@@ -62,7 +62,7 @@ LINES = {
 @pytest.mark.parametrize("fault", LINES)
 def test_a_bad_line(run, rows, tmp_path, note_fault, fault):
     line, reason = LINES[fault]
-    write(tmp_path, b"\xef\xbb\xbf" + rows[0], line, *rows[1:], end=b"\r\n")  # BOM and CRLF are no fault
+    write(tmp_path, b"\xef\xbb\xbf" + rows[0], line, *rows[1:], end=b"\r\n")  # BOM and CRLF are allowed
     exit_code, error = run()
     assert exit_code == 2
     assert f"{tmp_path}/train.jsonl:2: " in error

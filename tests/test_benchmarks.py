@@ -1,4 +1,4 @@
-"""Each benchmark's dry run, and the counting that its numbers stand on."""
+"""Run each benchmark's dry run, and test the counting behind its numbers."""
 
 import argparse
 import importlib.util
@@ -111,7 +111,7 @@ def test_flex_attention_follows_the_spans(benchmark):
     from sft_lightning.data.batch import Segment, Segments
 
     flex = benchmark("gpu.flex")
-    # A root with a child that has a child of its own and a second child, then a row that shares nothing.
+    # A root with two children, of which the first has a child, then a row that shares nothing.
     tree = [Segment(0, 3, -1), Segment(3, 5, 0), Segment(5, 6, 1), Segment(6, 8, 0), Segment(8, 10, -1)]
     assert flex.visible_until(Segments.from_tree(tree)).tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
 
@@ -178,7 +178,7 @@ def test_attended_keys_of_a_span_tree_are_counted(benchmark):
     examples = [Example.from_prompt(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
     batch = collate(examples, [1.0, 1.0], layout="shared_prefix", pad_token_id=0)
     counts = trainer._counts(batch)
-    # Inputs leave out each row's last token: 20 shared, then 2 and 1 own. Each sees itself and what stands before it.
+    # Inputs omit each row's last token: 20 shared, then 2 and 1 unshared. Each attends to itself and what precedes it.
     seen = sum(range(1, 21)) + (21 + 22) + 21
     assert (counts.rows, counts.tokens, counts.unique_tokens, counts.labels) == (2, 43, 23, 5)
     assert counts.attended == seen

@@ -1,4 +1,4 @@
-"""What disks do to a run, provoked on real runs: the last good checkpoint stands, is named, and the run goes on."""
+"""Provoke disk faults in real runs: the last good checkpoint stays, is named, and the run resumes."""
 
 import json
 import resource

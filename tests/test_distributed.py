@@ -1,4 +1,4 @@
-"""Two processes compute the steps of one: same members, same losses, same weights, same validation, same ledger."""
+"""Test that two processes compute the steps of one: equal rows, losses, weights, validation and ledger."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def start(tmp_path, model_folder, train_file, val_file):
 
 @pytest.fixture
 def run(start, tmp_path):
-    """Returns a function that runs a job to its end, and returns what each of its ranks saw."""
+    """Returns a function that runs a job to its end and returns the record of each rank."""
 
     def launch(name, devices, *shape, **options):
         ended = start(name, devices, *shape, **options)
@@ -153,7 +153,7 @@ def gradients(run):
 
 
 def assert_same_gradients(ours, theirs, tolerance):
-    """As DESIGN 12: relative to each tensor's norm; tensors below 1e-6 of the total count in the total only."""
+    """Relative to each tensor's norm; tensors below 1e-6 of the total count in the total only."""
     assert len(ours) == len(theirs)
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert found.keys() == expected.keys()
@@ -226,7 +226,7 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
 
 @pytest.fixture
 def reference(run, tmp_path):
-    """A run in one process and float64: what it saw, and its gradients."""
+    """The record of a run in one process and float64, and its gradients."""
     (seen,) = run("reference", 1, 8, 1)
     return seen, gradients(tmp_path / "reference")
 
@@ -284,7 +284,7 @@ def test_sharded_training_is_that_of_one_process_in_every_layout(run, tmp_path, 
             assert ours == pytest.approx(theirs, rel=1e-4)
     run("ddp", 2, 2, 2, **options)
     ours, theirs = (weights(tmp_path / name / "final") for name in ("sharded", "ddp"))
-    assert ours.keys() == theirs.keys()  # a tied weight stands once
+    assert ours.keys() == theirs.keys()  # a tied weight occurs once
     assert_same_weights(ours, theirs, 1e-5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "final")
     assert type(model).__name__ == "Qwen2ForCausalLM"

@@ -1,4 +1,4 @@
-"""Runs that must give the same result, whatever their batches, splits and interruptions: "equal" as in DESIGN 12.
+"""Test that runs give the same result for all batches, splits and interruptions.
 
 The reference is a plain loop in float64 that shares nothing with the package but the answer to "which rows are in step
 k": it reads the file, tokenizes row by row, computes all logits and takes the formulas literally.
@@ -50,7 +50,7 @@ def row_nll(model, row):
 
 
 def reference_loss(model, mode, micro_batches):
-    """The loss of a step of these micro-batches, by the table of DESIGN 5."""
+    """The loss of a step of these micro-batches, by the table of loss weights."""
     nll = [[row_nll(model, row) for row in rows] for rows in micro_batches if rows]
     flat = [row for rows in nll for row in rows]
     if mode == "token":
@@ -63,7 +63,7 @@ def reference_loss(model, mode, micro_batches):
 
 
 def planned_micro_batches(rows, batch_size, accumulate, step, layout, seed=7):
-    """Returns the step's rows by micro-batch, as the plan deals them."""
+    """Returns the step's rows by micro-batch, as planned."""
     inputs = torch.tensor([len(ids) - 1 for ids, _ in rows]).numpy()
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
@@ -222,7 +222,7 @@ def conversations():
 
 
 def conversation_loss(model, mode, micro_batches):
-    """The loss of a step by the table of DESIGN 5, each sequence alone; a span's weight changes no count."""
+    """The loss of a step by the table of loss weights, each sequence alone; a span's weight changes no count."""
     total, num_rows = 0.0, sum(map(len, micro_batches))
     num_labels = sum(example.num_labels for examples in micro_batches for example in examples)
     for examples in micro_batches:

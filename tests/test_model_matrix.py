@@ -1,4 +1,4 @@
-"""Model families, tiny and random: the layouts that each supports, and its gradients against its own equation.
+"""Test tiny random models of many families: the layouts each supports, and its gradients against its own equation.
 
 The reference is the family's own code, called on one row at a time, in float64 throughout: no padding, no packing, and
 no attention, loss or layout of this package. docs/models.md is the table of what is found here. To write it afresh:
@@ -36,7 +36,7 @@ from sft_lightning.models.precision import Precision
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 LAYOUTS = ("padded", "packed", "shared_prefix")
-# DESIGN 12 for gradients. A loss is a sum of a hundred float32 terms, which round by 6e-8 each.
+# Tolerance of gradients. A loss is a sum of a hundred float32 terms, which round by 6e-8 each.
 LARGEST_GRADIENT_DIFFERENCE = 1e-5
 LARGEST_LOSS_DIFFERENCE = 1e-6
 # In float64: nothing but rounding, in matrix products of a few dozen terms.
@@ -55,7 +55,7 @@ STATE_SPACE = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size"
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, and what is expected of it.
+    """A model family and its expected results.
 
     Attributes:
         config: Name of its config class in transformers.
@@ -380,7 +380,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, layout, folder_of):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_segments_a_model_equals_that_of_transformers(name, folder_of, tmp_path):
-    """Logits and greedy answers are bit-equal, and a saved folder tells of nothing of ours."""
+    """Logits and greedy answers are bit-equal, and a saved folder does not mention this package."""
     model = load_model(folder_of(name)).eval()
     own_attention = "eager" if model.config._attn_implementation.endswith("eager") else "sdpa"
     own = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Data, models and checkpoints are never code, and nothing leaves the machine: through the command line, as typed."""
+"""Test that data, models and checkpoints never run code, and that commands reach no other machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class MakesAFolder:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -248,7 +248,7 @@ HOSTILE = "<script>document.title='owned'</script><!--<img src=x onerror=alert(1
 
 
 class Tags(HTMLParser):
-    """The tags of a page with their attributes, and what scripts hold."""
+    """The tags of a page with their attributes, and the contents of scripts."""
 
     def __init__(self, page):
         super().__init__()
@@ -344,7 +344,7 @@ socket.gethostbyname = _guard(socket.gethostbyname, 0)
 
 @pytest.fixture
 def guarded(tmp_path):
-    """Runs the command line in a process whose sockets reach this machine only; says who tried to reach another."""
+    """Runs the command line in a process whose sockets reach this machine only; reports attempts to reach another."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
     attempts = tmp_path / "attempts"

@@ -1,4 +1,4 @@
-"""Signals to real processes: a checkpoint at the next optimizer step, all ranks leave, and the next start goes on."""
+"""Send signals to real runs: all ranks stop with a checkpoint at the next optimizer step, and a restart resumes."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ LONG = ["--trainer.max_epochs", "500", "--checkpoint.every_n_train_steps", "1000
 
 @pytest.fixture
 def start(command, tmp_path):
-    """Starts the command in processes of their own; what is left of them is killed in the end."""
+    """Starts the command in separate processes and kills those that remain at the end."""
     processes = []
 
     def popen(*options, program=(sys.executable, "-m", "sft_lightning"), **environment):
@@ -44,7 +44,7 @@ def start(command, tmp_path):
 
 
 def wait_for_steps(run, num_steps, process):
-    """Waits until a run has logged so many optimizer steps."""
+    """Waits until a run has logged a number of optimizer steps."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (run / "metrics.csv").is_file() and len(steps(run)) >= num_steps:

@@ -1,4 +1,4 @@
-"""Ten kills in `make test-all`, 220 in `make soak`: see soak.py."""
+"""Run soak.py with ten kills in `make test-all` and 220 in `make soak`."""
 
 import json
 import os

@@ -300,7 +300,7 @@ def test_a_flipped_byte_of_a_manifest_is_refused_or_harmless(tmp_path):
             folders.verify(folder)
         except UserError:
             refused += 1
-    assert refused > 200  # what is left is the step, and white space that turned into other white space
+    assert refused > 200  # the others change the step, or white space to other white space
 
 
 # Finding

@@ -1,4 +1,4 @@
-"""HFCheckpointIO by itself: what it writes, what it reads back, and what it refuses to read."""
+"""Test HFCheckpointIO alone: the files it writes, reads and refuses."""
 
 import copy
 import hashlib
@@ -195,7 +195,7 @@ def test_a_folder_without_weights_is_one_line(tmp_path):
             checkpoint_io(make_model(tied=True, seed=0), during="validate").load_checkpoint(path)
 
 
-# what the folder holds, what is trained, the first weight in which they differ
+# model in the folder, model of the run, first weight in which they differ
 OTHER_MODELS = [
     ({"tied": True, "vocabulary_size": 13}, {"tied": True}, "lm_head.weight"),
     ({"tied": True}, {"tied": False}, "lm_head.weight"),
@@ -261,7 +261,7 @@ def test_a_cut_plain_folder_names_the_file(tmp_path):
 
 
 class Malicious:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -271,7 +271,7 @@ class Malicious:
 
 
 def forge(folder, content):
-    """Puts a trainer state in place whose size and sha256 the manifest confirms."""
+    """Replaces the trainer state, and its size and sha256 in the manifest."""
     (folder / "trainer_state.ckpt").write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     described = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,4 +1,4 @@
-"""The options of the Trainer commands, each with one spelling, and what follows from them."""
+"""Test that options of the Trainer commands have one spelling and set all dependent values."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict, as typed; every mistake is one line and exit code 2, and overwrites nothing."""
+"""Test fit, validate, test and predict. Every mistake is one line with exit code 2, and overwrites nothing."""
 
 import csv
 import importlib.util
@@ -210,7 +210,7 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/format_accuracy"]]
     assert [int(row["step"]) for row in rows] == [0, 3, 6]
-    assert (run / "best").resolve().name == "checkpoint-3"  # the first; equal values are no improvement
+    assert (run / "best").resolve().name == "checkpoint-3"  # the first; an equal value does not improve
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-3", "step-6"]
     printed = capsys.readouterr().out
     assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed

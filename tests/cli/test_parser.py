@@ -1,4 +1,4 @@
-"""The parser of the commands that need no Trainer."""
+"""Test the parser of the commands without a Trainer."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""From any rows to micro-batches, through all rooms: what every step, every replica and every mask must be."""
+"""Test the whole path from arbitrary rows to micro-batches: every step, replica and mask."""
 
 import json
 from fractions import Fraction
@@ -101,7 +101,7 @@ def rows_in(batch):
         ids = batch.input_ids.flatten()[chain].tolist()
         weights = set(batch.loss_weights[mine].tolist())
         assert len(weights) == 1
-        # Labels stand at the end of the row, one position after another, and nowhere else.
+        # Labels are consecutive positions at the end of the row, and nowhere else.
         assert positions == chain[-len(positions) :]
         yield int(source.rpartition(":")[2]), ids, len(ids) + 1 - len(positions), batch.labels[mine].tolist(), *weights
 

@@ -93,7 +93,7 @@ def test_pinning_pins_every_tensor(monkeypatch):
 
 
 def test_segments_follow_from_their_spans():
-    # 0 has the children 1 and 3, and 1 has the child 2; 4 stands alone.
+    # 0 has the children 1 and 3, and 1 has the child 2; 4 has no relatives.
     tree = [Segment(0, 2, -1), Segment(2, 5, 0), Segment(5, 6, 1), Segment(6, 8, 0), Segment(8, 9, -1)]
     segments = Segments.from_tree(tree)
     assert segments.tree == tuple(tree)

@@ -1,4 +1,4 @@
-"""Mutated JSONL and Parquet: each line is a record, or a bad row with its file, line and reason; never a traceback."""
+"""Test that every line of mutated JSONL or Parquet is a record, or a bad row with its file, line and reason."""
 
 import json
 import random

@@ -174,7 +174,7 @@ def sequence(tokens, *label_spans):
 
 CONVERSATIONS = [
     Example((sequence([7, 8, 9, 1], (1, 2), (3, 4, 0.5)),), "data.jsonl:1"),
-    # The second sequence begins with three tokens of the first, and the third is the second and goes on.
+    # The second sequence begins with three tokens of the first, and the third continues the second.
     Example(
         (
             sequence([1, 2, 3, 4, 5], (3, 5)),
@@ -282,7 +282,7 @@ def test_a_store_gives_back_any_conversations(conversations, labels_of, data):
             assert view.input_lengths.tolist() == [sum(each) - len(each) for each in lengths]
 
 
-# What is left out
+# Skipped rows
 
 
 def test_skipped_rows_are_reported_now_and_at_every_hit(data, caplog):

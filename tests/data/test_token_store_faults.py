@@ -1,4 +1,4 @@
-"""Faults of a token cache: processes that race or are killed, files that were altered, a disk that is full."""
+"""Test faults of the token cache: racing or killed processes, altered files, a full disk."""
 
 import json
 import multiprocessing

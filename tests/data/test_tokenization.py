@@ -1,4 +1,4 @@
-"""Ids by hand: a tokenizer of whole words with a literal vocabulary, and a byte-level BPE trained on the spot."""
+"""Compare token ids with literals, for a whole-word tokenizer and a byte-level BPE trained here."""
 
 import json
 import threading
@@ -300,7 +300,7 @@ def test_an_overlong_row_is_an_error_under_error():
     [
         (WITH_BOS, 8, [BOS, 5, 4, 5, 3]),
         (WITH_BOS, 5, [BOS, 3]),
-        (WITH_BOS, 4, None),  # BOS alone is no prompt
+        (WITH_BOS, 4, None),  # BOS alone is not a prompt
         (PLAIN, 7, [5, 4, 5, 3]),
         (PLAIN, 4, [3]),
         (PLAIN, 3, None),  # the response fills the row

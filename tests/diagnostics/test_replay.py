@@ -1,4 +1,4 @@
-"""One row at a time, against transformers' own loss, and against weights that are broken in known places."""
+"""Test replayed rows against transformers' own loss, and on weights broken in known places."""
 
 import math
 

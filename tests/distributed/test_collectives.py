@@ -1,4 +1,4 @@
-"""Two processes: tests/test_distributed.py, tests/training/callbacks/test_predictions.py."""
+"""Test collectives in one process. Two: test_distributed.py, training/callbacks/test_predictions.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sharding in a process group of one: what is true of one shard. Several processes: test_distributed.py."""
+"""Test sharding in a process group of one. test_distributed.py tests several processes."""
 
 from functools import partial
 

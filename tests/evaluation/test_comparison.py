@@ -1,4 +1,4 @@
-"""Paired comparisons of evaluations, worked out by hand."""
+"""Compare paired comparisons of evaluations with calculations by hand."""
 
 import pytest
 

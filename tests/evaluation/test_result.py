@@ -1,4 +1,4 @@
-"""What follows from the samples of an evaluation, worked out by hand, and the files."""
+"""Compare the metrics of samples with calculations by hand, and test the files."""
 
 import json
 

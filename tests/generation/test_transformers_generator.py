@@ -53,7 +53,7 @@ def random_model(tokenizer):
 
 @pytest.fixture
 def scripted_model(tokenizer):
-    """A Qwen2 whose next token depends on the last one only, by a written table; any other token is followed by '!'."""
+    """A Qwen2 whose next token depends on the last one only, by a table; '!' follows any other token."""
     size = len(tokenizer)
     model = tiny_model(tokenizer, hidden_size=size + -size % 4, num_layers=1)
     successors = dict(zip("=</answer", "</answer>", strict=True)) | {"?": "<eos>", "#": "END.more"}
@@ -84,7 +84,7 @@ ENDINGS = [
     ("4=", "</answer>", 9, "stop_string"),
     ("why?", "", 1, "eos"),
     ("go up", "!!!!!!!!!!!!", 12, "length"),
-    ("see </answer>", "!!!!!!!!!!!!", 12, "length"),  # the prompt's own stop string is no answer
+    ("see </answer>", "!!!!!!!!!!!!", 12, "length"),  # a stop string in the prompt does not count
     ("see </answer", ">!!!!!!!!!!!", 12, "length"),  # nor is one that the prompt began
 ]
 

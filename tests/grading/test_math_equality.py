@@ -50,7 +50,7 @@ def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
-# answer, ground truth, whether they are the same, as their text tells
+# answer, ground truth, whether their texts are equal
 BY_TEXT = [
     # text
     ("72", "72", True),

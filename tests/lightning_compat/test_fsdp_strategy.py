@@ -1,4 +1,4 @@
-"""ModelParallelStrategy with one process; with several: test_distributed.py."""
+"""Test ModelParallelStrategy with one process. test_distributed.py tests several."""
 
 import os
 import subprocess

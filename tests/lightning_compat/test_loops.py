@@ -326,7 +326,7 @@ def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_pa
     validations, again = Validations(), SavesEachStep(tmp_path)
     trainer = make_trainer(SetsPosition(), validations, again, **{"max_epochs": 3, **options})
     trainer.fit(Line(), Data(), ckpt_path=straight_run.folder / f"{step}.ckpt")
-    # One that was due right after the checkpoint was written is left out: HFCheckpoint knows of it and runs it.
+    # Skips one that was due right after the checkpoint was written, which HFCheckpoint runs.
     assert validations.steps == [n for n in straight.steps if n > step]
     assert again.values == straight_run.values[2 * step :]
     assert_equal_logging_steps(again, straight_run, step)

@@ -1,4 +1,4 @@
-"""The height of a chunk of logits."""
+"""Test the number of rows in a chunk of logits."""
 
 import pytest
 

@@ -21,7 +21,7 @@ LOG_2, LOG_8 = math.log(2), math.log(8)
 
 
 class Bigrams(nn.Module):
-    """A language model whose logits are a row of a table: everything about it can be worked out by hand."""
+    """A language model whose logits are a row of a table: every result can be calculated by hand."""
 
     def __init__(self, table):
         super().__init__()
@@ -74,7 +74,7 @@ def test_token_nll_of_bfloat16_logits_is_computed_in_float32():
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_token_nll_is_finite_and_exact_at_extreme_logits(size):
-    # Two equal logits share the probability, whatever their size; the third is that much less likely.
+    # Two equal logits share the probability at any size; the third is that much less likely.
     logits = torch.tensor([[size, size, -size]] * 2, requires_grad=True)
     nll = token_nll(logits, torch.tensor([1, 2]))
     assert nll.tolist() == pytest.approx([LOG_2, 2 * size + LOG_2])
@@ -180,7 +180,7 @@ def test_log_probs_carry_gradient_and_entropy_does_not():
     torch.testing.assert_close(outputs["token_entropy"], torch.tensor(expected))
     assert not outputs["token_entropy"].requires_grad
     outputs["log_probs"].sum().backward()
-    # Token 1 stands once and its label is 2: one-hot minus the three equal probabilities.
+    # Token 1 occurs once and its label is 2: one-hot minus the three equal probabilities.
     torch.testing.assert_close(model.table.grad[1], torch.tensor([-1 / 3, -1 / 3, 2 / 3]))
 
 

@@ -50,7 +50,7 @@ class Problem:
         return gradients
 
     def plain(self, dtype=None, *, softcap=None, scale=None, matmul=F.linear):
-        """The whole [M, V] logits: in float64 the truth, in the problem's dtype what everybody computes."""
+        """The loss of whole [M, V] logits: the truth in float64, or the usual computation in the problem's dtype."""
         hidden, weight, bias = (t if t is None or dtype is None else t.to(dtype) for t in self.arguments[:3])
         logits = matmul(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -119,7 +119,7 @@ def test_loss_and_gradients_of_a_distribution_worked_out_by_hand():
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_loss_and_gradients_are_those_of_the_whole_logits(dtype, tolerance, with_bias, shape_of_logits, with_entropy):
-    """Tolerances: DESIGN's 1e-5 for float32 (measured 3e-7), some hundred units of the last place for float64."""
+    """Tolerances: 1e-5 for float32 (measured 3e-7), about a hundred units in the last place for float64."""
     problem = Problem(dtype, with_bias=with_bias)
     loss, nll, logits = problem.plain(torch.float64, **shape_of_logits)
     truth = problem.gradients(loss)
@@ -317,7 +317,7 @@ def test_autocast_does_not_touch_float64():
     assert max(errors(problem.gradients(losses.weighted_sum), truth)) < 1e-13
 
 
-# What is made, and what is not
+# Tensors and gradients that are computed
 
 
 def test_only_chunk_logits_and_two_gradients_are_large():

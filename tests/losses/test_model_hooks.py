@@ -1,4 +1,4 @@
-"""The loss inside the model's forward against the plain one: all logits, float32 cross-entropy."""
+"""Compare the loss inside the model's forward with a float32 cross-entropy of all logits."""
 
 import copy
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Compiled layers against the same layers uncompiled, in whole runs."""
+"""Compare compiled with uncompiled layers in whole runs."""
 
 from contextlib import nullcontext
 
@@ -66,7 +66,7 @@ def test_graphs_compile_once_for_all_sizes_and_layers(model_folder, layout):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
     assert num_graphs() == made
-    # Sizes of 1 have graphs of their own: one padded row, and the single token of a micro-batch without rows.
+    # Sizes of 1 have separate graphs: one padded row, and the single token of a micro-batch without rows.
     for num_rows in (1, 0, 1, 0, 4):
         loss_and_gradients(model, batch_of(layout, num_rows, rng))
     assert num_graphs() <= 3 * made

@@ -1,4 +1,4 @@
-"""The guard against planted faults: what it lets pass, what it falls back to, and that it leaves no trace."""
+"""Test the layout check on planted faults: its verdicts, its fallbacks, and that it leaves the model unchanged."""
 
 import logging
 from contextlib import contextmanager, nullcontext
@@ -182,7 +182,7 @@ def test_chunked_attention_falls_back_even_for_rows_within_a_chunk(model):
 
 
 class WithScaledLogits(Qwen2ForCausalLM):
-    """Does to its logits what no field of its config tells of."""
+    """Changes its logits in a way that its config does not declare."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -237,7 +237,7 @@ def test_logits_scaled_after_the_head_give_the_scaled_gradient(model_folder, cap
         label_losses(model, batch).weighted_sum.backward()
         total = torch.nn.utils.get_total_norm(expected.values())
         for name, parameter in model.named_parameters():
-            # float32 against float64, as DESIGN 12 has it.
+            # float32 against float64
             if expected[name].norm() >= 1e-6 * total:
                 assert (parameter.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), (layout, name)
 

@@ -1,4 +1,4 @@
-"""The page as a whole, and in a real browser."""
+"""Test the whole page, also in a real browser."""
 
 import json
 from importlib.metadata import version
@@ -141,7 +141,7 @@ def test_texts_of_data_models_and_configs_stay_texts(browser, hostile_page):
 def test_the_table_filters_by_outcome_and_failure_from_the_keyboard(browser, page):
     browser.open(page)
     assert (num_rows(browser), status(browser)) == (25, "320 of 320 samples, page 1 of 13")
-    # Outcomes stand in the order of their number: 195 fixed, 115 still wrong, 5 broken, 5 still right.
+    # Outcomes are sorted by their number: 195 fixed, 115 still wrong, 5 broken, 5 still right.
     browser.evaluate("document.getElementById('samples-change').focus()")
     for expected in ("195 of 320", "115 of 320", "5 of 320"):
         browser.press("ArrowDown")

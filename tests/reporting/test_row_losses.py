@@ -87,7 +87,7 @@ def test_an_epoch_that_still_runs_does_not_count(write):
 
 
 def test_rows_missing_in_an_epoch_are_none(write):
-    """As under limit_train_batches, where each epoch has rows of its own."""
+    """As under limit_train_batches, where epochs have different rows."""
     findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
     assert describe_row_losses(findings)[2] == "       -  3.000  data:3"
@@ -202,7 +202,7 @@ def test_a_damaged_part_is_named(write, tmp_path):
 
 
 def with_wrong_numbers(rows, share, draw):
-    """Returns the rows, and the line numbers of those whose result is now another number, in thought and answer."""
+    """Returns the rows with some results changed in thought and answer, and the line numbers of those."""
     planted = set(draw.sample(range(len(rows)), round(share * len(rows))))
     changed = []
     for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Files, folders and links are whole or not there; digests against values from the sha256sum of coreutils."""
+"""Test that files, folders and links are whole or absent; compare digests with coreutils' sha256sum."""
 
 import errno
 import multiprocessing

@@ -80,7 +80,7 @@ def assert_equal_gradients(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def watched_run(make_trainer, make_data, model_folder, train_file):
-    """One epoch in float32, warm-up and linear decay, clipped at 0.5: what the steps were and what was logged."""
+    """The steps and logged metrics of one epoch in float32, with warmup, linear decay and clipping at 0.5."""
     torch.set_num_threads(1)
     watch = StepWatch()
     module = SFTModule(model_folder, learning_rate=1e-3, lr_schedule="linear", warmup_steps=2)

@@ -1,4 +1,4 @@
-"""Fits of a model with a broken token or gradient: such a step reaches no weight, and its rows are saved."""
+"""Test fits with a broken token or gradient: the step changes no weight, and its rows are saved."""
 
 import copy
 import json
@@ -290,7 +290,7 @@ def test_a_full_disk_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
 
 @pytest.fixture
 def broken(tmp_path, tokenizer, model_folder):
-    """An untied model whose embedding of "~" is NaN, and rows of which line 30 alone has one."""
+    """An untied model whose embedding of "~" is NaN, and rows of which only line 30 has that token."""
     (tilde,) = tokenizer("~").input_ids
     config = AutoConfig.from_pretrained(model_folder)
     config.tie_word_embeddings = False

@@ -1,4 +1,4 @@
-"""Settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and from YAML."""
+"""Test the settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and YAML."""
 
 from functools import partial
 

@@ -40,7 +40,7 @@ def test_entropy_that_is_not_computed_sums_to_zero():
 
 
 class FakeTrainer:
-    """Reduces by adding what another process would give."""
+    """Reduces by adding the values of another process."""
 
     def __init__(self, parameters, theirs=(), num_replicas=1):
         self.lightning_module = torch.nn.ParameterList(parameters)

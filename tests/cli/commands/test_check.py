@@ -1,4 +1,4 @@
-"""sft-lightning check, as typed."""
+"""Test the command sft-lightning check."""
 
 import json
 from pathlib import Path

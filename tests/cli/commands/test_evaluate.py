@@ -1,4 +1,4 @@
-"""sft-lightning evaluate, as typed."""
+"""Test the command sft-lightning evaluate."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""sft-lightning prepare, as typed."""
+"""Test the command sft-lightning prepare."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""sft-lightning selftest, as typed."""
+"""Test the command sft-lightning selftest."""
 
 import os
 import signal

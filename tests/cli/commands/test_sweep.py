@@ -1,4 +1,4 @@
-"""sweep, as typed. Fast tests run each `fit` in this process; the slow one kills a real sweep and goes on with it."""
+"""Test sft-lightning sweep. Fast tests run each `fit` in this process; the slow one kills and resumes a real sweep."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def command(model_folder, train_file, val_file, tmp_path, monkeypatch):
 
 
 def write_run(arguments):
-    """Leaves what a fit leaves for the sweep to read, without training."""
+    """Writes the files of a fit that the sweep reads, without training."""
     run = Path(arguments[arguments.index("--output_dir") + 1])
     checkpoint_folder.publish(run / "final", lambda folder: None, {"step": 3})
     evaluation = run / "evaluation" / "step-3"
@@ -283,7 +283,7 @@ def test_a_difference_is_named():
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Makes a program of these lines stand in for `python -m sft_lightning`."""
+    """Replaces `python -m sft_lightning` with a program of these lines."""
 
     def make(lines):
         program = tmp_path / "stand-in"

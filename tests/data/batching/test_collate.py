@@ -48,7 +48,7 @@ def seen_positions(tree, position):
 
 
 def rows_of(batch):
-    """For each row, where its input tokens stand, found from its last label by going up the tree."""
+    """For each row, the positions of its input tokens, found from its last label by following the parents."""
     last = [int(batch.label_positions[batch.label_rows == row][-1]) for row in range(batch.num_rows)]
     return [seen_positions(batch.segments.tree, position) for position in last]
 

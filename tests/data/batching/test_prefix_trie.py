@@ -16,7 +16,7 @@ def test_rows_with_common_prefixes_become_neighbors():
     assert sorted(order[:3]) == [0, 2, 3]
     assert sorted(order[3:]) == [1, 4]
     assert common[2:] == [0, 20]
-    # Rows 0 and 3 have 40 tokens in common and row 2 has 20 with both, so that it stands at the end of the three.
+    # Rows 0 and 3 have 40 tokens in common and row 2 has 20 with both, so it comes last of the three.
     assert order.index(2) in (0, 2)
     assert sorted(common[:2]) == [20, 40]
 

@@ -1,4 +1,4 @@
-"""Real worker processes under a real fit of the command line, killed and stopped from outside."""
+"""Test real worker processes of a real fit that are killed or stopped from outside."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sft_lightning.errors import RunFailedError
 
 
 class Numbers:
-    """A data set whose items say which process made them."""
+    """A data set whose items name the process that made them."""
 
     def __len__(self):
         return 60

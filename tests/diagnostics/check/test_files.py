@@ -1,4 +1,4 @@
-"""Line ends and byte-order marks, found by file and line."""
+"""Test that line ends and byte-order marks are found by file and line."""
 
 from sft_lightning.diagnostics.check.files import check_files
 

@@ -1,4 +1,4 @@
-"""The grader's word on the data itself."""
+"""Test the grading of responses in the data set."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def r1(answer):
 
 
 class Picky(Grader):
-    """Compares text, and breaks on what it does not like. Grades in this process: each other one takes seconds."""
+    """Compares text, and raises on some answers. Grades in this process, since others take seconds to start."""
 
     def __reduce__(self):
         raise TypeError("no other process can have it")

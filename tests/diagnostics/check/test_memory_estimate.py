@@ -1,4 +1,4 @@
-"""The memory formula against what PyTorch keeps, and against numbers worked out by hand."""
+"""Compare the memory formula with the tensors that PyTorch saves, and with calculations by hand."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The report on a screen and in a pipe."""
+"""Test the report in a terminal and in a pipe."""
 
 import io
 import re

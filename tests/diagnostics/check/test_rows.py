@@ -1,4 +1,4 @@
-"""What becomes of each row: used, not used, bad, over-long, cut."""
+"""Test which rows are used, filtered, bad, over-long or truncated."""
 
 import json
 

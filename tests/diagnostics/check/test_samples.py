@@ -1,4 +1,4 @@
-"""Rows drawn, piece by piece."""
+"""Test the sampled rows and their token pieces."""
 
 import numpy as np
 import pytest

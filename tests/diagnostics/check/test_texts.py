@@ -1,4 +1,4 @@
-"""Characters and borders, row by row."""
+"""Test the findings about characters and the boundary of prompt and response."""
 
 from sft_lightning.diagnostics.check.texts import Texts
 

@@ -1,4 +1,4 @@
-"""BOS, EOS and merges, on tokens that real tokenizers make."""
+"""Test BOS, EOS and merges on tokens of real tokenizers."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The self-test of gradients sees the faults that are planted, and nothing where there is none."""
+"""Test that the gradient checks find planted faults and nothing else."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Differences against values worked out by hand, and what passes."""
+"""Compare differences with calculations by hand, and test the verdicts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The self-test of checkpoints passes a sound one, and sees one that forgets."""
+"""Test that the resume check passes a good checkpoint and fails an incomplete one."""
 
 import torch
 

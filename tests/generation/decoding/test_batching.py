@@ -12,7 +12,7 @@ def answers_of(prompts, answer, **options):
 
 
 class Recorder:
-    """Answers a prompt with its own place, at the most ``capacity`` prompts at a time."""
+    """Answers a prompt with its index, at most ``capacity`` prompts at a time."""
 
     def __init__(self, capacity=100, error=None):
         self.batches = []

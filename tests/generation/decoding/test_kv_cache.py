@@ -10,7 +10,7 @@ def states(*rows):
 
 
 def update(cache, *rows):
-    """Returns the keys of every row after an update, as lists, of all layers alike."""
+    """Returns the keys of every row after an update, as lists, which are equal in all layers."""
     results = [cache.update(*states(*rows), layer) for layer in range(len(cache.layers))]
     for keys, values in results:
         assert torch.equal(values, 10 * keys)

@@ -1,4 +1,4 @@
-"""Each registered attention does what it is registered for, with segments and without."""
+"""Test each registered attention with and without segments."""
 
 import copy
 

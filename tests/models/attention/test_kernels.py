@@ -1,4 +1,4 @@
-"""The CUDA kernels run on GPUs only: here stand-ins with their signatures, and the kernels themselves in gpu tests."""
+"""Test calls of the CUDA kernels with stand-ins of the same signatures, and the kernels themselves in gpu tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which attention a model gets, and why."""
+"""Test which attention implementation a model gets, and the reported reason."""
 
 import copy
 import logging

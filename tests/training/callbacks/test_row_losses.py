@@ -186,7 +186,7 @@ def test_rows_are_recorded_once_after_a_crash_before_the_checkpoint(fit, tmp_pat
 
 
 def test_a_file_is_cut_at_the_resumed_step(fit, tmp_path, whole):
-    """When a run goes on from a checkpoint that an earlier attempt has left behind."""
+    """When a run resumes from a checkpoint of an earlier attempt."""
     run = {"callbacks": (RowLossRecorder(),)}
     fit(tmp_path, checkpoint={"every_n_train_steps": 2}, max_steps=6, **run)
     again = {"checkpoint": {"every_n_train_steps": 100}, **run}

@@ -15,7 +15,7 @@ from sft_lightning.training.module import SFTModule
 
 
 class Clock:
-    """Stands still but for what the callbacks below take."""
+    """A clock that only the callbacks below advance."""
 
     now = 100.0
 
@@ -72,7 +72,7 @@ def peaks(monkeypatch):
 
 @pytest.fixture
 def run(model_folder, rows, peaks, make_trainer, make_data):
-    """Trains on the two rows and returns the logger. Padded, because what is computed is then easy to say."""
+    """Trains on the two rows and returns the logger. Padded, so that the computed tokens are easy to count."""
 
     def fit(*callbacks, batch_size, **options):
         path, _ = rows

@@ -1,4 +1,4 @@
-"""The tables, and what a run's loggers are given: read back from TensorBoard's and W&B's own files."""
+"""Test the sample tables, and read back what a run logs from the files of TensorBoard and W&B."""
 
 import csv
 import json
