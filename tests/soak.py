@@ -174,7 +174,7 @@ def first_difference(ours: Any, theirs: Any) -> str:
 
 
 def check(run: Run, before: int) -> list[str]:
-    """Returns the losses caused by a kill."""
+    """Returns the faults of the checkpoints after a kill."""
     try:
         now = run.newest()
         for word in ("last", "best"):

@@ -77,7 +77,7 @@ def test_a_disk_that_others_fill_is_noticed_before_writing(command, small_disk, 
     note_fault(
         "disk full, seen before writing",
         provoked="a file system of 16 MiB is filled during training",
-        outcome="exit code 1; the sizes are named; with space again `--ckpt_path auto` goes on, bit-equal",
+        outcome="exit code 1; the sizes are named; with space again `--ckpt_path auto` resumes bit-equal",
     )
 
 
@@ -115,7 +115,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(command, tmp_path, straight, d
     note_fault(
         "a write fails in the middle",
         provoked="a limit to the size of files, reached within the weights and within the optimizer's state",
-        outcome="exit code 1; nothing half-written stays; the last good checkpoint is named and goes on, bit-equal",
+        outcome="exit code 1; nothing half-written stays; the message names the last good checkpoint, which resumes bit-equal",
         tries=2,
     )
 
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     note_fault(
         fault,
         provoked="on the newest checkpoint of a run",
-        outcome="`--ckpt_path auto` names the damage and goes on from the one before, bit-equal",
+        outcome="`--ckpt_path auto` names the damage and resumes from the previous one, bit-equal",
         lost="nothing but the time of two steps",
     )
 
@@ -188,8 +188,8 @@ def test_unfinished_folders_of_dead_processes_are_removed(command, tmp_path, str
     assert final(run) == straight
     note_fault(
         "stale temporary folders",
-        provoked="a half-written checkpoint, and one that was set aside, of a process that died",
-        outcome="the whole one is put back, the half one deleted; the run goes on bit-equal",
+        provoked="a half-written checkpoint and one moved aside, of a process that died",
+        outcome="the whole one is restored, the half one deleted; the run resumes bit-equal",
     )
 
 
@@ -203,8 +203,8 @@ def test_temporary_files_may_be_on_another_file_system(
     assert final(tmp_path / "run") == straight
     note_fault(
         "TMPDIR on another file system",
-        provoked="a file system of its own for temporary files",
-        outcome="no difference: checkpoints are written beside their place",
+        provoked="a separate file system for temporary files",
+        outcome="no difference: checkpoints are written in their own folder",
     )
 
 

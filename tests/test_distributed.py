@@ -388,7 +388,7 @@ def test_a_rank_that_fails_takes_the_others_down(start, tmp_path, strategy, rank
             "raise": "in training, in validation and while answers are generated, also under FSDP2",
             "SIGSTOP": "rank 1 of 2 is suspended, with a time-out of 15 s for the process group",
         }[how],
-        outcome="all ranks end, no process is left, the exit code is not 0; checkpoints stand",
+        outcome="all ranks end, no process is left, the exit code is not 0; checkpoints stay",
         lost="the steps since the last checkpoint",
         tries={"SIGKILL": 4, "raise": 7, "SIGSTOP": 1}[how],
     )

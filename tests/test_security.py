@@ -308,7 +308,7 @@ def test_a_real_report_escapes_data_and_configs(tmp_path, model_folder, note_fau
         "markup and scripts in data, in a model's name or in a config",
         provoked="prompts, responses, ground truths, a model folder and a config value with closing tags of scripts, "
         "comments and handlers of events, in a run with answers and its report",
-        outcome="shown as text; the page has the tags and attributes of any other",
+        outcome="shown as text; the page has no other tags or attributes than usual",
     )
 
 
@@ -391,7 +391,7 @@ def test_a_whole_job_reaches_no_other_machine(guarded, note_fault, offline):
         "no network",
         provoked="prepare, check, fit, evaluate and report in processes whose sockets fail, with HF_HUB_OFFLINE=1 and "
         "without it",
-        outcome="all done; none tries to reach another machine",
+        outcome="all succeed; none tries to reach another machine",
         tries=2,
     )
 

@@ -26,7 +26,7 @@ def test_killed_runs_resume_to_the_same_result(note_fault):
     assert counts["killed_while_writing"] * 2 >= counts["tries"] - 2
     assert counts["survivors"] >= 2
     assert counts["losses"] == 0
-    outcome = "`--ckpt_path auto` goes on to the weights, optimizer state, metrics and answers of a run never killed"
+    outcome = "`--ckpt_path auto` resumes to the weights, optimizer state, metrics and answers of a run never killed"
     for fault, tries in (
         ("SIGKILL while a checkpoint is written", counts["killed_while_writing"]),
         ("SIGKILL at any other moment", counts["tries"] - counts["killed_while_writing"]),

@@ -108,7 +108,7 @@ def test_a_killed_process_leaves_no_half_written_cache(load, tmp_path, note_faul
     note_fault(
         "killed while the token cache is made",
         provoked="SIGKILL at random moments",
-        outcome="the next run makes it again and removes what was left",
+        outcome="the next run makes it again and removes the remains",
         tries=num_tries,
     )
 
@@ -197,5 +197,5 @@ def test_a_read_only_cache_is_read_but_a_miss_fails(load, tmp_path, note_fault):
     note_fault(
         "data.cache_dir is read-only",
         provoked="the run has no right to write there",
-        outcome="a store that is there is used; else one line that names data.cache_dir, exit 2",
+        outcome="an existing store is used; else one line that names data.cache_dir, exit 2",
     )

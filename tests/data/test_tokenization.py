@@ -75,9 +75,9 @@ def test_prompts_get_one_bos_if_the_tokenizer_adds_one():
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(note_fault):
     assert encode_prompts(WITH_BOS, ["<s> one", "one <s>"]) == [[BOS, 3], [BOS, 3, BOS]]
     note_fault(
-        "prompt that brings its own BOS",
+        "prompt that begins with BOS",
         provoked="a tokenizer that adds BOS, and prompts that hold one",
-        outcome="one BOS at the front; prompt and response are tokenized apart, so that nothing merges at their border",
+        outcome="one BOS at the front; prompt and response are tokenized apart, so no token spans their boundary",
         tries=2,
     )
 

@@ -193,7 +193,7 @@ def test_hostile_expressions_are_never_right_and_stay_within_limits(started, not
     assert compare("146/2", "73", 5.0) is Verdict.EQUAL  # and question and reply still belong together
     assert time.perf_counter() - before < 12
     note_fault(
-        "answer that mathematics cannot read in time",
+        "answer that math-verify cannot parse in time",
         provoked="towers of powers, deep fractions and roots, thousands of terms, half surrogate pairs",
         outcome="counts as wrong after a time limit; the next answer gets a new process",
         tries=8,

@@ -360,6 +360,6 @@ def test_both_processes_skip_and_end_with_equal_weights(broken, note_fault):
     note_fault(
         "loss is NaN on one rank, on_nonfinite: skip",
         provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, with model.on_nonfinite skip",
-        outcome="both ranks skip the step and go on; weights, moments and counters are as before it",
+        outcome="both ranks skip the step and continue; weights, moments and counters do not change",
         lost="the step",
     )
