@@ -145,7 +145,7 @@ def step_flops(counts: Counts, config: PretrainedConfig) -> float:
 
     Matrix products only, a multiplication and an addition each, three times the forward pass (PaLM, appendix B): the
     layers for each computed token, attention for each key that a query sees, the output embedding for each label.
-    Padding, recomputation and logits without a label are no useful work and do not count.
+    Padding, recomputation and logits without a label do not count as useful work.
     """
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_size = hidden // heads

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow.parquet  # noqa: F401  a command has long imported it, and the first part shall not pay for that
+import pyarrow.parquet  # noqa: F401  a command has already imported it, and the first part must not pay for that
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meter import machine
@@ -33,7 +33,7 @@ _ROWS_PER_STEP = 32
 
 
 class EveryOtherStep(RowLossRecorder):
-    """A ledger of the odd optimizer steps, with the seconds of each step and of its own hooks."""
+    """A ledger of the odd optimizer steps, with the seconds of each step and of the ledger's hooks."""
 
     def __init__(self, output_dir: str) -> None:
         super().__init__(output_dir)

@@ -1,4 +1,4 @@
-"""Tokens a second and resident memory of this project as the work grows, each point in a process of its own.
+"""Tokens a second and resident memory of this project as the work grows, each point in a separate process.
 
     python benchmarks/scaling.py [--work_dir DIR] [--json benchmarks/results/scaling.json]
 

@@ -36,7 +36,7 @@ class Competitor:
 
     Attributes:
         name: In tables.
-        family: guide, trl (a setting of its own options), trl_changed (with its loss replaced by a subclass) or ours.
+        family: guide, trl (a setting of TRL's own options), trl_changed (with its loss replaced by a subclass) or ours.
         batch_size: Rows of a micro-batch.
         run: Trains as the job says.
     """

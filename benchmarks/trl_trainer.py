@@ -2,7 +2,7 @@
 
     python benchmarks/trl_trainer.py [--dtype bfloat16] [--steps 4] [--json benchmarks/results/trl_search.json]
 
-Every setting keeps the rows of a step. Wrapped packing is left out, because it cuts rows in two and so trains on other
+Every setting keeps the rows of a step. Wrapped packing is omitted, because it cuts rows in two and so trains on other
 contexts; Liger's and the hub's kernels, because they need Triton and a download.
 """
 

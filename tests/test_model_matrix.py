@@ -160,9 +160,7 @@ FAMILIES = {
     "BLOOM": Family(
         "BloomConfig", "ALiBi", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, refusal="cannot compute"
     ),
-    "Falcon": Family(
-        "FalconConfig", "attention of its own", {**SMALL, "multi_query": True}, refusal="its losses differ"
-    ),
+    "Falcon": Family("FalconConfig", "its own attention", {**SMALL, "multi_query": True}, refusal="its losses differ"),
     "Mamba": Family("MambaConfig", "state space", STATE_SPACE, refusal="carries a state"),
     "Mamba 2": Family(
         "Mamba2Config",
