@@ -115,7 +115,8 @@ def test_a_failed_write_keeps_the_last_checkpoint(command, tmp_path, straight, d
     note_fault(
         "a write fails in the middle",
         provoked="a limit to the size of files, reached within the weights and within the optimizer's state",
-        outcome="exit code 1; nothing half-written stays; the message names the last good checkpoint, which resumes bit-equal",
+        outcome="exit code 1; nothing half-written stays; the message names the last good checkpoint, which resumes "
+        "bit-equal",
         tries=2,
     )
 

@@ -1,4 +1,4 @@
-"""Define the options of the Trainer commands and resolve what follows from them."""
+"""Define the options of the Trainer commands and resolve the values that depend on them."""
 
 import importlib.util
 import os

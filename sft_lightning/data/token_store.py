@@ -60,7 +60,7 @@ _ONE_SEQUENCE, _ONE_SPAN = struct.Struct("<4qd4i"), struct.Struct("<2if")
 
 
 class TokenStore:
-    """The tokenized rows of a data set, memory-mapped. Pickling one costs no more than its path.
+    """The tokenized rows of a data set, memory-mapped. Pickles as its path.
 
     Attributes:
         fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
@@ -290,7 +290,7 @@ def _sync(file: IO[Any]) -> None:
 
 
 def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:
-    """Returns the store in a folder, None if there is none or it is not as it was written."""
+    """Returns the store in a folder, or None if it is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != _FORMAT or meta["fingerprint"] != fingerprint:

@@ -1,4 +1,4 @@
-"""Gather Python objects across processes, and the dtype in which sums are exchanged."""
+"""All-gather Python objects across processes, and define the dtype of reduced sums."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 def all_gather_objects(rows: list[Any], num_processes: int) -> list[list[Any]]:
-    """Returns the rows of each process, by rank. All processes have to call it."""
+    """Returns the rows of each process, by rank. All processes must call it."""
     if num_processes == 1:
         return [rows]
     parts: list[Any] = [None] * num_processes

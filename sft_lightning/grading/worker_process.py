@@ -42,8 +42,8 @@ class WorkerProcess:
     """
 
     def __init__(self, program: Path, first_task: bytes = b"") -> None:
-        # -P keeps the folder of the program, whose files may have any name, out of the import path. The session keeps
-        # a Ctrl-C for the caller away from the process, and is a process group: what the program starts ends with it.
+        # -P keeps the folder of the program, whose files may have any name, out of the import path. The new session
+        # shields the process from a Ctrl-C, and its process group ends the child processes with the program.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(program)],
             stdin=subprocess.PIPE,

@@ -51,7 +51,7 @@ def translate_out_of_memory(
     """Turns an out-of-memory error into ``RunFailedError``.
 
     Args:
-        where: Returns what the memory was needed for.
+        where: Returns the operation that ran out of memory.
         advice: Returns what to change.
         device: Returns the device of the tensors.
 

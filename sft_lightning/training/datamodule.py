@@ -328,11 +328,11 @@ def sets_of_run(function: str | None, available: Container[SetName]) -> list[Set
 
 
 def check_same_steps(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises UserError that names the first difference in what decides the tokens and the steps of two runs.
+    """Raises UserError that names the first difference in the settings that decide tokens and steps.
 
     Args:
-        own: Of the run that is to continue.
-        saved: Of the checkpoint. A name that one of the two lacks counts as None.
+        own: Settings of this run.
+        saved: Settings in the checkpoint. A missing name counts as None.
     """
     for name in {**own, **saved}:
         if own.get(name) != saved.get(name):

@@ -244,7 +244,9 @@ def test_logits_scaled_after_the_head_give_the_scaled_gradient(model_folder, cap
 
 def test_a_model_with_interacting_padded_rows_is_refused(model_folder):
     message = refusal_of(load_as(WithRowsThatSeeEachOther, model_folder), "auto")
-    assert message.startswith("model.model_path: in a padded batch the model gives other losses than on each row alone")
+    assert message.startswith(
+        "model.model_path: in a padded batch the model gives different losses than on each row alone"
+    )
 
 
 @pytest.mark.parametrize("fault", [None, attend_to_the_whole_row, attend_without_a_backward_pass_over_ancestors])

@@ -1,4 +1,4 @@
-"""Loaders: planned micro-batches, collated from the token store, from any point of an epoch on."""
+"""Load planned micro-batches from the token store, from any point of an epoch on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,15 +15,15 @@ from sft_lightning.data.token_store import TokenStore
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of one replica, collated when asked for. Picklable, so that worker processes can hold it.
+    """The micro-batches of one replica, collated on access. Picklable, for use in worker processes.
 
     Args:
         store: The tokenized examples.
-        planned: Micro-batch i's rows and weights.
-        length: Micro-batches there are.
-        pad_token_id: Fills rows up.
-        pad_to_multiple_of: Rounds row lengths up.
-        layout: How a micro-batch lays its rows out.
+        planned: The rows and weights of each micro-batch.
+        length: The number of micro-batches.
+        pad_token_id: Token id of padding.
+        pad_to_multiple_of: Row lengths are rounded up to a multiple of it.
+        layout: Layout of the rows in a micro-batch.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MicroBatches(Dataset):
 
 
 class TrainingShare:
-    """One replica's micro-batches of an epoch, as :class:`MicroBatches` asks for them."""
+    """One replica's planned micro-batches of an epoch, by index."""
 
     def __init__(self, plan: EpochPlan, replica: int) -> None:
         self._plan = plan

@@ -126,9 +126,8 @@ class EpochPlan:
     def _groups_of_step(self, step: int) -> list[np.ndarray]:
         """Returns the step's rows in micro-batch-major order: micro-batch 0 of every replica, then micro-batch 1, ...
 
-        The costliest micro-batches come first. So those of the replicas at one position cost about the same, and what
-        does not fit into memory fails in the first seconds. The last step is remembered, since it is asked for once
-        for every micro-batch.
+        The costliest micro-batches come first, so those of the replicas at one position cost about the same, and a
+        lack of memory shows in the first seconds. The last step is cached, since every micro-batch needs it.
         """
         if self._cached_groups is None or self._cached_groups[0] != step:
             shape = self._shape
@@ -194,7 +193,7 @@ def label_weights(
     Args:
         normalization: The mode.
         label_lengths: For each micro-batch of the step over all replicas, shape [B] each: label tokens of its rows.
-        mine: Which of them is asked for.
+        mine: Index of the micro-batch to weight.
         constant: C.
     """
     own = label_lengths[mine].astype(np.float64)

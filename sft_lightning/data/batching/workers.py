@@ -1,4 +1,4 @@
-"""Worker processes that collate: what is said when one dies or hangs, and that none outlives its run."""
+"""Manage the worker processes that collate: report one that dies or hangs, and end all of them with the run."""
 
 import multiprocessing
 import signal

@@ -1,4 +1,4 @@
-"""Print a check's report to a terminal or as plain text. Color never carries information on its own."""
+"""Print a check's report to a terminal or as plain text. Color never carries information alone."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Walk over a set's rows as `fit` would read them, and note which are used, which are skipped, and why."""
+"""Read a set's rows as `fit` does, and record which are used, which are skipped, and why."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Define the outcome of a selftest check, and the differences that it is judged by."""
+"""Define the outcome of a selftest check and compute differences of gradients."""
 
 import math
 from collections.abc import Mapping
