@@ -49,7 +49,10 @@ def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list
     common = trie.common([trie.places[row][0] for row in order])
     num_filled = min(num_groups, len(examples))
     pieces, costs = _cut_bundles([trie.num_unique_inputs([row]) for row in order], common, num_filled)
-    groups = [[order[place] for index in indices for place in pieces[index]] for indices in _spread(costs, num_filled)]
+    groups = [
+        [order[place] for place in sorted(place for index in indices for place in pieces[index])]
+        for indices in _spread(costs, num_filled)
+    ]
     return _costliest_first(groups, [trie.num_unique_inputs(group) for group in groups], num_groups)
 
 
