@@ -1,10 +1,10 @@
 """Kill a run with SIGKILL and resume it, many times: `python tests/soak.py [FORKED] [WHOLE]`.
 
-FORKED children (200) are forked from this process, which has done the imports and nothing else, and enter the function
-behind `sft-lightning fit`; WHOLE runs (20) are processes of their own. Half of each are killed while a checkpoint is
-being written, which is certain only where they left an unfinished folder behind: those count. The others die at any
-moment, from the start of the process on. After each kill the newest good checkpoint must be at least as far as before,
-and what `last` and `best` stand for must be whole. A run that comes to its end is compared with one that was never
+FORKED children (200) are forked from this process, which has only done the imports, and call the function behind
+`sft-lightning fit`; WHOLE runs (20) are separate processes. Half of each are killed while a checkpoint is being
+written, and count only if they left an unfinished folder, which proves it. The others die at any moment after the start
+of the process. After each kill the newest good checkpoint must be at least as far as before,
+and the targets of `last` and `best` must be whole. A run that reaches its end is compared with one that was never
 interrupted, in weights, optimizer state, metrics, answers and training rows, and the next run begins.
 
 The last line is JSON, with the counts. Exit code 1 if anything was lost.
@@ -239,7 +239,7 @@ def soak(work: Path, num_forked: int, num_whole: int) -> Counts:
         assert not (failed := reap(whole, getattr(whole, kind)())), failed
         durations[kind] = time.monotonic() - started
     reference = outcome(whole.folder)
-    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a process of its own")
+    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a separate process")
     for kind, number in (("fork", num_forked), ("spawn", num_whole)):
         tries(work, kind, number, reference, durations[kind], counts)
     return counts

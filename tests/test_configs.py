@@ -219,7 +219,7 @@ def test_the_laptop_run(build):
 def test_an_overlay_is_short_and_names_its_base(overlay):
     lines = overlay.read_text("utf-8").splitlines()
     assert len(lines) < 15
-    assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it goes on top of"
+    assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it overrides"
     assert all(base in CONFIGS for base in bases_of(overlay))
 
 

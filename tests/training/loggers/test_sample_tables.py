@@ -197,7 +197,7 @@ def run_python(*arguments):
     assert done.returncode == 0, done.stderr[-2000:]
     deadline = time.monotonic() + 60
     while len(processes_named("wandb-core")) > before:
-        assert time.monotonic() < deadline, "W&B's own process goes on"
+        assert time.monotonic() < deadline, "W&B's own process did not end"
         time.sleep(0.2)
     return done
 
