@@ -270,7 +270,7 @@ class SFTDataModule(LightningDataModule):
             normalize_constant=self.normalize_constant,
             max_micro_batches=self._max_micro_batches,
             layout=self._layout,
-            example_of=store.__getitem__,
+            prefixes_of=store.prefixes,
         )
 
     def _open_training_epoch(self) -> tuple[MicroBatches, int]:

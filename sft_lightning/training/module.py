@@ -1,4 +1,4 @@
-"""Define SFTModule: the training and validation steps, the optimizer, and what is logged."""
+"""Define SFTModule: the training and validation steps, the optimizer and the logged metrics."""
 
 from collections.abc import Callable
 from functools import partial

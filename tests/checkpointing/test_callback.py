@@ -1,4 +1,4 @@
-"""Resume is bit-equal, from any optimizer step; checkpoints are models; `best`, `last` and retention."""
+"""Test bit-equal resume from any step, checkpoints as models, `best`, `last` and retention."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def test_resume_with_another_split_follows_the_same_steps(fit, tmp_path, split):
             precision="64-true",
         )
         assert resumed.trainer.global_step == STEPS
-        # 1e-9 relative: the same examples in another order of summation, in float64 (DESIGN 12).
+        # 1e-9 relative: the same examples in another order of summation, in float64.
         assert resumed.losses == pytest.approx(straight.losses[step:], rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The light half of the command line: what it answers before anything heavy loads."""
+"""Test the part of the command line that runs without heavy imports."""
 
 import subprocess
 import sys

@@ -501,7 +501,7 @@ def resume(checkpoint, data, **trainer_options):
         ({"pad_to_multiple_of": 8, "num_workers": 1, "val_path": None}, None),
     ],
 )
-def test_a_resume_with_other_tokens_or_steps_is_refused_by_name(make, checkpoint, options, difference):
+def test_resuming_with_different_tokens_or_steps_is_refused(make, checkpoint, options, difference):
     data = make(**{"seed": 7} | options)
     if difference is None:
         resume(checkpoint, data)
@@ -556,7 +556,7 @@ def test_a_resume_may_split_the_step_differently(make, checkpoint, batch_size, a
     assert data.state_dict() == saved
 
 
-def test_a_checkpoint_records_what_decided_its_steps(checkpoint):
+def test_a_checkpoint_records_the_settings_of_its_steps(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)["SFTDataModule"]["decides_steps"]
     decided = {name: value for name, value in saved.items() if not re.search("content|tokenizer|template", name)}
     assert decided == {

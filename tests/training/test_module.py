@@ -80,7 +80,7 @@ def assert_equal_gradients(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def watched_run(make_trainer, make_data, model_folder, train_file):
-    """One epoch in float32, warm-up and linear decay, clipped at 0.5: what the steps were and what was logged."""
+    """The steps and logged metrics of one epoch in float32, with warmup, linear decay and clipping at 0.5."""
     torch.set_num_threads(1)
     watch = StepWatch()
     module = SFTModule(model_folder, learning_rate=1e-3, lr_schedule="linear", warmup_steps=2)
@@ -113,7 +113,7 @@ def test_every_row_is_in_one_step(watched_run, train_file):
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_steps_gradient_and_loss_are_those_of_the_plain_equation(watched_run, model_folder, train_file, index):
+def test_gradient_and_loss_equal_the_plain_equation(watched_run, model_folder, train_file, index):
     steps, logger = watched_run
     loss, gradient = reference_step(steps[index], model_folder, read_rows(train_file, model_folder))
     assert_equal_gradients(steps[index]["gradient"], gradient, tolerance=1e-5)
@@ -176,7 +176,7 @@ def test_dropout_follows_from_the_plan_alone(make_trainer, make_data, dropout_mo
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_a_fit_after_one_stopped_in_mid_step_logs_its_own_loss(make_trainer, make_data, model_folder, train_file):
+def test_a_fit_after_an_interrupted_one_logs_its_loss(make_trainer, make_data, model_folder, train_file):
     class StopsInMidStep(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             trainer.should_stop = True
@@ -242,7 +242,7 @@ def equal_weights(one, other):
     return all(torch.equal(weight.nan_to_num(7.0), other[name].nan_to_num(7.0)) for name, weight in one.items())
 
 
-def test_a_nan_loss_names_its_row_and_stops_before_the_step(
+def test_a_nan_loss_names_its_row_before_the_step(
     make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer, tmp_path
 ):
     (tilde,) = tokenizer("~").input_ids

@@ -1,4 +1,4 @@
-"""Settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and from YAML."""
+"""Test the settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and YAML."""
 
 from functools import partial
 
@@ -202,7 +202,7 @@ def test_an_adamw_option_beside_another_optimizer_names_both(name, value):
         ({"class_path": "torch.optim.LBFGS"}, "the optimizer refuses its options"),
     ],
 )
-def test_a_wrong_optimizer_in_a_config_is_one_line_and_code_2(command, tmp_path, capsys, optimizer, message):
+def test_a_wrong_optimizer_is_one_line_and_code_2(command, tmp_path, capsys, optimizer, message):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     assert main([*command, "--config", str(overlay)]) == 2
@@ -210,7 +210,7 @@ def test_a_wrong_optimizer_in_a_config_is_one_line_and_code_2(command, tmp_path,
     assert message in error
 
 
-def test_the_loss_is_given_by_class_path_in_the_short_form(command, tmp_path):
+def test_a_config_names_the_loss_by_short_class_path(command, tmp_path):
     options = ["--model.loss", "sft_lightning.TokenLoss", "--trainer.max_steps", "1", "--evaluation.num_examples", "0"]
     assert main([*command, *options]) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["loss"]

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
-from sft_lightning.data.batch import Example
 from sft_lightning.data.batching.prefix_trie import MIN_SHARED_TOKENS, build_trie, sort_prefixes, split_runs
 
 
@@ -29,7 +28,7 @@ def balance_groups(num_inputs: Sequence[int], num_groups: int) -> list[np.ndarra
     return _costliest_first(groups, costs, num_groups)
 
 
-def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list[np.ndarray]:
+def balance_sharing_groups(rows: Sequence[Sequence[tuple[np.ndarray, int]]], num_groups: int) -> list[np.ndarray]:
     """Returns the rows of a step as groups that cost about the same where common prefixes are computed once.
 
     Like :func:`balance_groups`, but of bundles: rows that share ``MIN_SHARED_TOKENS`` more than all rows of the step
@@ -38,58 +37,60 @@ def balance_sharing_groups(examples: Sequence[Example], num_groups: int) -> list
     and the group is cheaper than estimated.
 
     Args:
-        examples: The rows.
+        rows: The ``Example.prefixes`` of each row.
         num_groups: Groups to make.
 
     Returns:
         As :func:`balance_groups` does; a group costs its unique input tokens.
     """
-    trie = _StepTrie(examples)
-    order = sorted(range(len(examples)), key=lambda row: trie.places[row])
+    trie = _StepTrie(rows)
+    order = sorted(range(len(rows)), key=trie.places.__getitem__)
+    if num_groups == 1:
+        return [np.array(order)]
     common = trie.common([trie.places[row][0] for row in order])
-    num_filled = min(num_groups, len(examples))
-    pieces, costs = _cut_bundles([trie.num_unique_inputs([row]) for row in order], common, num_filled)
-    groups = [
-        [order[place] for place in sorted(place for index in indices for place in pieces[index])]
-        for indices in _spread(costs, num_filled)
-    ]
-    return _costliest_first(groups, [trie.num_unique_inputs(group) for group in groups], num_groups)
+    num_filled = min(num_groups, len(rows))
+    pieces, costs = _cut_bundles([trie.num_unique_inputs(trie.places[row]) for row in order], common, num_filled)
+    groups = []
+    for indices in _spread(costs, num_filled):
+        groups.append([order[index] for index in sorted(chain.from_iterable(map(pieces.__getitem__, indices)))])
+    places = [sorted(chain.from_iterable(map(trie.places.__getitem__, group))) for group in groups]
+    return _costliest_first(groups, list(map(trie.num_unique_inputs, places)), num_groups)
 
 
 class _StepTrie:
-    """The sequences of a step in sorted order, from which the trie of any of its rows follows.
+    """The sorted sequences of a step, which determine the trie of any subset of its rows.
 
     Attributes:
-        places: For each row, where its sequences are in that order, ascending.
+        places: For each row, the positions of its sequences in that order, ascending.
     """
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        sequences = [(row, sequence) for row, example in enumerate(examples) for sequence in example.sequences]
-        order, self._common = sort_prefixes([sequence.prefix for _, sequence in sequences])
+    def __init__(self, rows: Sequence[Sequence[tuple[np.ndarray, int]]]) -> None:
+        sequences = [(row, *sequence) for row, sequences in enumerate(rows) for sequence in sequences]
+        order, self._common = sort_prefixes([prefix for _, prefix, _ in sequences])
         self._num_inputs = []
-        self.places: list[list[int]] = [[] for _ in examples]
+        self.places: list[list[int]] = [[] for _ in rows]
         for place, index in enumerate(order):
-            row, sequence = sequences[index]
-            self._num_inputs.append(len(sequence.tokens) - 1)
+            row, _, num_inputs = sequences[index]
+            self._num_inputs.append(num_inputs)
             self.places[row].append(place)
 
     def common(self, places: Sequence[int]) -> list[int]:
         """Returns how many tokens the sequences at neighboring ones of some ascending places have in common."""
+        if len(places) == len(self._num_inputs):
+            return self._common
         # Sequences that are not adjacent have in common what all sequences between them have.
-        return np.minimum.reduceat(self._common[: places[-1]], places[:-1]).tolist() if len(places) > 1 else []
+        return [min(self._common[one:other]) for one, other in pairwise(places)]
 
-    def num_unique_inputs(self, rows: Sequence[int]) -> int:
-        """Returns the input tokens of some rows, shared ones counted once."""
-        places = [place for row in rows for place in self.places[row]]
+    def num_unique_inputs(self, places: Sequence[int]) -> int:
+        """Returns the input tokens of the sequences at some ascending places, shared ones counted once."""
         if len(places) == 1:
             return self._num_inputs[places[0]]
-        places.sort()
         nodes, _ = build_trie(places, self.common(places), self._num_inputs)
-        return sum(node.end - node.first for node in nodes)
+        return sum([end - first for _, first, end, _ in nodes])
 
 
 def _costliest_first(groups: Sequence[list[int]], costs: Sequence[int], num_groups: int) -> list[np.ndarray]:
-    """Returns the groups by falling cost, and empty ones behind them until there are ``num_groups``."""
+    """Returns the groups by decreasing cost, followed by empty ones up to ``num_groups``."""
     order = sorted(range(len(groups)), key=lambda group: -costs[group])
     filled = [np.array(groups[group], dtype=np.int64) for group in order]
     return filled + [np.empty(0, dtype=np.int64)] * (num_groups - len(filled))
@@ -118,7 +119,7 @@ def _cut_bundles(num_inputs: Sequence[int], common: Sequence[int], num_groups: i
         if number == 1:
             pieces.append(range(start, stop))
             continue
-        # Without what the first row shares with the second, since every piece pays for that again.
+        # Without the tokens that the first row shares with the second, since every piece computes them again.
         own = [num_inputs[start] - common[start], *added[start + 1 : stop]]
         pieces += [range(start + first, start + behind) for first, behind in _cut(own, number)]
     return pieces, [cost(piece.start, piece.stop) for piece in pieces]

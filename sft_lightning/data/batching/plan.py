@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from sft_lightning.data.batch import Example, Layout
+from sft_lightning.data.batch import Layout
 from sft_lightning.data.batching.balancing import balance_groups, balance_sharing_groups
 
 LossNormalization = Literal["token", "sequence", "constant", "micro_batch"]
@@ -64,7 +64,8 @@ class EpochPlan:
         normalize_constant: The constant C of the mode ``constant``.
         max_micro_batches: Trainer's ``limit_train_batches``: each replica computes at most this many in the epoch.
         layout: Of the micro-batches; decides how a step's rows are distributed, and never which they are.
-        example_of: Returns an example by its index; needed for ``shared_prefix``, whose cost depends on the tokens.
+        prefixes_of: Returns an example's ``prefixes`` by its index; needed for ``shared_prefix``, whose cost depends on
+            the tokens.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class EpochPlan:
         normalize_constant: float = 1.0,
         max_micro_batches: int | None = None,
         layout: Layout = "padded",
-        example_of: Callable[[int], Example] | None = None,
+        prefixes_of: Callable[[int], list[tuple[np.ndarray, int]]] | None = None,
     ) -> None:
-        assert layout != "shared_prefix" or example_of is not None
+        assert layout != "shared_prefix" or prefixes_of is not None
         assert len(input_lengths) == len(label_lengths) == len(example_weights) > 0
         assert label_lengths.min() > 0, "a row without labels reached the plan"
         self._input_lengths = input_lengths
@@ -94,7 +95,7 @@ class EpochPlan:
         self._normalization: LossNormalization = normalization
         self._normalize_constant = normalize_constant
         self._layout = layout
-        self._example_of = example_of
+        self._prefixes_of = prefixes_of
         self._cached_groups: tuple[int, list[np.ndarray]] | None = None
         self.num_examples, self.num_steps, self.num_micro_batches = epoch_size(
             len(input_lengths), shape, max_micro_batches
@@ -126,9 +127,8 @@ class EpochPlan:
     def _groups_of_step(self, step: int) -> list[np.ndarray]:
         """Returns the step's rows in micro-batch-major order: micro-batch 0 of every replica, then micro-batch 1, ...
 
-        The costliest micro-batches come first. So those of the replicas at one position cost about the same, and what
-        does not fit into memory fails in the first seconds. The last step is remembered, since it is asked for once
-        for every micro-batch.
+        The costliest micro-batches come first, so those of the replicas at one position cost about the same, and a
+        lack of memory shows in the first seconds. The last step is cached, since every micro-batch needs it.
         """
         if self._cached_groups is None or self._cached_groups[0] != step:
             shape = self._shape
@@ -144,8 +144,8 @@ class EpochPlan:
             groups = np.array_split(rows, min(num_groups, len(rows)))[::-1]
             return groups + [rows[:0]] * (num_groups - len(groups))
         if self._layout == "shared_prefix":
-            assert self._example_of is not None
-            groups = balance_sharing_groups([self._example_of(row) for row in rows.tolist()], num_groups)
+            assert self._prefixes_of is not None
+            groups = balance_sharing_groups([self._prefixes_of(row) for row in rows.tolist()], num_groups)
         else:
             groups = balance_groups(lengths.tolist(), num_groups)
         return [rows[group] for group in groups]
@@ -194,7 +194,7 @@ def label_weights(
     Args:
         normalization: The mode.
         label_lengths: For each micro-batch of the step over all replicas, shape [B] each: label tokens of its rows.
-        mine: Which of them is asked for.
+        mine: Index of the micro-batch to weight.
         constant: C.
     """
     own = label_lengths[mine].astype(np.float64)
@@ -214,9 +214,9 @@ def validation_batches(
 ) -> list[np.ndarray]:
     """Returns one replica's share of a set, each example in exactly one replica's share.
 
-    Padded ones longest first, others in file order, where rows with a common prompt usually stand together. Every
-    replica gets the same number of batches, the last ones possibly empty: a model that is wrapped for several processes
-    may talk to the others in each forward.
+    Padded rows are sorted longest first. Others stay in file order, where rows with a common prompt are usually
+    neighbors. Every replica gets the same number of batches, of which the last may be empty, since a model that is
+    wrapped for several processes may communicate in each forward.
     """
     rows = np.argsort(-total_lengths, kind="stable") if layout == "padded" else np.arange(len(total_lengths))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

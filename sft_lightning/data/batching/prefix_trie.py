@@ -1,4 +1,4 @@
-"""Build the trie of a micro-batch's sequences: which common tokens are computed once, and in which order.
+"""Build the trie of a micro-batch's sequences, which decides which common tokens are computed once.
 
 A node holds tokens that the sequences below it have in common, or what a sequence has for itself. Sequences are known
 by number, and a trie is built from what neighbors in sorted order have in common, so that no token is compared twice.
@@ -34,9 +34,8 @@ def sort_prefixes(prefixes: Sequence[np.ndarray]) -> tuple[list[int], list[int]]
 def num_common_tokens(one: np.ndarray, other: np.ndarray) -> int:
     """Returns the length of the common beginning of two arrays, neither of them empty."""
     length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    first = int(differs.argmax())
-    return first if differs[first] else length
+    first_difference = (one[:length] != other[:length]).tobytes().find(True)  # faster than argmax on short arrays
+    return length if first_difference < 0 else first_difference
 
 
 def build_trie(

@@ -86,7 +86,7 @@ def measure_layouts(
             seed=seed,
             epoch=0,
             layout=layout,
-            example_of=store.__getitem__,
+            prefixes_of=store.prefixes,
         )
         shares = [
             MicroBatches(
