@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -238,7 +239,9 @@ class HFCheckpoint(ModelCheckpoint):
             return
         parameters = list(pl_module.parameters())
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in parameters) + 2 * trained  # AdamW has two moments of each
+        # AdamW has two moments of each parameter. What other optimizers keep is not known before their first step.
+        num_moments = 2 if all(isinstance(each, torch.optim.AdamW) for each in trainer.optimizers) else 0
+        size = sum(p.numel() * p.element_size() for p in parameters) + num_moments * trained
         require_space(self.run / "final", size)
         left = -(-(total_optimizer_steps(trainer) - trainer.global_step) // self.every_n_train_steps)
         if (shortage := describe_shortage(self.run, size, min(left, self.keep_last or left) + 1)) is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from sft_lightning.checkpointing import io as checkpoint_io
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.generation.base import Generation, Generator
@@ -509,3 +510,18 @@ def test_resume_override_continues_with_the_new_settings(make_trainer, make_data
         (0.3, (0.8, 0.9), 1e-6),
         (0.0, (0.8, 0.9), 1e-6),
     ]
+
+
+def test_a_checkpoint_of_another_version_is_refused(
+    make_trainer, make_data, checkpoint, model_folder, train_file, monkeypatch
+):
+    read = checkpoint_io._read_state
+
+    def without_identities(path):
+        state = read(path)
+        del state["identities"]
+        return state
+
+    monkeypatch.setattr(checkpoint_io, "_read_state", without_identities)
+    with pytest.raises(UserError, match="another version of sft-lightning wrote this checkpoint; start from its weig"):
+        resume(make_trainer, make_data(train_file), model_folder, checkpoint)
