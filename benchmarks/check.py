@@ -3,7 +3,7 @@
     python benchmarks/check.py [--rows 100000] [--json benchmarks/results/check.json]
 
 Rows are made up, of GSM8K's lengths in r1_zero form, each with its ground truth; the validation set has a hundredth as
-many. The first run of a round tokenises and grades; the second finds the tokens in the cache. Peak memory is resident,
+many. The first run of a round tokenizes and grades; the second finds the tokens in the cache. Peak memory is resident,
 of the process itself; grading processes are its children and not in it.
 """
 

@@ -1,4 +1,4 @@
-"""Host time of planning, dealing and collating a step's micro-batches, on one core, against the step's own time.
+"""Host time of planning, balancing and collating a step's micro-batches, on one core, against the step's own time.
 
     python benchmarks/collation.py [--json benchmarks/results/collation.json]
 

@@ -16,7 +16,7 @@ import throughput
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: written by plot.py -->", "<!-- end of results -->"
-_COLOURS = {"guide": "#9a9a9a", "trl": "#d08c3f", "trl_changed": "#e5b97f", "ours": "#2f6fab"}
+_COLORS = {"guide": "#9a9a9a", "trl": "#d08c3f", "trl_changed": "#e5b97f", "ours": "#2f6fab"}
 _AXES = {
     "num_rows": "rows in the data set",
     "responses": "responses per prompt",
@@ -47,7 +47,7 @@ def draw_throughput(content: dict, path: Path) -> None:
     bars = axes.barh(
         [f"{row['name']} ({row['batch_size']} rows)" for row in rows],
         rates,
-        color=[_COLOURS[row["family"]] for row in rows],
+        color=[_COLORS[row["family"]] for row in rows],
     )
     axes.bar_label(bars, [f"{rate:,.0f}  ({rate / base:.2f}x)" for rate in rates], padding=4)
     axes.set_xlim(0, max(rates) * 1.32)

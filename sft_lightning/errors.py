@@ -1,4 +1,4 @@
-"""The exceptions that stand for a mistake of the user's, and for a run that went wrong."""
+"""Define the exceptions for a user's mistake and for a run that failed."""
 
 
 class UserError(ValueError):
@@ -9,23 +9,23 @@ class UserError(ValueError):
 
 
 class NoRowsError(UserError):
-    """A data set of which no row can be used."""
+    """A data set without a usable row."""
 
 
 class RunFailedError(RuntimeError):
-    """A run that cannot go on, for a reason that one line can tell; what it came from is chained to it.
+    """A run that cannot continue, with the reason in one line. The original error is its cause.
 
     The command line prints it without a traceback and exits with code 1.
 
     Attributes:
-        everywhere: Whether all processes of the run raise the same, so that one of them is enough to tell.
+        everywhere: Whether all processes of the run raise the same error, so that only one of them prints it.
     """
 
     everywhere = False
 
 
 class StoppedError(SystemExit):
-    """A run that left on request, with a checkpoint of its last step. Exits with ``CODE``, if not caught."""
+    """A run that stopped on request, with a checkpoint of its last step. Exits with ``CODE`` if not caught."""
 
     CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again
     code: int

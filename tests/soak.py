@@ -138,7 +138,7 @@ def outcome(run: Path) -> dict[str, Any]:
             {name: value for name, value in row.items() if not any(word in name for word in timed)}
             for row in csv.DictReader(file)
         ]
-    rows = [row for path in run.glob("ledger/*/*.parquet") for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in run.glob("row_losses/*/*.parquet") for row in pq.read_table(path).to_pylist()]
     return {
         "weights": (run / "final" / "model.safetensors").read_bytes(),
         "best weights": (run / "best" / "model.safetensors").read_bytes(),

@@ -164,6 +164,16 @@ def test_every_module_is_in_a_room():
     assert len(entries) <= MAX_ROOT_ENTRIES
 
 
+def test_every_room_names_what_it_may_import_and_a_file_to_start_with():
+    wrong = []
+    for folder in {path.parent for path in PATHS.values()} - {PACKAGE}:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+        files = re.findall(r"[\w/]+\.py", text.partition("start with ")[2])
+        if "may import" not in text or not files or not all((folder / file).is_file() for file in files):
+            wrong.append(str(folder.relative_to(PACKAGE)))
+    assert wrong == []
+
+
 def test_rooms_import_downwards():
     wrong = []
     for name, tree in TREES.items():

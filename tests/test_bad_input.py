@@ -1,4 +1,4 @@
-"""What users hand in wrong, as typed: each fault ends in one line that names it, or is told of and left out."""
+"""Users' mistakes as typed: each ends in one line that names it, or is reported and skipped."""
 
 import csv
 import json

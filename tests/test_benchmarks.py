@@ -62,7 +62,7 @@ def test_scaling_measures_each_point_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["attention.py", "check.py", "generation.py", "memory.py", "preparation.py", "row_ledger.py"]
+    "script", ["attention.py", "check.py", "generation.py", "memory.py", "preparation.py", "row_losses.py"]
 )
 def test_the_other_benchmarks_run(tmp_path, script):
     dry_run(script, tmp_path / "report.json")

@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from sft_lightning.checkpointing import folder as folders
-from sft_lightning.cli import lightning_cli as trainer_cli
+from sft_lightning.cli import lightning_cli
 from sft_lightning.cli.main import main
 
 EVERY_STEP = ["--checkpoint.every_n_train_steps", "1"]
@@ -42,7 +42,7 @@ class AtStep(Callback):
 @pytest.fixture
 def during(monkeypatch):
     """Returns a function that has the next runs of the command line do something at a step."""
-    instantiate = trainer_cli.SFTCLI.instantiate_trainer
+    instantiate = lightning_cli.SFTCLI.instantiate_trainer
 
     def plan(step, action):
         def with_callback(cli, **kwargs):
@@ -50,7 +50,7 @@ def during(monkeypatch):
             trainer.callbacks.insert(0, AtStep(step, action))
             return trainer
 
-        monkeypatch.setattr(trainer_cli.SFTCLI, "instantiate_trainer", with_callback)
+        monkeypatch.setattr(lightning_cli.SFTCLI, "instantiate_trainer", with_callback)
 
     return plan
 

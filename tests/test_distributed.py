@@ -1,4 +1,4 @@
-"""Two processes compute the steps of one: same members, same losses, same weights, same validation, same ledger."""
+"""Two processes compute the steps of one: same members, same losses, same weights, same validation, same row losses."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft_lightning.checkpointing import folder as checkpoint_folder
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder
 
 PROGRAM = """
 import json, os, signal, sys
@@ -174,9 +174,9 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def ledger(run):
+def recorded_losses(run):
     """Returns (epoch, source) -> nll_sum from the parts of all ranks, after making sure that no row is there twice."""
-    rows = [row for path in sorted((run / "ledger").glob("*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted((run / "row_losses").glob("*/*.parquet")) for row in pq.read_table(path).to_pylist()]
     found = {(row["epoch"], row["source"]): row["nll_sum"] for row in rows}
     assert len(found) == len(rows)
     return found
@@ -215,13 +215,13 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
         assert [without_entropy(row) for row in ours] == [without_entropy(row) for row in theirs]
         entropies = [[row["mean_entropy"] for row in rows] for rows in (ours, theirs)]
         assert entropies[0] == pytest.approx(entropies[1], rel=1e-5)
-    ledgers = [ledger(tmp_path / name) for name in ("one", "two")]
-    assert len(ledgers[0]) == 84
-    assert ledgers[1] == pytest.approx(ledgers[0], rel=1e-6)
-    names = {path.name for path in (tmp_path / "two" / "ledger" / "epoch-0").iterdir()}
+    losses_of_both = [recorded_losses(tmp_path / name) for name in ("one", "two")]
+    assert len(losses_of_both[0]) == 84
+    assert losses_of_both[1] == pytest.approx(losses_of_both[0], rel=1e-6)
+    names = {path.name for path in (tmp_path / "two" / "row_losses" / "epoch-0").iterdir()}
     assert names == {f"step-{step}.rank-{rank}.parquet" for step in (5, 6) for rank in (0, 1)}
-    claims.clear(tmp_path / "two")
-    assert not (tmp_path / "two" / "ledger").exists()
+    run_folder.clear(tmp_path / "two")
+    assert not (tmp_path / "two" / "row_losses").exists()
 
 
 @pytest.fixture

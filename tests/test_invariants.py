@@ -1,7 +1,7 @@
 """Runs that must give the same result, whatever their batches, splits and interruptions: "equal" as in DESIGN 12.
 
 The reference is a plain loop in float64 that shares nothing with the package but the answer to "which rows are in step
-k": it reads the file, tokenises row by row, computes all logits and takes the formulas literally.
+k": it reads the file, tokenizes row by row, computes all logits and takes the formulas literally.
 """
 
 import json
@@ -68,7 +68,8 @@ def dealt(rows, batch_size, accumulate, step, layout, seed=7):
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
     examples = [Example.from_prompt(np.array(ids), prompt) for ids, prompt in rows]
-    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout, "prefixes_of": lambda index: examples[index].prefixes}
+    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout}
+    options["prefixes_of"] = lambda index: examples[index].prefixes
     plan = EpochPlan(inputs, labels, inputs * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]

@@ -35,7 +35,10 @@ _STEP_FOLDER = re.compile(r"checkpoint-(\d+)")
 _REPLACED = ".replaced"
 # What safetensors and torch report when a file cannot be written.
 _DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
-_WRITTEN_ATOMICALLY = ("checkpoint-*", "final", "last", "best", "config*.yaml", "metrics.csv", "run_files.json")
+_WRITTEN_ATOMICALLY = (
+    *("checkpoint-*", "final", "last", "best", "config*.yaml", "metrics.csv", "predictions.jsonl", "run_files.json"),
+    *("evaluation/*/predictions.jsonl", "evaluation/*/metrics.json", "nonfinite/*/*", "report/*"),
+)
 
 
 def publish(folder: Path, write: Callable[[Path], None], about: dict[str, Any]) -> None:
@@ -194,7 +197,7 @@ def prune(run: Path, keep_last: int) -> None:
 
 def remove_unfinished(run: Path) -> None:
     """Deletes what dead processes left unfinished in a run folder. No other process may be writing there."""
-    for path in (path for name in _WRITTEN_ATOMICALLY for path in unfinished(run, name)):
+    for path in [path for pattern in _WRITTEN_ATOMICALLY for path in unfinished(run, pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -22,7 +22,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.sources.files import resolve_files
 from sft_lightning.data.tokenization import tokenize_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
-from sft_lightning.system.files import atomic_folder, file_digest, files_digest, value_digest
+from sft_lightning.system.files import atomic_folder, file_digest, files_digest, sync, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -257,8 +257,8 @@ def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Seq
                 first_span += len(label_spans)
                 previous = tokens
             num_rows += 1
-        for file_of_array in opened:
-            _sync(file_of_array)
+    for name in _ARRAYS:
+        sync(folder / name)
     return num_rows
 
 
@@ -284,14 +284,8 @@ def _write_meta(
         "files": [str(file) for file in files],
         "load_report": account,
     }
-    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+    with write_atomically(folder / "meta.json") as file:
         json.dump(meta, file, indent=1)
-        _sync(file)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:

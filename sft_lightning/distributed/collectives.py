@@ -1,4 +1,4 @@
-"""Gather Python objects across processes, and the dtype in which sums are exchanged."""
+"""Gather Python objects across processes, and define the dtype in which sums are exchanged."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Confidence intervals and significance tests of rates, pass@k and maj@k."""
+"""Compute confidence intervals and significance tests of rates, pass@k and maj@k."""
 
 from collections.abc import Hashable, Sequence
 from math import comb, sqrt

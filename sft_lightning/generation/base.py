@@ -1,4 +1,4 @@
-"""Define what a generator is: prompts in, answers and why each of them ended out."""
+"""Define generators, which turn prompts into answers and the reason why each answer ended."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

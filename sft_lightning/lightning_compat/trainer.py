@@ -8,6 +8,9 @@ from lightning.pytorch import Callback, Trainer
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.signals import StopRequest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @runtime_checkable
 class TrainedModule(Protocol):
@@ -21,10 +24,6 @@ class TrainedModule(Protocol):
 
     def usable_layout(self, choice: Any) -> Any:
         """Returns the layout of micro-batches: ``choice``, or for ``auto`` the best one that changes no result."""
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class TrainingData(Protocol):

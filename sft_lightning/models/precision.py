@@ -24,14 +24,14 @@ class Precision:
 
     @classmethod
     def named(cls, name: object) -> "Precision":
-        """Returns the precision that the Trainer knows by a name or number; unknown ones count as float32.
+        """Returns the precision that the Trainer knows by a name or number; None and unknown ones count as float32.
 
         Example:
             >>> precision = Precision.named("bf16-mixed")
             >>> precision.parameter_dtype, precision.matmul_dtype
             (torch.float32, torch.bfloat16)
         """
-        full_name = _SHORT_NAMES.get(str(name), str(name))
+        full_name = "32-true" if name is None else _SHORT_NAMES.get(str(name), str(name))
         bits, _, kind = full_name.partition("-")
         dtype = _DTYPES.get(bits, torch.float32)
         if kind == "mixed":

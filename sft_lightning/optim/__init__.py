@@ -1,4 +1,4 @@
 """Optimizers and learning-rate schedules.
 
-It may import only errors; start with adamw.py.
+It may import only errors; start with factory.py.
 """

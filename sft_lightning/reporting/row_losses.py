@@ -26,6 +26,8 @@ import numpy as np
 
 from sft_lightning.errors import UserError
 
+# Of a run. RowLossRecorder writes it.
+FOLDER = "row_losses"
 MISLABELED_SCORE = 5.0
 EPOCHS_TO_FIND_MISLABELED = 3
 EPOCHS_TO_FIND_MEMORIZED = 2
@@ -83,7 +85,7 @@ def read_row_losses(run: str | Path, *, most: int = 20) -> RowLossFindings | Non
     Raises:
         UserError: If a file of the losses cannot be read.
     """
-    table = _Table.read(Path(run) / "ledger")
+    table = _Table.read(Path(run) / FOLDER)
     if table is None:
         return None
     ranked = {"hardest": table.hardest(), "memorized": table.memorized(), "mislabeled": table.mislabeled()}
@@ -140,8 +142,8 @@ class _Table:
     num_labels: np.ndarray
 
     @classmethod
-    def read(cls, ledger: Path) -> "_Table | None":
-        columns = _read_parts(sorted(ledger.glob("epoch-*/step-*.rank-*.parquet")))
+    def read(cls, folder: Path) -> "_Table | None":
+        columns = _read_parts(sorted(folder.glob("epoch-*/step-*.rank-*.parquet")))
         if columns is None:
             return None
         sources, rows = columns["source"]

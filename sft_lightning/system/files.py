@@ -101,9 +101,10 @@ def remove_atomically(folder: Path) -> None:
     shutil.rmtree(temporary)
 
 
-def unfinished(folder: Path, name: str) -> Iterator[Path]:
-    """Returns the temporary files and folders in ``folder`` for paths whose names match the glob pattern ``name``."""
-    return folder.glob(f".{name}.tmp-*")
+def unfinished(folder: Path, pattern: str) -> Iterator[Path]:
+    """Returns the temporary files and folders of paths below ``folder`` that match a glob pattern such as ``a/*.b``."""
+    parents, slash, name = pattern.rpartition("/")
+    return folder.glob(f"{parents}{slash}.{name}.tmp-*")
 
 
 def sync(path: Path) -> None:

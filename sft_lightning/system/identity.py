@@ -3,11 +3,13 @@
 Cache keys and the comparison of a resumed run with its checkpoint are made of these texts.
 """
 
+import re
 import sys
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
 _MAX_DEPTH = 5
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def public_name(value: Any) -> str:
@@ -26,7 +28,8 @@ def public_name(value: Any) -> str:
 def identity(value: Any) -> str:
     """Returns a text that is equal in every process for objects of one class with equal settings.
 
-    Settings are the attributes without a leading underscore. A change in the code of the class does not show.
+    Settings are the attributes without a leading underscore. An object that has none, such as a path, an enum member
+    or a compiled pattern, is described by its ``repr``. A change in the code of the class does not show.
 
     Example:
         >>> from sft_lightning import R1ZeroGrader
@@ -40,7 +43,7 @@ def _describe(value: Any, depth: int) -> str:
     """Returns what ``repr`` would, but without memory addresses and with sets and keys in order."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
-    if isinstance(value, type) or (hasattr(value, "__qualname__") and hasattr(value, "__module__")):
+    if hasattr(value, "__qualname__") and getattr(value, "__module__", None):
         return public_name(value)
     if depth == 0:
         return public_name(type(value))
@@ -54,4 +57,6 @@ def _describe(value: Any, depth: int) -> str:
     slots = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
     settings = {**slots, **getattr(value, "__dict__", {})}
     public = sorted((name, setting) for name, setting in settings.items() if not name.startswith("_"))
+    if not public and type(value).__repr__ is not object.__repr__:
+        return _ADDRESS.sub("", repr(value))
     return f"{public_name(type(value))}({', '.join(f'{name}={_describe(one, depth - 1)}' for name, one in public)})"

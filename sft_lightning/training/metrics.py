@@ -1,4 +1,4 @@
-"""Exact next-token metrics over a whole set of rows."""
+"""Compute exact next-token metrics over a whole set of rows."""
 
 from collections.abc import Callable, Sequence
 

@@ -24,6 +24,7 @@ from sft_lightning.data.tokenization import tokenize_records
 from sft_lightning.distributed.collectives import all_gather_distinct
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.lightning_compat.trainer import TrainingData, datamodule_of, is_dry_run
+from sft_lightning.system.files import write_atomically
 from sft_lightning.training.oom_advice import last_checkpoint
 from sft_lightning.training.step import MicroBatchLosses, StepStats, name_sources
 
@@ -187,13 +188,13 @@ def save_step(run: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
         about: Numbers that are not finite become text, because JSON cannot hold them.
     """
     folder = step_folder(run, about["step"])
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (ROWS, ABOUT):
         register_file(run, f"{FOLDER}/{folder.name}/{name}")
-    lines = [json.dumps(_as_row(record), ensure_ascii=False) for record in records]
-    (folder / ROWS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with write_atomically(folder / ROWS) as file:
+        file.writelines(json.dumps(_as_row(record), ensure_ascii=False) + "\n" for record in records)
     plain = {name: str(v) if isinstance(v, float) and not isfinite(v) else v for name, v in about.items()}
-    (folder / ABOUT).write_text(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    with write_atomically(folder / ABOUT) as file:
+        json.dump(plain, file, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -478,16 +478,26 @@ def test_only_unfinished_files_are_removed(tmp_path):
     (tmp_path / ".checkpoint-6.tmp-123" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".best.tmp-123").symlink_to("checkpoint-5")
     (tmp_path / ".metrics.csv.tmp-123").write_text("half")
-    for mine in ("notes.txt", "copy.tmp-1", ".hidden"):
+    for ours in ("evaluation/step-5/.metrics.json.tmp-123", "report/.index.html.tmp-123"):
+        (tmp_path / ours).parent.mkdir(parents=True)
+        (tmp_path / ours).write_text("half")
+    for mine in ("notes.txt", "copy.tmp-1", ".hidden", "report/.hidden", "other-run/.metrics.csv.tmp-123"):
+        (tmp_path / mine).parent.mkdir(exist_ok=True)
         (tmp_path / mine).write_text("mine")
     folders.remove_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".hidden",
         "checkpoint-5",
         "copy.tmp-1",
+        "evaluation",
         "last",
         "notes.txt",
+        "other-run",
+        "report",
     ]
+    assert [path.name for path in tmp_path.glob("evaluation/*/*")] == []
+    assert [path.name for path in tmp_path.glob("report/*")] == [".hidden"]
+    assert [path.name for path in tmp_path.glob("other-run/*")] == [".metrics.csv.tmp-123"]
     folders.verify(tmp_path / "checkpoint-5")
 
 

@@ -28,8 +28,8 @@ def losses(run):
         return [(int(row["step"]), row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-def ledger(run):
-    rows = [row for path in run.glob("ledger/*/*.parquet") for row in pq.read_table(path).to_pylist()]
+def recorded_losses(run):
+    rows = [row for path in run.glob("row_losses/*/*.parquet") for row in pq.read_table(path).to_pylist()]
     return sorted(rows, key=lambda row: (row["epoch"], row["source"]))
 
 
@@ -37,9 +37,9 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert main(command) == 0
     run = tmp_path / "run"
     expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
-    assert {path.name for path in run.iterdir()} == expected | {"ledger", "report", "run_files.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"row_losses", "report", "run_files.json"}
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
-    assert len(ledger(run)) == 42
+    assert len(recorded_losses(run)) == 42
     assert "step 6/6  loss" in capsys.readouterr().err
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["seed_everything"] == 42
@@ -386,8 +386,8 @@ def test_a_killed_run_resumes_bit_equal(command, tmp_path):
     ours, theirs = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "straight"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    assert ledger(tmp_path / "run") == ledger(tmp_path / "straight")
-    assert len(ledger(tmp_path / "run")) == 6 * 42
+    assert recorded_losses(tmp_path / "run") == recorded_losses(tmp_path / "straight")
+    assert len(recorded_losses(tmp_path / "run")) == 6 * 42
 
 
 def test_parse_fit_builds_the_classes_and_starts_nothing(command, tmp_path, model_folder):

@@ -80,9 +80,9 @@ def stores_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def forbid_tokenising(monkeypatch):
+def forbid_tokenizing(monkeypatch):
     def fail(*arguments, **options):
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr(cache, "tokenize_records", fail)
 
@@ -141,7 +141,7 @@ def test_a_pickled_store_is_small_and_opens_again(data):
     assert rows_of(pickle.loads(pickled)) == rows_of(store)
 
 
-def test_more_rows_than_are_tokenised_at_once(data):
+def test_more_rows_than_are_tokenized_at_once(data):
     store = load(write_rows(data, ROWS * 1000))
     assert len(store) == 3000
     assert rows_of(store)[2997:] == [
@@ -443,16 +443,16 @@ def test_a_filter_that_leaves_nothing_is_an_error_that_says_why(data):
 # The cache
 
 
-def test_a_hit_tokenises_nothing(data, monkeypatch):
+def test_a_hit_tokenizes_nothing(data, monkeypatch):
     rows = rows_of(load(data))
-    forbid_tokenising(monkeypatch)
+    forbid_tokenizing(monkeypatch)
     assert rows_of(load(data)) == rows
 
 
 def test_data_is_known_by_its_bytes_and_places_by_todays_names(data, monkeypatch):
     load(data, max_length=6)
     moved = data.rename(data.with_name("moved.jsonl"))
-    forbid_tokenising(monkeypatch)
+    forbid_tokenizing(monkeypatch)
     store = load(moved, max_length=6)
     assert [example.source for example in store] == [f"{moved}:1", f"{moved}:2"]
     assert store.report["overlength_rows"]["first"] == [(f"{moved}:3", "7 tokens")]
@@ -461,7 +461,7 @@ def test_data_is_known_by_its_bytes_and_places_by_todays_names(data, monkeypatch
 def test_a_template_found_or_named_is_the_same(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "a.jsonl", [{"question": "one", "answer": "two #### 3"}])
     fingerprint = load(file).fingerprint
-    forbid_tokenising(monkeypatch)
+    forbid_tokenizing(monkeypatch)
     assert load(file, template=R1Zero()).fingerprint == fingerprint
 
 

@@ -77,7 +77,7 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(note_fault):
     note_fault(
         "prompt that brings its own BOS",
         provoked="a tokenizer that adds BOS, and prompts that hold one",
-        outcome="one BOS at the front; prompt and response are tokenised apart, so that nothing merges at their border",
+        outcome="one BOS at the front; prompt and response are tokenized apart, so that nothing merges at their border",
         tries=2,
     )
 
@@ -271,20 +271,20 @@ LONG = Record("one plus two plus one", "is three", source="a:1")  # 5 + 2 tokens
 SHORT = Record("one", "is", source="a:2")
 
 
-def tokenised(records, tokenizer, max_length, overlength):
+def tokenized(records, tokenizer, max_length, overlength):
     load_report, settings = LoadReport(), DataSettings("rows.jsonl", max_length=max_length, overlength=overlength)
     rows = map(prompt_and_response, tokenize_records(iter(records), tokenizer, settings, load_report))
     return [(record.source, prompt, response) for record, prompt, response in rows], load_report
 
 
 def test_a_row_of_exactly_max_length_fits():
-    rows, load_report = tokenised([LONG], WITH_BOS, 9, "error")
+    rows, load_report = tokenized([LONG], WITH_BOS, 9, "error")
     assert rows == [("a:1", [BOS, 3, 5, 4, 5, 3], [6, 7, EOS])]
     assert load_report == LoadReport()
 
 
 def test_an_overlong_row_is_dropped_and_reported():
-    rows, load_report = tokenised([LONG, SHORT], WITH_BOS, 8, "drop")
+    rows, load_report = tokenized([LONG, SHORT], WITH_BOS, 8, "drop")
     assert rows == [("a:2", [BOS, 3], [6, EOS])]
     assert (load_report.overlength_rows.count, load_report.overlength_rows.first) == (1, [("a:1", "9 tokens")])
 
@@ -292,7 +292,7 @@ def test_an_overlong_row_is_dropped_and_reported():
 def test_an_overlong_row_is_an_error_under_error():
     message = r"rows over data\.max_length 3 \(2\): a:1: 9 tokens; a:2: 4 tokens\. Raise it, or set data\.overlength"
     with pytest.raises(UserError, match=message):
-        tokenised([LONG, SHORT], WITH_BOS, 3, "error")
+        tokenized([LONG, SHORT], WITH_BOS, 3, "error")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_an_overlong_row_is_an_error_under_error():
     ],
 )
 def test_prompts_are_cut_from_the_left_and_responses_never(tokenizer, max_length, prompt):
-    rows, load_report = tokenised([LONG], tokenizer, max_length, "truncate_prompt")
+    rows, load_report = tokenized([LONG], tokenizer, max_length, "truncate_prompt")
     if prompt is None:
         assert rows == []
         assert (load_report.overlength_rows.count, load_report.truncated_prompts) == (1, 0)

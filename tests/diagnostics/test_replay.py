@@ -59,7 +59,7 @@ def test_the_first_activation_that_is_not_finite_is_named_by_the_innermost_layer
 
 def test_only_the_row_that_has_the_broken_token_is_not_finite(model):
     rows = broken(model, "model.embed_tokens.weight", index=9 * model.config.hidden_size)
-    # The two are tied: as an output the token spoils every row's normaliser, as an input the first row's alone.
+    # The two are tied: as an output the token spoils every row's normalizer, as an input the first row's alone.
     assert [row.first_not_finite for row in rows] == ["the logits, or the loss of them"] * 2
     rows = broken(model, "model.embed_tokens.weight", index=8 * model.config.hidden_size)
     assert [row.first_not_finite for row in rows] == [

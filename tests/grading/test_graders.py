@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.errors import UserError
-from sft_lightning.grading import math_processes as grading_pool
+from sft_lightning.grading import math_processes
 from sft_lightning.grading.graders import (
     AnswerGrader,
     ExactMatchGrader,
@@ -327,7 +327,7 @@ def test_a_later_alternative_can_still_be_right():
 def test_crash_counts_as_wrong_and_is_told_apart(tmp_path, monkeypatch, started):
     program = tmp_path / "crashing.py"
     program.write_text("import os\nprint('ready', flush=True)\ninput()\nos.abort()\n")
-    monkeypatch.setattr(grading_pool, "_PROGRAM", program)
+    monkeypatch.setattr(math_processes, "_PROGRAM", program)
     expected = Grade(format_correct=True, answer_correct=False, failure="crashed", strict_format_correct=True)
     assert grade_all(R1ZeroGrader(), [respond("1/2")] * 2, ["0.5"] * 2) == [expected] * 2
     assert all(process.returncode is not None for process in started)
@@ -335,7 +335,7 @@ def test_crash_counts_as_wrong_and_is_told_apart(tmp_path, monkeypatch, started)
 
 def test_a_process_that_does_not_start_is_no_wrong_answer(tmp_path, monkeypatch, started):
     program = tmp_path / "absent.py"
-    monkeypatch.setattr(grading_pool, "_PROGRAM", program)
+    monkeypatch.setattr(math_processes, "_PROGRAM", program)
     with pytest.raises(UserError, match=r"R1ZeroGrader failed on row 0: .*absent\.py"):
         grade_all(R1ZeroGrader(), [respond("1/2")], ["0.5"])
     assert all(process.returncode is not None for process in started)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.grading import graders as grading
-from sft_lightning.grading import math_processes as grading_pool
+from sft_lightning.grading import math_processes
 from sft_lightning.grading.graders import AnswerGrader, ExactMatchGrader, Grade, Gsm8kGrader, R1ZeroGrader, grade_all
 
 # What our own patterns, the two parsers and the tags are made of.
@@ -204,7 +204,7 @@ def test_ten_thousand_hostile_answers_in_flat_memory(monkeypatch):
         if num_graded in (2_000, 10_000):
             gc.collect()
             own[num_graded] = resident_bytes()
-            workers[num_graded] = max(resident_bytes(one._process.pid) for one in grading_pool._idle_workers)
+            workers[num_graded] = max(resident_bytes(one._process.pid) for one in math_processes._idle_workers)
     print(num_graded, failures, {"own": own, "workers": workers})
     assert num_graded == 10_000
     assert failures.keys() <= {"wrong", "timed_out", "text_after_answer"}

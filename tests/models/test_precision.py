@@ -33,6 +33,13 @@ def test_short_names_are_those_of_lightning(short, full):
     assert _convert_precision_to_unified_args(short) == full
 
 
+def test_a_precision_that_is_not_set_is_that_of_the_trainer():
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(accelerator="cpu", precision=None, logger=False, enable_checkpointing=False)
+    assert Precision.named(None) == Precision.named(trainer.precision) == Precision.named("32-true")
+
+
 def test_unknown_names_count_as_float32():
     precision = Precision.named("transformer-engine-float16")
     assert (precision.parameter_dtype, precision.matmul_dtype) == (torch.float32, torch.float32)

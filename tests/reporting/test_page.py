@@ -218,16 +218,16 @@ def test_whitespace_is_visible_until_switched_off(browser, page):
 
 CONTRAST = """
 (() => {
-  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
     const linear = (c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-    const [r, g, b] = channels(colour).map((c) => linear(c / 255));
+    const [r, g, b] = channels(color).map((c) => linear(c / 255));
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const ground = (element) => {
     for (let e = element; e; e = e.parentElement) {
-      const colour = getComputedStyle(e).backgroundColor;
-      if ((channels(colour)[3] ?? 1) === 1) return colour;
+      const color = getComputedStyle(e).backgroundColor;
+      if ((channels(color)[3] ?? 1) === 1) return color;
     }
   };
   const poor = [];

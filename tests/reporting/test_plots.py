@@ -11,14 +11,14 @@ CURVES = Lines("a", "Accuracy $x", "steps", "share", True, [Line("_a $", [(0, 0.
 BARS = Bars("b", "Failures", "step", "answers", False, ["0", "5"], {"wrong": [3.0, 1.0], "right": [1.0, 3.0]})
 
 
-@pytest.mark.parametrize(("figure", "colours"), [(CURVES, 1), (BARS, 2)])
-def test_a_plot_is_a_picture_with_something_on_it(tmp_path, figure, colours):
+@pytest.mark.parametrize(("figure", "colors"), [(CURVES, 1), (BARS, 2)])
+def test_a_plot_is_a_picture_with_something_on_it(tmp_path, figure, colors):
     write_plot(figure, tmp_path / "plot.png")
     picture = imread(tmp_path / "plot.png")
     assert picture.shape[:2] == (800, 1280)
     palette = [(0x2A / 255, 0x62 / 255, 0xA6 / 255), (0xC0 / 255, 0x5A / 255, 0x1C / 255)]
-    for colour in palette[:colours]:
-        assert (abs(picture[:, :, :3] - colour).max(axis=2) < 0.01).sum() > 500
+    for color in palette[:colors]:
+        assert (abs(picture[:, :, :3] - color).max(axis=2) < 0.01).sum() > 500
 
 
 def test_plots_need_no_screen_and_no_pyplot(tmp_path):

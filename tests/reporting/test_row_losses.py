@@ -18,11 +18,11 @@ from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a ledger: for each epoch, source -> nll per label token, of ten labels each. A part for every two rows."""
+    """Writes row losses: for each epoch, source -> nll per label token, of ten labels each. A part per two rows."""
 
-    def ledger(*epochs):
+    def write_epochs(*epochs):
         for epoch, rows in enumerate(epochs):
-            folder = tmp_path / "ledger" / f"epoch-{epoch}"
+            folder = tmp_path / "row_losses" / f"epoch-{epoch}"
             folder.mkdir(parents=True, exist_ok=True)
             items = list(rows.items())
             for part in range(0, len(items), 2):
@@ -37,7 +37,7 @@ def write(tmp_path):
                 pq.write_table(pa.table(columns), folder / f"step-{part + 1}.rank-0.parquet")
         return tmp_path
 
-    return ledger
+    return write_epochs
 
 
 def sources(rows):
@@ -49,9 +49,9 @@ def many(value, number=9):
     return {f"data:{i}": value * (0.8 + 0.05 * i) for i in range(number)}
 
 
-def test_a_run_without_a_ledger_has_no_findings(tmp_path):
+def test_a_run_without_row_losses_has_no_findings(tmp_path):
     assert read_row_losses(tmp_path) is None
-    (tmp_path / "ledger" / "epoch-0").mkdir(parents=True)
+    (tmp_path / "row_losses" / "epoch-0").mkdir(parents=True)
     assert read_row_losses(tmp_path) is None
 
 
@@ -192,7 +192,7 @@ def test_a_terminal_obeys_nothing_in_a_text(write, tmp_path):
 
 
 def test_a_damaged_part_is_named(write, tmp_path):
-    path = write({"data:1": 1.0}) / "ledger" / "epoch-0" / "step-1.rank-0.parquet"
+    path = write({"data:1": 1.0}) / "row_losses" / "epoch-0" / "step-1.rank-0.parquet"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=re.escape(f"row losses file '{path}' cannot be read")):
         read_row_losses(tmp_path)

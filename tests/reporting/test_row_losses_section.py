@@ -15,9 +15,9 @@ def contents_of(run):
     return Contents(files, before_and_after(files), figures(files), {})
 
 
-def write_ledger(run, rows, epoch):
+def write_row_losses(run, rows, epoch):
     """Rows are (source, labels, nll of the whole response)."""
-    folder = run / "ledger" / f"epoch-{epoch}"
+    folder = run / "row_losses" / f"epoch-{epoch}"
     folder.mkdir(parents=True)
     sources, num_labels, nll_sums = zip(*rows, strict=True)
     columns = {
@@ -37,7 +37,7 @@ def test_listed_rows_are_escaped(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
     for epoch, scale in enumerate((1.0, 0.5, 0.25)):
         rows = [(f"{data}:1", 2, 8.0), (f"{data}:2", 2, 2.0 * scale), (f"{data}:3", 2, 4.0 * scale)]
-        write_ledger(run, rows, epoch)
+        write_row_losses(run, rows, epoch)
     section = row_losses_section(contents_of(run))
     assert section.title == "Training rows"
     assert "3 rows in 3 complete epochs" in section.html
@@ -53,13 +53,13 @@ def test_listed_rows_are_escaped(tmp_path, write_run, samples_of):
     assert f"{data}:3" not in heart
 
 
-def test_a_run_without_a_ledger_has_no_such_section(tmp_path, write_run, samples_of):
+def test_a_run_without_row_losses_has_no_such_section(tmp_path, write_run, samples_of):
     assert row_losses_section(contents_of(write_run(tmp_path, {0: samples_of(4, 0)}))) is None
 
 
-def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
+def test_a_damaged_file_of_row_losses_is_a_note(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
-    folder = run / "ledger" / "epoch-0"
+    folder = run / "row_losses" / "epoch-0"
     folder.mkdir(parents=True)
     (folder / "step-1.rank-0.parquet").write_bytes(b"PAR1 not")
     assert "step-1.rank-0.parquet" in row_losses_section(contents_of(run)).html
@@ -67,7 +67,7 @@ def test_a_damaged_ledger_is_a_note(tmp_path, write_run, samples_of):
 
 def test_rules_that_need_more_epochs_are_named(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(4, 0)})
-    write_ledger(run, [("gone.jsonl:1", 2, 8.0)], 0)
+    write_row_losses(run, [("gone.jsonl:1", 2, 8.0)], 0)
     html = row_losses_section(contents_of(run)).html
     assert "Cannot be found before 3 epochs" in html
     assert "gone.jsonl:1" in html

@@ -1,9 +1,13 @@
+import enum
 import inspect
 import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
 import sft_lightning
 from sft_lightning import ExactMatchGrader, R1ZeroGrader
@@ -65,6 +69,33 @@ def test_identities_have_no_addresses_and_no_random_order():
         "inner=sft_lightning.ExactMatchGrader(ignore_case=True), "
         "names=set('a', 'b'), pairs={'x': list(2, None), 'y': 1})"
     )
+
+
+class Side(enum.Enum):
+    LEFT = 1
+    RIGHT = 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [
+        (re.compile("a"), re.compile("b"), "re.compile('a')"),
+        (Path("/a"), Path("/b"), "PosixPath('/a')"),
+        (Side.LEFT, Side.RIGHT, "<Side.LEFT: 1>"),
+        (torch.float32, torch.bfloat16, "torch.float32"),
+        (partial(int, base=2), partial(int, base=3), "functools.partial(<class 'int'>, base=2)"),
+        (partial(returns, 1), partial(returns, 2), "functools.partial(<function returns>, 1)"),
+    ],
+)
+def test_settings_without_attributes_are_told_apart(one, other, text):
+    first, second = ExactMatchGrader(), ExactMatchGrader()
+    first.ignore_case, second.ignore_case = one, other
+    assert identity(first) == f"sft_lightning.ExactMatchGrader(ignore_case={text})"
+    assert identity(first) != identity(second)
+
+
+def test_a_bound_method_of_a_builtin_has_an_identity():
+    assert identity(re.compile("a").match) == "<built-in method match of re.Pattern object>"
 
 
 def test_the_identity_of_a_recursive_object_ends():

@@ -49,7 +49,7 @@ def make_trainer(make_trainer):
 
 
 def read_rows(path, model_folder):
-    """Returns "file:line" -> (prompt ids, response ids with EOS), read and tokenised without the package."""
+    """Returns "file:line" -> (prompt ids, response ids with EOS), read and tokenized without the package."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):

@@ -62,6 +62,7 @@ def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettin
     from sft_lightning.diagnostics.check.check import CheckSettings
     from sft_lightning.diagnostics.check.rows import CheckedSet
     from sft_lightning.grading.graders import R1ZeroGrader
+    from sft_lightning.models.precision import Precision
 
     data, trainer = built.data, config.trainer
     names = ["train", "val"] if "val" in data.sets else ["train"]
@@ -74,7 +75,7 @@ def _settings(config: Any, built: Any, memory_gib: float | None) -> "CheckSettin
         grader=built.evaluation.grader or R1ZeroGrader(),
         num_graded_answers=built.evaluation.num_examples,
         model_path=config.model.model_path,
-        precision=str(trainer.precision or "32-true"),
+        precision=Precision.named(trainer.precision),
         gradient_checkpointing=config.model.gradient_checkpointing,
         with_entropy=config.model.log_token_statistics,
         device=_device(trainer, memory_gib),

@@ -86,7 +86,7 @@ def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
         accumulate=trainer.accumulate_grad_batches,
         clipping=clipping,
         accelerator=trainer.accelerator,
-        precision=Precision.named(trainer.precision or "32-true"),
+        precision=Precision.named(trainer.precision),
         seed=config.seed_everything if isinstance(config.seed_everything, int) else 42,
         num_steps=num_steps,
         folder=folder,

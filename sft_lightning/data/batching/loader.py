@@ -1,4 +1,4 @@
-"""Loaders: planned micro-batches, collated from the token store, from any point of an epoch on."""
+"""Load planned micro-batches, collated from the token store, from any position of an epoch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,15 +15,15 @@ from sft_lightning.data.token_store import TokenStore
 
 
 class MicroBatches(Dataset):
-    """Micro-batch i of one replica, collated when asked for. Picklable, so that worker processes can hold it.
+    """The micro-batches of one replica, collated on access. Picklable, so that worker processes can hold it.
 
     Args:
-        store: The tokenised examples.
-        planned: Micro-batch i's rows and weights.
-        length: Micro-batches there are.
-        pad_token_id: Fills rows up.
+        store: The tokenized examples.
+        planned: Returns the rows and weights of micro-batch i.
+        length: Number of micro-batches.
+        pad_token_id: Fills padding.
         pad_to_multiple_of: Rounds row lengths up.
-        layout: How a micro-batch lays its rows out.
+        layout: Of each micro-batch.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MicroBatches(Dataset):
 
 
 class TrainingShare:
-    """One replica's micro-batches of an epoch, as :class:`MicroBatches` asks for them."""
+    """The planned micro-batches of one replica in an epoch, by index."""
 
     def __init__(self, plan: EpochPlan, replica: int) -> None:
         self._plan = plan
@@ -64,7 +64,7 @@ class TrainingShare:
 
 
 class ValidationShare:
-    """One replica's batches of a validation set; every label weighs 1, so that sums are sums over tokens."""
+    """The batches of one replica in a validation set. Every label weighs 1, so that sums are sums over tokens."""
 
     def __init__(self, batches: Sequence[np.ndarray]) -> None:
         self._batches = batches
@@ -75,17 +75,17 @@ class ValidationShare:
 
 
 class PlannedLoader:
-    """Iterates over micro-batches, each time from where ``open_epoch`` says.
+    """Iterates over micro-batches, each time from the position that ``open_epoch`` returns.
 
-    Deliberately no DataLoader: into one of those Lightning injects a sampler that repeats rows under several devices,
-    and it restores a position of its own on resume, which it gets wrong in five ways.
+    Deliberately no DataLoader: Lightning injects a sampler into a DataLoader that repeats rows on several devices, and
+    restores a wrong position on resume.
 
     Args:
         length: Micro-batches of a whole epoch.
         open_epoch: Called at the start of each iteration; returns the epoch's micro-batches and the first to yield.
-        num_workers: Processes that collate; 0 collates in this one.
+        num_workers: Number of processes that collate; 0 collates in this one.
         pin_memory: Copy into page-locked memory, for asynchronous copies to a GPU.
-        timeout_seconds: How long to wait for a micro-batch of the workers.
+        timeout_seconds: The longest wait for a micro-batch of the workers.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class PlannedLoader:
         return WatchedWorkers(lambda: iter(batches), self._num_workers, self._timeout_seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the position follows from the loop counters. Tells Lightning that this loader resumes."""
+        """Returns nothing: the position follows from the loop counters. Its presence marks the loader as resumable."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class PlannedLoader:
 
 
 class RecordBatches:
-    """Records in file order, ``batch_size`` at a time. Deliberately no list: Lightning takes one for several loaders.
+    """Records in file order, ``batch_size`` at a time. No list: Lightning treats a list as several loaders.
 
     Args:
         records: The records of one replica.

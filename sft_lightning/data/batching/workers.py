@@ -1,4 +1,4 @@
-"""Worker processes that collate: what is said when one dies or hangs, and that none outlives its run."""
+"""Watch the worker processes that collate: report one that dies or hangs, and let none outlive its run."""
 
 import multiprocessing
 import signal
@@ -20,15 +20,15 @@ _KILLED_WITHIN_SECONDS = 5.0
 
 
 class WatchedWorkers:
-    """Iterates over what worker processes collate.
+    """Iterates over micro-batches that worker processes collate.
 
     Args:
         start: Returns torch's iterator. The processes that it starts are the workers.
-        num_workers: How many.
-        timeout_seconds: How long to wait for a micro-batch.
+        num_workers: Number of workers.
+        timeout_seconds: The longest wait for a micro-batch.
 
     Raises:
-        RunFailedError: From ``next``, when a worker died, or no micro-batch came in time. No worker is left then.
+        RunFailedError: From ``next``, if a worker died or no micro-batch came in time. All workers are ended first.
     """
 
     def __init__(self, start: "Callable[[], Iterator[MicroBatch]]", num_workers: int, timeout_seconds: int) -> None:
@@ -54,10 +54,10 @@ class WatchedWorkers:
             return next(self._batches)
         except StopIteration:
             raise
-        except Exception as error:  # of torch's when it misses a worker; of the operating system's in mid-transfer
+        except Exception as error:  # torch's for a missing worker, or the operating system's during a transfer
             died = [f"pid {worker.pid} {_describe_end(worker)}" for worker in self._workers if worker.exitcode]
             if not self._wait.was_too_long and not died:
-                raise  # what a worker itself could not do
+                raise  # an error inside a worker
             for worker in self._workers:
                 worker.kill()
             for worker in self._workers:
@@ -82,14 +82,14 @@ class WatchedWorkers:
 
 
 def ignore_signals(worker: int) -> None:
-    """To be called in each worker: schedulers signal all processes of a job, and the main one decides what follows."""
+    """Ignores the signals that schedulers send to all processes of a job. Call it in each worker."""
     for each in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
 
 
 @dataclass
 class _Wait:
-    """The main thread's wait for a micro-batch, for the thread that watches it."""
+    """The state of the main thread's wait for a micro-batch, shared with the watching thread."""
 
     number: int = 0
     is_on: bool = False
@@ -97,12 +97,12 @@ class _Wait:
 
 
 def _kill_in_time(wait: _Wait, workers: list[BaseProcess], timeout_seconds: int, ended: threading.Event) -> None:
-    """Kills the workers when a wait for them lasts too long: whoever waits then gets an error.
+    """Kills the workers if a wait for them lasts too long. The waiting thread then gets an error.
 
-    A time-out of torch's would not do: it ends waiting for a message, and not waiting for the tensor behind a message,
-    which a worker that was stopped never hands over.
+    The timeout of torch's DataLoader is not enough: it limits the wait for a message, but not the wait for the tensor
+    behind the message, which a suspended worker never sends.
     """
-    # Turns are counted, and no clock is read, which goes on while a job is suspended by its user.
+    # Count turns instead of reading a clock: a clock continues while the user suspends the job.
     turns, last = 0, 0
     while not ended.wait(_LOOK_EVERY_SECONDS):
         turns = turns + 1 if wait.is_on and wait.number == last else 0
@@ -110,25 +110,25 @@ def _kill_in_time(wait: _Wait, workers: list[BaseProcess], timeout_seconds: int,
         if turns * _LOOK_EVERY_SECONDS >= timeout_seconds:
             wait.was_too_long = True
             for worker in workers:
-                worker.kill()  # a stopped process hears nothing else; and Python waits for its children in the end
+                worker.kill()  # no other signal ends a suspended process
             return
 
 
 @contextmanager
 def _no_handler_of_deaths() -> Iterator[None]:
-    """Undoes torch's handler of SIGCHLD, set within, which raises the death of a worker wherever the program is.
+    """Removes the handler of SIGCHLD that torch sets in the block.
 
-    In the middle of an update, say, or of a checkpoint. Without it, torch notices a dead worker where it is missed:
-    when its micro-batch does not come.
+    It raises an error wherever the program is when a worker dies, for example in the middle of an update or of a
+    checkpoint. Without it, torch notices a dead worker when its micro-batch does not come.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield  # no handler can be set here, nor does torch
+        yield  # torch sets no handler here either
         return
     before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        if before is not None:  # a handler that was not set from Python
+        if before is not None:  # None: a handler that was not set from Python
             signal.signal(signal.SIGCHLD, before)
 
 

@@ -43,7 +43,6 @@ class CheckSettings:
     Attributes:
         sets: The training set, then the validation set if there is one.
         num_graded_answers: ``evaluation.num_examples``.
-        precision: The Trainer's name of it.
     """
 
     sets: tuple[CheckedSet, ...]
@@ -54,7 +53,7 @@ class CheckSettings:
     grader: Grader
     num_graded_answers: int
     model_path: str
-    precision: str
+    precision: Precision
     gradient_checkpointing: bool
     with_entropy: bool
     device: Device
@@ -223,7 +222,7 @@ def _memory(settings: CheckSettings, shape: ModelShape, layout: LayoutStatistics
     return estimate_memory(
         shape,
         layout.largest,
-        precision=Precision.named(settings.precision),
+        precision=settings.precision,
         device=settings.device,
         packed=layout.layout != "padded",
         with_entropy=settings.with_entropy,

@@ -1,4 +1,4 @@
-"""The self-test of gradients: a few steps in every layout and split against each row alone."""
+"""Compare the gradients of a few steps, in every layout and split, with those of each row alone."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -24,18 +24,18 @@ from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import is_out_of_memory
 from sft_lightning.training.datamodule import SFTDataModule
 
-# Relative, of gradients and losses; of 16 bits the last bit is 0.4% in bfloat16.
+# Relative differences of gradients and losses. The last bit of bfloat16 is 0.4%.
 _EXACT, _HALF = 1e-5, 5e-2
-# Of a single label's loss, relative to the mean.
+# Differences of a single label's loss, relative to the mean loss.
 _EXACT_LABEL, _HALF_LABEL = 1e-4, 5e-2
 
 
 class LayoutRefusedError(Exception):
-    """The model cannot be given a layout; the text says why."""
+    """The model does not support a layout. The text says why."""
 
 
 class _Watcher(Callback):
-    """Keeps the rows, the loss and the gradient of each step, with dropout off; and the reference, if asked for."""
+    """Keeps the rows, the loss and the gradient of each step, with dropout off, and the reference on request."""
 
     def __init__(self, layout: Layout, *, with_reference: bool) -> None:
         self.layout = layout
@@ -53,7 +53,7 @@ class _Watcher(Callback):
             raise LayoutRefusedError(str(error)) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.eval()  # dropout draws other numbers in another split
+        pl_module.eval()  # dropout draws different numbers in each split
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int
@@ -73,7 +73,8 @@ class _Watcher(Callback):
         if not self.with_reference:
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        store, model, precision = data.training_tokens, pl_module.model, trainer.precision_plugin.forward_context
+        module: Any = pl_module
+        store, model, precision = data.training_tokens, module.model, trainer.precision_plugin.forward_context
         rows = {}
         for index in range(len(store)):
             example = store[index]
@@ -81,31 +82,31 @@ class _Watcher(Callback):
         weighting = Weighting(data.loss_normalization, data.normalize_constant)
         for step in self.steps:
             step_rows = [rows[source] for source in step.sources]
-            self.reference.append(reference_step(model, step_rows, weighting, precision))  # type: ignore[arg-type]
-            difference = chunked_loss_difference(model, step_rows, precision)  # type: ignore[arg-type]
+            self.reference.append(reference_step(model, step_rows, weighting, precision, module.loss))
+            difference = chunked_loss_difference(model, step_rows, precision)
             self.label_difference = max(self.label_difference, difference)
 
 
-def check_gradients(trial: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
+def check_gradients(setup: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
     """Yields an outcome for the chunked loss and for each layout and split.
 
-    Weights stay as they are: every step is taken at a learning rate of 0.
+    The weights do not change: every step has a learning rate of 0.
 
     Args:
-        trial: What to try, in which precision.
+        setup: What to run, in which precision.
         tolerance: Of gradients; by default 1e-5 in float32, and 5e-2 of the whole gradient in 16 bits.
     """
-    exact = not trial.precision.is_16_bit
+    exact = not setup.precision.is_16_bit
     allowed = tolerance or (_EXACT if exact else _HALF)
-    module = trial.module(learning_rate=0.0, lr_schedule="constant", warmup_steps=0, warmup_ratio=0.0)
+    module = setup.module(learning_rate=0.0, lr_schedule="constant", warmup_steps=0, warmup_ratio=0.0)
     reference: list[Step] = []
     for layout in LAYOUTS:
-        for batch_size, accumulate in trial.splits:
+        for batch_size, accumulate in setup.splits:
             check = f"gradient, {layout}, {batch_size} x {accumulate}"
             watcher = _Watcher(layout, with_reference=not reference)
-            data = trial.few_rows(layout=layout, batch_size=batch_size, num_workers=0)
+            data = setup.few_rows(layout=layout, batch_size=batch_size, num_workers=0)
             try:
-                trial.trainer(accumulate, [watcher], max_epochs=1).fit(module, data)
+                setup.trainer(accumulate, [watcher], max_epochs=1).fit(module, data)
             except LayoutRefusedError as error:
                 # There is no other layout to fall back to.
                 yield Outcome(f"gradient, {layout}", float("inf") if layout == "padded" else None, allowed, str(error))
@@ -125,27 +126,27 @@ def check_gradients(trial: SelftestSetup, tolerance: float | None = None) -> Ite
             return
 
 
-def settled(outcomes: Iterable[Outcome], trial: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
-    """Yields outcomes in float32, those that failed once more in float64: rounding shrinks there, and a fault does not.
+def settled(outcomes: Iterable[Outcome], setup: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
+    """Yields outcomes, and repeats in float64 those that failed in float32: rounding shrinks there, faults do not.
 
     Gradients of a deep model may differ by more than 1e-5 in a tensor whose gradient is small.
 
     Args:
         outcomes: From :func:`check_gradients`.
-        trial: What they were of.
-        tolerance: As given to that.
+        setup: What was run.
+        tolerance: As for :func:`check_gradients`.
     """
     float32, float64 = Precision.named("32-true"), Precision.named("64-true")
     failed: list[Outcome] = []
     for outcome in outcomes:
-        if trial.precision == float32 and outcome.failed and math.isfinite(outcome.difference or 0.0):
+        if setup.precision == float32 and outcome.failed and math.isfinite(outcome.difference or 0.0):
             failed.append(outcome)
         else:
             yield outcome
     if not failed or torch.backends.mps.is_available():  # Apple's GPUs have no float64
         yield from failed
         return
-    in_float64 = {each.check: each for each in check_gradients(replace(trial, precision=float64), tolerance)}
+    in_float64 = {each.check: each for each in check_gradients(replace(setup, precision=float64), tolerance)}
     for outcome in failed:
         again = in_float64.get(outcome.check)
         if again is None or again.difference is None or again.failed:

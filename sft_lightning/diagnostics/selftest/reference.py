@@ -1,4 +1,4 @@
-"""The reference of the self-test: each row alone through the model's own forward, and the loss by its formula."""
+"""Compute the self-test's reference: each row alone through the model's own forward, and the loss by its formula."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sft_lightning.data.batch import Example
 from sft_lightning.data.batching.collate import collate
+from sft_lightning.losses.base import Loss
 from sft_lightning.losses.model_hooks import label_losses
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimizer step had: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
+    """An optimizer step: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
 
     sources: tuple[str, ...]
     loss: float
@@ -28,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """How a step's loss is made of its rows: ``data.loss_normalization`` and ``data.normalize_constant``."""
+    """How the losses of a step's rows add up: ``data.loss_normalization`` and ``data.normalize_constant``."""
 
     normalization: str
     constant: float
@@ -48,41 +49,51 @@ def reference_step(
     rows: Sequence[tuple[Example, float]],
     weighting: Weighting,
     precision: Callable[[], AbstractContextManager],
+    loss: Loss | None = None,
 ) -> Step:
     """Returns a step by the model's own logits, one row at a time, and a plain cross-entropy in float32.
 
     Args:
         model: On its device; its gradients are overwritten.
         rows: The step's examples and their record weights.
-        weighting: The loss.
+        weighting: How the losses of labels add up.
         precision: Enters the precision of training.
+        loss: Takes the place of the cross-entropy.
     """
     model.zero_grad(set_to_none=True)
     examples = [example for example, _ in rows]
-    loss = 0.0
+    total = 0.0
     for example, record_weight in rows:
         with precision():
-            nll = own_losses(model, example)
-            weighted = (nll * _span_weights(example).to(nll)).sum()
-            part = weighting.weight(examples, example) * record_weight * weighted
+            logits, labels = _own_logits(model, example)
+            weights = (weighting.weight(examples, example) * record_weight * _span_weights(example)).to(logits)
+            if loss is None:
+                part = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+            else:
+                part = loss.from_logits(logits, labels, weights).weighted_sum
         part.backward()
-        loss += float(part.detach())
+        total += float(part.detach())
     sources = tuple(sorted(example.source for example in examples))
-    step = Step(sources, loss, gradients_of(model))
+    step = Step(sources, total, gradients_of(model))
     model.zero_grad(set_to_none=True)
     return step
 
 
 def own_losses(model: "PreTrainedModel", example: Example) -> Tensor:
-    """Returns the loss of each label of a row by the model's own logits. Shape [M], at least float32."""
-    losses = []
+    """Returns the cross-entropy of each label of a row by the model's own logits. Shape [M], at least float32."""
+    return F.cross_entropy(*_own_logits(model, example), reduction="none")
+
+
+def _own_logits(model: "PreTrainedModel", example: Example) -> tuple[Tensor, Tensor]:
+    """Returns the model's own logits at a row's label positions, shape [M, V], at least float32; and the labels."""
+    logits, labels = [], []
     for tokens, label_spans in example.sequences:
         ids = torch.as_tensor(tokens.astype("int64"), device=model.device)
-        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+        own = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
         for start, end, _ in label_spans:
-            predicting = logits[start - 1 : end - 1].to(torch.promote_types(logits.dtype, torch.float32))
-            losses.append(F.cross_entropy(predicting, ids[start:end], reduction="none"))
-    return torch.cat(losses)
+            logits.append(own[start - 1 : end - 1].to(torch.promote_types(own.dtype, torch.float32)))
+            labels.append(ids[start:end])
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _span_weights(example: Example) -> Tensor:

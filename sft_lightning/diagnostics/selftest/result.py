@@ -1,4 +1,4 @@
-"""What a check of the self-test found: one line of its table."""
+"""Define the result of a check of the self-test, and the differences between gradients and losses."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of the norm of the whole gradient. A smaller tensor is mostly rounding, and counts in the whole only.
+# Share of the norm of the whole gradient. A smaller tensor is mostly rounding, and counts only in the whole.
 _TINY = 1e-6
 
 
@@ -17,8 +17,8 @@ class Outcome:
 
     Attributes:
         check: What was compared.
-        difference: The largest relative difference; None where the check could not be made.
-        allowed: The largest one that passes; 0 where things must be equal bit for bit.
+        difference: The largest relative difference; None if the check could not be made.
+        allowed: The largest one that passes; 0 if the values must be bit-equal.
         note: Where the largest difference is, or why there is none.
     """
 
@@ -44,8 +44,8 @@ def gradient_difference(
     Args:
         gradients: By parameter; one that is missing counts as zero.
         reference: The same.
-        each_tensor: Looks at each tensor, and at the gradient as a whole. Otherwise at the whole only, since in 16 bits
-            tensors whose gradient is a small difference of large terms are mostly rounding.
+        each_tensor: Compares each tensor and the gradient as a whole. Otherwise only the whole: in 16 bits, tensors
+            whose gradient is a small difference of large terms are mostly rounding.
     """
     squares: dict[str, tuple[float, float]] = {}
     for name in sorted(gradients.keys() | reference.keys()):
@@ -65,7 +65,7 @@ def gradient_difference(
 
 
 def relative_difference(value: float, reference: float) -> float:
-    """Returns ``|value - reference| / |reference|``; infinite where one is no number."""
+    """Returns ``|value - reference| / |reference|``; infinite if one is NaN."""
     return _ratio(abs(value - reference), abs(reference))
 
 

@@ -1,4 +1,4 @@
-"""The self-test of checkpoints: a run that was saved and is taken up by new objects against one that goes through."""
+"""Compare a run that is saved and resumed by new objects with an uninterrupted one."""
 
 from typing import Any
 
@@ -23,51 +23,51 @@ class _Losses(Callback):
             self.values.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def check_resume(trial: SelftestSetup) -> Outcome:
-    """Returns whether a run that resumes in its second epoch has the losses and weights of a straight one.
+def check_resume(setup: SelftestSetup) -> Outcome:
+    """Returns whether a run that resumes in its second epoch has the losses and weights of an uninterrupted one.
 
-    With the config's own batches, layout, precision, optimizer and dropout; the learning rate does not warm up.
+    Both have the config's own batches, layout, precision, optimizer and dropout; the learning rate does not warm up.
     """
-    saved_at, last = trial.num_steps + 1, 2 * trial.num_steps + 1
+    saved_at, last = setup.num_steps + 1, 2 * setup.num_steps + 1
     check = f"resume, step {saved_at} to {last}"
     try:
-        losses, weights = _run(trial, "straight", last, saved_at, ckpt_path=None)
-    except UserError as error:  # which the checks of gradients have told of
+        losses, weights = _run(setup, "straight", last, saved_at, ckpt_path=None)
+    except UserError as error:  # the checks of gradients report it too
         return Outcome(check, None, 0.0, str(error))
     except (torch.OutOfMemoryError, RunFailedError) as error:
         if not is_out_of_memory(error.__cause__ or error):
             raise
         return Outcome(check, None, 0.0, "does not fit into memory")
-    checkpoint = str(trial.folder / "straight" / f"checkpoint-{saved_at}")
+    checkpoint = str(setup.folder / "straight" / f"checkpoint-{saved_at}")
     try:
-        resumed_losses, resumed_weights = _run(trial, "resumed", last, saved_at, ckpt_path=checkpoint)
+        resumed_losses, resumed_weights = _run(setup, "resumed", last, saved_at, ckpt_path=checkpoint)
     except UserError as error:
         return Outcome(check, float("inf"), 0.0, str(error))
     differing = [name for name, weight in weights.items() if not torch.equal(weight, resumed_weights[name])]
     if resumed_losses != losses[saved_at:]:
-        return Outcome(check, 1.0, 0.0, f"other losses: {_shown(resumed_losses)}, straight {_shown(losses[saved_at:])}")
+        return Outcome(check, 1.0, 0.0, f"other losses: {_shown(resumed_losses)}, expected {_shown(losses[saved_at:])}")
     share = len(differing) / len(weights)
     note = f"{len(differing)} of {len(weights)} tensors differ, {differing[0]} first" if differing else "bit for bit"
     return Outcome(check, share, 0.0, note)
 
 
 def _run(
-    trial: SelftestSetup, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
+    setup: SelftestSetup, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Returns the losses of the steps that were taken, and the weights in the end."""
+    """Returns the losses of the steps of this run, and the final weights."""
     losses = _Losses()
-    saving = HFCheckpoint(str(trial.folder / name), every_n_train_steps=saved_at)
-    trainer = trial.trainer(
-        trial.accumulate,
+    saving = HFCheckpoint(str(setup.folder / name), every_n_train_steps=saved_at)
+    trainer = setup.trainer(
+        setup.accumulate,
         [losses, saving],
         max_epochs=-1,
         max_steps=max_steps,
         enable_checkpointing=True,
-        # Bit-equality takes kernels that add in one order. On a CPU all of them do.
-        deterministic="warn" if trial.accelerator != "cpu" and torch.cuda.is_available() else None,
+        # Bit-equality needs kernels that add in a fixed order. On a CPU all of them do.
+        deterministic="warn" if setup.accelerator != "cpu" and torch.cuda.is_available() else None,
     )
-    module = trial.module(warmup_steps=0, warmup_ratio=0.0)
-    trainer.fit(module, trial.few_rows(), ckpt_path=ckpt_path, weights_only=True)
+    module = setup.module(warmup_steps=0, warmup_ratio=0.0)
+    trainer.fit(module, setup.few_rows(), ckpt_path=ckpt_path, weights_only=True)
     assert module.model is not None
     return losses.values, {key: weight.cpu() for key, weight in module.model.state_dict().items()}
 

@@ -1,4 +1,4 @@
-"""What the self-test tries, and the trainers, modules and data of the user's that it tries it with."""
+"""Define what the self-test runs: a config of ``fit``, cut down to a few optimizer steps."""
 
 import copy
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class SelftestSetup:
         clipping: The Trainer's gradient_clip_val and gradient_clip_algorithm.
         accelerator: The Trainer's.
         precision: The Trainer's.
-        seed: Of weights that begin random.
+        seed: Of random initial weights.
         num_steps: Optimizer steps of an epoch; the last one is short.
-        folder: For whatever is written.
+        folder: Folder for all files of the self-test.
     """
 
     data: SFTDataModule
@@ -55,12 +55,12 @@ class SelftestSetup:
         return list(dict.fromkeys(splits))
 
     def few_rows(self, **options: Any) -> SFTDataModule:
-        """Returns the data with the first rows only, as many as the steps take, and without validation.
+        """Returns the data with only the first rows, as many as the steps need, and without validation.
 
         Args:
-            options: Attributes that shall be others.
+            options: Attributes to change.
         """
-        data = copy.copy(self.data)  # shares the tokens that were read
+        data = copy.copy(self.data)  # shares the loaded tokens
         num_rows = (self.num_steps - 1) * self.examples_per_step + max(1, self.examples_per_step // 3)
         train = self.data.settings("train")
         data.sets = {"train": replace(train, max_examples=min(num_rows, train.max_examples or num_rows))}
@@ -71,14 +71,14 @@ class SelftestSetup:
         return data
 
     def module(self, **options: Any) -> SFTModule:
-        """Returns a new module of the config, with other options where given. Random weights follow the seed."""
+        """Returns a new module of the config with some options changed. Random weights follow the seed."""
         seed_everything(self.seed, verbose=False)
         module = copy.deepcopy(self.model)
         module.hparams.update({"compile": False, **options})
         return module
 
     def trainer(self, accumulate: int, callbacks: Sequence[Callback], **options: Any) -> Trainer:
-        """Returns a quiet Trainer on one device, which writes nothing by itself."""
+        """Returns a Trainer on one device that prints and writes nothing."""
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         return Trainer(
             accelerator=self.accelerator,

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sft_lightning.checkpointing.run_folder import register_file
 from sft_lightning.distributed.collectives import all_gather_objects
+from sft_lightning.system.files import write_atomically
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -37,6 +38,6 @@ class PredictionWriter(BasePredictionWriter):
         rows = [row for group in zip_longest(*parts) for row in group if row is not None]
         if trainer.is_global_zero:
             register_file(self._path.parent, self._path.name)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self._path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            with write_atomically(self._path) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             print(f"wrote {len(rows)} rows to {self._path}")

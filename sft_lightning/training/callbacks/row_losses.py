@@ -13,9 +13,9 @@ from sft_lightning.data.batch import MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.loops import is_optimizer_step
 from sft_lightning.lightning_compat.trainer import is_dry_run, replicas
+from sft_lightning.reporting.row_losses import FOLDER
 from sft_lightning.system.files import unfinished, write_atomically
 
-FOLDER = "ledger"
 # Largest number of micro-batches in memory. All replicas reach it together, so they write the same parts.
 _MICRO_BATCHES_AT_ONCE = 1024
 _PART = re.compile(r"step-(\d+)\.rank-\d+\.parquet")
@@ -35,9 +35,9 @@ class RowLossRecorder(Callback):
     The values come from the training step, so they cost no forward pass; they depend on the weights at that step, and
     on dropout if the model has it. ``reporting.row_losses.read_row_losses`` finds outliers among the rows.
 
-    Each replica writes files ``ledger/epoch-<epoch>/step-<step>.rank-<replica>.parquet`` with the rows of its optimizer
-    steps up to ``step``, after those of the previous file. Columns: ``source`` (file:line), ``epoch`` (from 0),
-    ``step`` (from 1, as in ``checkpoint-<step>``), ``num_labels`` and ``nll_sum`` (float64, nats).
+    Each replica writes files ``row_losses/epoch-<epoch>/step-<step>.rank-<replica>.parquet`` with the rows of its
+    optimizer steps up to ``step``, after those of the previous file. Columns: ``source`` (file:line), ``epoch``
+    (from 0), ``step`` (from 1, as in ``checkpoint-<step>``), ``num_labels`` and ``nll_sum`` (float64, nats).
 
     A file ends where a checkpoint is saved, and is on disk before the checkpoint is: after a kill and a resume, each
     row of an epoch is recorded once.
@@ -136,7 +136,7 @@ def _write_table(table: Any, path: Path) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def _drop_steps_after(ledger: Path, step: int) -> None:
+def _drop_steps_after(folder: Path, step: int) -> None:
     """Drops the rows that a run which resumes after ``step`` writes again.
 
     A file ends where its run saved a checkpoint, so it is usually kept or deleted whole. It is cut only if the run
@@ -145,9 +145,9 @@ def _drop_steps_after(ledger: Path, step: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    for path in (path for epoch in ledger.glob("epoch-*") for path in unfinished(epoch, "step-*")):
+    for path in unfinished(folder, "epoch-*/step-*"):
         path.unlink()
-    for path in ledger.glob("epoch-*/step-*.parquet"):
+    for path in folder.glob("epoch-*/step-*.parquet"):
         match = _PART.fullmatch(path.name)
         if match is None or int(match[1]) <= step:
             continue

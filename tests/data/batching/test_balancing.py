@@ -52,6 +52,15 @@ def test_a_prompt_with_several_responses_stays_together():
     assert [unique_tokens([mixed[row] for row in group]) for group in groups] == [16 + 2 * (16 + 6)] * 2
 
 
+def test_rows_of_a_sharing_group_are_in_the_order_of_their_prefixes():
+    """The order decides how gradients round: a run would not repeat bit for bit if it followed the cost."""
+    rows = [
+        example([*PREAMBLE, *[question] * 16], [1] * num_labels) for question, num_labels in ((9, 9), (3, 2), (5, 4))
+    ]
+    (group,) = dealt(rows, 1)
+    assert group.tolist() == [1, 2, 0]
+
+
 def of_question(question, num_labels, num_rows=1):
     """Rows that share 32 prompt tokens, 16 of them with the rows of other questions."""
     return [example([*PREAMBLE, *[question] * 16], [1] * num_labels) for _ in range(num_rows)]

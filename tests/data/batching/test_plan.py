@@ -349,7 +349,7 @@ def test_weights_are_those_of_the_formulas(num_examples, shape, limit, mode, lay
 
 
 @given(st.integers(1, 60), st.sampled_from(["token", "sequence", "constant"]))
-def test_weights_do_not_depend_on_the_dealing(num_examples, mode):
+def test_weights_do_not_depend_on_the_balancing(num_examples, mode):
     totals = lengths_for(num_examples)
 
     def weights(shape):

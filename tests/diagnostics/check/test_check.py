@@ -14,6 +14,7 @@ from sft_lightning.diagnostics.check.memory_estimate import Device
 from sft_lightning.diagnostics.check.rows import CheckedSet
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import R1ZeroGrader
+from sft_lightning.models.precision import Precision
 from sft_lightning.quickstart.arithmetic import write_arithmetic
 from sft_lightning.quickstart.tiny_model import write_tiny_model
 
@@ -56,7 +57,7 @@ def settings(quickstart, tmp_path):
             grader=R1ZeroGrader(),
             num_graded_answers=200,
             model_path=str(quickstart / "model"),
-            precision="32-true",
+            precision=Precision.named("32-true"),
             gradient_checkpointing=False,
             with_entropy=True,
             device=Device("the test's", 8 * 2**30, is_cuda=False, is_known=True),

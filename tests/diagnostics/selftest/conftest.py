@@ -1,4 +1,4 @@
-"""A trial of the tiny model on the 42 rows: steps of eight rows, the second one of two."""
+"""A self-test of the tiny model on the 42 rows: steps of eight rows, the second one of two."""
 
 import pytest
 

@@ -10,10 +10,27 @@ from transformers import MambaConfig, MambaForCausalLM, Qwen2Model
 from sft_lightning.data.batching import plan
 from sft_lightning.diagnostics.selftest.gradients import check_gradients, settled
 from sft_lightning.losses.linear_cross_entropy import linear_cross_entropy
+from sft_lightning.losses.token_loss import TokenLoss
 
 
-def verdicts(trial, **options):
-    return {outcome.check: outcome for outcome in check_gradients(trial, **options)}
+class DoubledFromHidden(TokenLoss):
+    """Twice the cross-entropy, in chunks only."""
+
+    def from_hidden(self, *args, **kwargs):
+        losses = super().from_hidden(*args, **kwargs)
+        return losses._replace(weighted_sum=2 * losses.weighted_sum)
+
+
+class DoubledLoss(DoubledFromHidden):
+    """Twice the cross-entropy."""
+
+    def from_logits(self, *args, **kwargs):
+        losses = super().from_logits(*args, **kwargs)
+        return losses._replace(weighted_sum=2 * losses.weighted_sum)
+
+
+def verdicts(setup, **options):
+    return {outcome.check: outcome for outcome in check_gradients(setup, **options)}
 
 
 def failed(outcomes):
@@ -31,6 +48,12 @@ def test_every_layout_and_split_passes(make_setup, normalization):
     assert all(0 < outcome.difference < 1e-5 for outcome in outcomes.values())
 
 
+def test_a_loss_by_class_path_is_compared_with_itself_on_logits(make_setup):
+    assert failed(verdicts(make_setup(model={"loss": DoubledLoss()}))) == set()
+    outcomes = verdicts(make_setup(model={"loss": DoubledFromHidden()}))
+    assert failed(outcomes) == outcomes.keys() - {"loss, in chunks"}
+
+
 def test_dropout_is_off_and_weights_stay(make_setup, dropout_model_folder):
     outcomes = verdicts(make_setup(model={"model_path": dropout_model_folder}))
     assert failed(outcomes) == set()
@@ -44,11 +67,11 @@ def test_record_weights_count(make_setup, tmp_path, train_file):
 
 
 def test_sixteen_bits_have_a_tolerance_of_their_own(make_setup):
-    trial = make_setup(precision="bf16-mixed")
-    outcomes = verdicts(trial)
+    setup = make_setup(precision="bf16-mixed")
+    outcomes = verdicts(setup)
     assert failed(outcomes) == set()
     assert outcomes["gradient, packed, 4 x 2"].allowed == 5e-2
-    assert failed(verdicts(trial, tolerance=1e-6)) >= {"gradient, packed, 4 x 2", "gradient, shared_prefix, 8 x 1"}
+    assert failed(verdicts(setup, tolerance=1e-6)) >= {"gradient, packed, 4 x 2", "gradient, shared_prefix, 8 x 1"}
 
 
 def test_a_model_whose_rows_look_at_each_other_fails(make_setup, monkeypatch):
@@ -88,11 +111,11 @@ def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_setup, mon
 
 
 def test_rounding_is_told_from_a_fault_in_float64(make_setup, monkeypatch):
-    trial, tolerance = make_setup(), 2e-7
-    before = verdicts(trial, tolerance=tolerance)
+    setup, tolerance = make_setup(), 2e-7
+    before = verdicts(setup, tolerance=tolerance)
     rounded = failed(before)
     assert rounded >= {"gradient, packed, 4 x 2"}
-    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    after = {outcome.check: outcome for outcome in settled(before.values(), setup, tolerance)}
     assert after.keys() == before.keys()
     assert failed(after) == set()
     assert "in float32 are rounding (the gradient of model." in after["gradient, packed, 4 x 2"].note
@@ -104,8 +127,8 @@ def test_rounding_is_told_from_a_fault_in_float64(make_setup, monkeypatch):
         "label_weights",
         lambda mode, lengths, *rest: right(mode, lengths, *rest) * (1 + 1e-5 * (len(lengths) > 1)),
     )
-    before = verdicts(trial, tolerance=tolerance)
-    after = {outcome.check: outcome for outcome in settled(before.values(), trial, tolerance)}
+    before = verdicts(setup, tolerance=tolerance)
+    after = {outcome.check: outcome for outcome in settled(before.values(), setup, tolerance)}
     assert failed(after) == {check for check in before if check.startswith("gradient, ") and "8 x 1" not in check}
 
 
@@ -130,8 +153,8 @@ def mamba_folder(tmp_path_factory, tokenizer):
 
 
 def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_setup, mamba_folder):
-    trial = make_setup({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
-    outcomes = verdicts(trial)
+    setup = make_setup({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
+    outcomes = verdicts(setup)
     assert failed(outcomes) == set()
     assert outcomes["gradient, padded, 4 x 2"].verdict == "pass"
     assert outcomes["gradient, packed"].verdict == outcomes["gradient, shared_prefix"].verdict == "not tried"

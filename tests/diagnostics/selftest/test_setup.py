@@ -18,12 +18,12 @@ def test_splits_are_of_the_same_step(make_setup, batch_size, accumulate, splits)
 
 
 def test_few_rows_are_full_steps_and_a_short_one(make_setup):
-    trial = make_setup(num_steps=3)
-    data = trial.few_rows(layout="packed", batch_size=1)
+    setup = make_setup(num_steps=3)
+    data = setup.few_rows(layout="packed", batch_size=1)
     assert len(data.training_tokens) == 8 + 8 + 2
-    assert (data.layout, data.batch_size, trial.data.layout, trial.data.batch_size) == ("packed", 1, "auto", 4)
+    assert (data.layout, data.batch_size, setup.data.layout, setup.data.batch_size) == ("packed", 1, "auto", 4)
     assert list(data.sets) == ["train"]
-    assert len(trial.few_rows().training_tokens) == 18  # read once
+    assert len(setup.few_rows().training_tokens) == 18  # read once
 
 
 def test_fewer_rows_stay_fewer(make_setup):
@@ -36,10 +36,10 @@ def test_a_mean_of_means_is_tried_as_the_mean(make_setup):
 
 
 def test_a_module_is_new_and_has_the_configs_options(make_setup):
-    trial = make_setup(model={"weight_decay": 0.5})
-    module = trial.module(learning_rate=0.0)
+    setup = make_setup(model={"weight_decay": 0.5})
+    module = setup.module(learning_rate=0.0)
     assert (module.hparams["learning_rate"], module.hparams["weight_decay"]) == (0.0, 0.5)
-    assert trial.model.hparams["learning_rate"] == 1e-2
+    assert setup.model.hparams["learning_rate"] == 1e-2
     assert torch.initial_seed() == 3
 
 

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.checkpointing import folder as checkpoint_folder
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder
 from sft_lightning.errors import UserError
-from sft_lightning.training.callbacks import row_losses as row_ledger
+from sft_lightning.training.callbacks import row_losses
 from sft_lightning.training.callbacks.row_losses import RowLossRecorder
 
 LAYOUTS = ["padded", "packed", "shared_prefix"]
@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
 
 
 def parts(run):
-    return sorted((run / "ledger").glob("epoch-*/*"))
+    return sorted((run / "row_losses").glob("epoch-*/*"))
 
 
 def entries(run):
@@ -121,7 +121,7 @@ def test_a_repeated_epoch_has_the_same_rows_again(fit, tmp_path):
 
 def test_memory_is_bounded_by_writing_more_parts(fit, tmp_path, monkeypatch):
     fit(callbacks=(RowLossRecorder(str(tmp_path / "one")),))
-    monkeypatch.setattr(row_ledger, "_MICRO_BATCHES_AT_ONCE", 3)
+    monkeypatch.setattr(row_losses, "_MICRO_BATCHES_AT_ONCE", 3)
     fit(callbacks=(RowLossRecorder(str(tmp_path / "many")),))
     # Two micro-batches a step: a third one is there in the middle of a step, and the part ends with it.
     assert [path.name for path in parts(tmp_path / "many")] == [
@@ -141,7 +141,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def whole(fit, straight):
-    """The ledger of a run that nothing interrupted."""
+    """The row losses of a run that nothing interrupted."""
     if not (straight / "final").exists():
         fit(straight, checkpoint={"every_n_train_steps": 1}, callbacks=(RowLossRecorder(),))
     return entries(straight)
@@ -180,7 +180,7 @@ def test_rows_are_recorded_once_after_a_crash_before_the_checkpoint(fit, tmp_pat
         patches.setattr(checkpoint_folder, "publish", dies)
         with pytest.raises(RuntimeError, match="killed"):
             fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),))
-    assert (tmp_path / "ledger" / "epoch-1" / "step-8.rank-0.parquet").exists()
+    assert (tmp_path / "row_losses" / "epoch-1" / "step-8.rank-0.parquet").exists()
     fit(tmp_path, checkpoint=saves, callbacks=(RowLossRecorder(),), ckpt_path=str(tmp_path / "checkpoint-4"))
     assert entries(tmp_path) == whole
 
@@ -198,7 +198,7 @@ def test_a_file_is_cut_at_the_resumed_step(fit, tmp_path, whole):
 
 
 def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
-    folder = tmp_path / "ledger" / "epoch-0"
+    folder = tmp_path / "row_losses" / "epoch-0"
     folder.mkdir(parents=True)
     (folder / ".step-4.rank-0.parquet.tmp-1").write_text("half")
     (folder / "mine.parquet").write_text("mine")
@@ -209,10 +209,10 @@ def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
 # The run folder
 
 
-def test_overwriting_a_run_deletes_its_ledger(fit, tmp_path):
+def test_overwriting_a_run_deletes_its_row_losses(fit, tmp_path):
     fit(tmp_path, callbacks=(RowLossRecorder(),))
     assert len(parts(tmp_path)) == 2
-    claims.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from sft_lightning.checkpointing import run_folder as claims
+from sft_lightning.checkpointing import run_folder
 from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
 
 
@@ -127,7 +127,7 @@ def test_the_file_is_registered_with_the_run(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     assert json.loads((tmp_path / "run_files.json").read_text()) == ["metrics.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]
-    claims.clear(tmp_path)
+    run_folder.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,6 @@
-"""What the row ledger costs of a step: it is on in every other optimizer step of one run of the quickstart.
+"""Measure what recording row losses adds to a step: it is on in every other optimizer step of a quickstart run.
 
-    python benchmarks/row_ledger.py [--json benchmarks/results/row-ledger.json]
+    python benchmarks/row_losses.py [--json benchmarks/results/row-losses.json]
 
 Both kinds of steps meet the same machine and rows of one kind. The time inside the callback's own hooks is taken, too,
 and so is that of writing an epoch's rows: it needs no difference of two large numbers. The first write of a process is
@@ -33,7 +33,7 @@ _ROWS_PER_STEP = 32
 
 
 class EveryOtherStep(RowLossRecorder):
-    """A ledger of the odd optimizer steps, with the seconds of each step and of its own hooks."""
+    """Records the row losses of the odd optimizer steps, with the seconds of each step and of its own hooks."""
 
     def __init__(self, output_dir: str) -> None:
         super().__init__(output_dir)
@@ -72,16 +72,16 @@ def seconds_of(work: Callable[[], None]) -> float:
 
 
 def measure(folder: Path, batch_size: int, num_epochs: int, num_rows: int | None) -> dict[str, float]:
-    """Returns the milliseconds of a step without and with the ledger, and the shares of it."""
+    """Returns the milliseconds of a step without and with recorded row losses, and the shares of it."""
     seed_everything(0, verbose=False)
-    ledger = EveryOtherStep(str(folder / f"run-{batch_size}"))
+    recorder = EveryOtherStep(str(folder / f"run-{batch_size}"))
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=num_epochs,
         accumulate_grad_batches=_ROWS_PER_STEP // batch_size,
         gradient_clip_val=1.0,
-        callbacks=[ledger],
+        callbacks=[recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -96,15 +96,15 @@ def measure(folder: Path, batch_size: int, num_epochs: int, num_rows: int | None
         cache_dir=str(folder / "tokens"),
     )
     trainer.fit(SFTModule(model, learning_rate=2e-3), data)
-    without, with_it = (statistics.median(ledger.steps[is_on]) for is_on in (False, True))
+    without, with_it = (statistics.median(recorder.steps[is_on]) for is_on in (False, True))
     return {
         "ms_without": without * 1e3,
         "ms_with": with_it * 1e3,
         "ratio": with_it / without,
-        "share_of_hooks": statistics.median(ledger.hooks) / without,
+        "share_of_hooks": statistics.median(recorder.hooks) / without,
         # Only half of the steps have rows to write; an epoch's rows are written together.
-        "share_of_writing": ledger.writing / len(ledger.hooks) / without,
-        "num_steps": len(ledger.steps[True]),
+        "share_of_writing": recorder.writing / len(recorder.hooks) / without,
+        "num_steps": len(recorder.steps[True]),
     }
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     print(table)
     if args.json:
         about = machine(SimpleNamespace(device="cpu"))
-        content = {"benchmark": "row ledger", "table": table, "results": results, "machine": about}
+        content = {"benchmark": "row losses", "table": table, "results": results, "machine": about}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
