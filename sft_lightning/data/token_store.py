@@ -250,7 +250,7 @@ def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Seq
                 shared = 0 if previous is None else num_common_tokens(previous, tokens)
                 counts = len(tokens), shared, len(label_spans)
                 rows_file.write(_SEQUENCE_RECORD.pack(start, int(line), first_span, *row, *counts))
-                tokens_file.write(tokens[shared:])
+                tokens_file.write(tokens[shared:].data)
                 for span in label_spans:
                     spans_file.write(_SPAN_RECORD.pack(*span))
                 start += len(tokens) - shared

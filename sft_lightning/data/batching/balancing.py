@@ -46,13 +46,14 @@ def balance_sharing_groups(rows: Sequence[Sequence[tuple[np.ndarray, int]]], num
     trie = _StepTrie(rows)
     order = sorted(range(len(rows)), key=trie.places.__getitem__)
     if num_groups == 1:
-        return [np.array(order)]
+        return [np.array(order, dtype=np.int64)]
     common = trie.common([trie.places[row][0] for row in order])
     num_filled = min(num_groups, len(rows))
     pieces, costs = _cut_bundles([trie.num_unique_inputs(trie.places[row]) for row in order], common, num_filled)
-    groups = []
-    for indices in _spread(costs, num_filled):
-        groups.append([order[index] for index in sorted(chain.from_iterable(map(pieces.__getitem__, indices)))])
+    groups = [
+        [order[index] for index in sorted(chain.from_iterable(map(pieces.__getitem__, indices)))]
+        for indices in _spread(costs, num_filled)
+    ]
     places = [sorted(chain.from_iterable(map(trie.places.__getitem__, group))) for group in groups]
     return _costliest_first(groups, list(map(trie.num_unique_inputs, places)), num_groups)
 
