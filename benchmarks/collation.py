@@ -28,7 +28,7 @@ STEP_TIMES = Path(__file__).parent / "results" / "throughput-float32.json"
 
 
 def seconds_a_step(store: TokenStore, layout: str, batch_size: int, rows_per_step: int) -> float:
-    """Returns the median over the steps of an epoch, the first left out: it shuffles the epoch."""
+    """Returns the median over the steps of an epoch, without the first, which shuffles the epoch."""
     shape = StepShape(batch_size, rows_per_step // batch_size, 1)
     plan = EpochPlan(
         *(store.input_lengths, store.label_lengths, store.weights),

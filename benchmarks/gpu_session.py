@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_session.py --out results [--seconds 290] [--only PART ...] [--data DIR] [--tiny]
 
-Each part runs in a process of its own with a limit on its time, the most important first. What it has found is in
+Each part runs in a separate process with a limit on its time, the most important first. What it has found is in
 ``results.json`` after every measurement, so that a part which is stopped keeps it; ``tables.txt`` is the same for
 reading, ``profiles.txt`` has the operators and kernels of a step, ``log.txt`` the parts' own output. Nothing is
 downloaded, and nothing but torch, transformers and lightning is needed.
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run_parts(args: argparse.Namespace) -> None:
-    """Runs each part in a process of its own and gathers what they have found."""
+    """Runs each part in a separate process and collects the results."""
     begun = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     args.work = args.work or Path(tempfile.mkdtemp(prefix="gpu-session-"))

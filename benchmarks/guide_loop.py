@@ -1,4 +1,4 @@
-"""The loop that the guide describes, as a script would have it.
+"""The loop of the reference script (docs/coming-from.md), the "guide's loop" of the results.
 
 Shuffled batches of 4, padded to the longest row, logits everywhere, a mean over each micro-batch's response tokens,
 divided by the accumulation, clipped at 1.0, AdamW.

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--label_tokens 1024 4096 8192] [--json benchmarks/results/memory.json]
     python benchmarks/memory.py --device cuda --dtype bfloat16
 
-Each run is a forward and a backward pass in a process of its own, in turn, A B C A B C. Peak extra memory is the
+Each run is a forward and a backward pass in a separate process, in turn, A B C A B C. Peak extra memory is the
 highest resident memory (on a GPU: the highest allocated) above that just before the pass; inputs, weight and the
 weight's gradient are there by then. The full logits are F.linear, float32, F.cross_entropy. TRL's function gets the
 label positions only, and without the entropy and accuracy that its trainer adds; ours computes its accuracy.
@@ -77,7 +77,7 @@ def main() -> None:
         return
     names = [name for name in arguments.variants if name != "TRL" or find_spec("trl")]
     if len(names) < len(arguments.variants):
-        print("TRL is not installed and left out: see requirements.txt beside this file\n")
+        print("TRL is not installed and skipped: see benchmarks/requirements.txt\n")
     results = [compare(arguments, num_labels, names) for num_labels in arguments.label_tokens]
     text = table(results, names)
     print(text)

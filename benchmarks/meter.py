@@ -122,7 +122,7 @@ class Summary:
     num_steps: int = field(default=0)
 
 
-def summarise(measurement: Measurement, config: PretrainedConfig) -> Summary:
+def summarize(measurement: Measurement, config: PretrainedConfig) -> Summary:
     counts, seconds = measurement.counts, measurement.seconds
 
     def mean(name: str) -> float:
@@ -145,7 +145,7 @@ def step_flops(counts: Counts, config: PretrainedConfig) -> float:
 
     Matrix products only, a multiplication and an addition each, three times the forward pass (PaLM, appendix B): the
     layers for each computed token, attention for each key that a query sees, the output embedding for each label.
-    Padding, recomputation and logits without a label are no useful work and do not count.
+    Padding, recomputation and logits without a label do not count as useful work.
     """
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_size = hidden // heads

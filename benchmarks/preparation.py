@@ -3,7 +3,7 @@
     python benchmarks/preparation.py [--rows 1000000] [--json benchmarks/results/preparation.json]
     python benchmarks/preparation.py --startup [--json benchmarks/results/startup.json]
 
-Each measurement is a process of its own, started in turn, A B C A B C; medians are compared. Preparing:
+Each measurement is a separate process, started in turn, A B C A B C; medians are compared. Preparing:
 
 - bare tokenizer: `tokenizer(texts)`, 2,048 texts a call, prompts and responses already in memory, ids thrown away;
 - this project: JSONL -> checked records -> ids -> the memory-mapped store on disk, nothing cached;
@@ -42,7 +42,7 @@ LABELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="made-up rows of GSM8K's lengths in r1_zero form")
-    parser.add_argument("--trl_rows", type=int, default=20_000, help="the first so many of them, for TRL")
+    parser.add_argument("--trl_rows", type=int, default=20_000, help="number of the first rows, for TRL")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--startup", action="store_true", help="measure the start of fit instead")
     parser.add_argument("--folder", type=Path, help="where rows are made; kept. By default a temporary folder")

@@ -1,4 +1,4 @@
-"""One measurement of preparation.py, in a process of its own: prints what it found as a line of JSON.
+"""Run one measurement of preparation.py in a separate process and print the result as a line of JSON.
 
 python benchmarks/preparation_measurements.py NAME --rows N --trl_rows N --folder FOLDER
 """
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def report_and_leave(found: dict[str, float]) -> None:
-    """Ends the process at once: taking everything down is no part of what is measured."""
+    """Ends the process at once, since the measurement does not include cleanup."""
     print(json.dumps(found), flush=True)
     os._exit(0)
 

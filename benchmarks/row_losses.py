@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow.parquet  # noqa: F401  a command has long imported it, and the first part shall not pay for that
+import pyarrow.parquet  # noqa: F401  a command has already imported it, and the first part must not pay for that
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from meter import machine

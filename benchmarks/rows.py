@@ -67,7 +67,7 @@ class Job:
         rows_per_step: Of an optimizer step.
         num_steps: Optimizer steps of the run, those before ``num_warmup_steps`` are not counted.
         num_warmup_steps: Steps at the start that are run and not counted.
-        mixed: Computes in bfloat16 under autocast, whatever the dtype of the weights.
+        mixed: Computes in bfloat16 under autocast, with weights of any dtype.
     """
 
     folder: Path
@@ -145,7 +145,7 @@ def write_many_rows(path: Path, num_rows: int, *, length_factor: float = 1.0) ->
 
 
 def with_responses(rows: Sequence[dict[str, str]], num_prompts: int, responses: int) -> list[dict[str, str]]:
-    """Returns ``num_prompts`` prompts with so many responses each, a prompt's rows side by side.
+    """Returns ``num_prompts`` prompts with several responses each, which are neighboring rows.
 
     The first response is the prompt's own. The others are the solutions of other rows that are nearest in length, so
     that rows are as long as real ones. A few prompts are taken evenly from the shortest row to the longest, since few

@@ -1,4 +1,4 @@
-"""Tokens a second and resident memory of this project as the work grows, each point in a process of its own.
+"""Tokens a second and resident memory of this project as the work grows, each point in a separate process.
 
     python benchmarks/scaling.py [--work_dir DIR] [--json benchmarks/results/scaling.json]
 
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning_trainer
-from meter import as_json, machine, summarise
+from meter import as_json, machine, summarize
 from rows import (
     DTYPES,
     Job,
@@ -148,7 +148,7 @@ def measure(point: Point, args: argparse.Namespace) -> dict:
         **asdict(point),
         "mean_tokens": lengths.mean_tokens,
         "peak_resident_bytes": peak_resident_bytes(),
-        **as_json(summarise(measurement, AutoConfig.from_pretrained(job.folder))),
+        **as_json(summarize(measurement, AutoConfig.from_pretrained(job.folder))),
     }
 
 

@@ -21,7 +21,7 @@ import guide_loop
 import lightning_trainer
 import torch
 import trl_trainer
-from meter import Measurement, as_json, machine, matmul_rate, num_parameters, summarise
+from meter import Measurement, as_json, machine, matmul_rate, num_parameters, summarize
 from rows import Job, add_row_options, prepare
 from transformers import AutoConfig
 
@@ -36,7 +36,7 @@ class Competitor:
 
     Attributes:
         name: In tables.
-        family: guide, trl (a setting of its own options), trl_changed (with its loss replaced by a subclass) or ours.
+        family: guide, trl (a setting of TRL's own options), trl_changed (with its loss replaced by a subclass) or ours.
         batch_size: Rows of a micro-batch.
         run: Trains as the job says.
     """
@@ -163,7 +163,7 @@ def compare(job: Job, rounds: int, *, dry_run: bool) -> dict[str, object]:
             "family": one.family,
             "batch_size": one.batch_size,
             "first_loss": losses[one.name],
-            **as_json(summarise(measured[one], config)),
+            **as_json(summarize(measured[one], config)),
         }
         for one in everyone
     ]

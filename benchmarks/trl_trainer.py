@@ -2,7 +2,7 @@
 
     python benchmarks/trl_trainer.py [--dtype bfloat16] [--steps 4] [--json benchmarks/results/trl_search.json]
 
-Every setting keeps the rows of a step. Wrapped packing is left out, because it cuts rows in two and so trains on other
+Every setting keeps the rows of a step. Wrapped packing is omitted, because it cuts rows in two and so trains on other
 contexts; Liger's and the hub's kernels, because they need Triton and a download.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, Literal
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
 import numpy as np
-from meter import Counts, Measurement, Meter, as_json, counts_of_rows, machine, summarise
+from meter import Counts, Measurement, Meter, as_json, counts_of_rows, machine, summarize
 from rows import DTYPES, Job, add_row_options, prepare
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -234,7 +234,7 @@ def main() -> None:
         measured, failed = search(job, settings, rounds)
         config = AutoConfig.from_pretrained(job.folder)
     results = [
-        {**asdict(setting), "first_loss": measured[setting].first_loss, **as_json(summarise(measured[setting], config))}
+        {**asdict(setting), "first_loss": measured[setting].first_loss, **as_json(summarize(measured[setting], config))}
         for setting in measured
     ]
     results.sort(key=lambda result: -result["tokens_per_second"])

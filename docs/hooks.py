@@ -98,7 +98,7 @@ def _code(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escapes what would end a table's cell or begin a tag, except for text in backticks."""
+    """Escapes text that would end a table's cell or begin a tag, except inside backticks."""
     parts = text.replace("``", "`").replace("|", r"\|").split("`")
     parts[::2] = [part.replace("<", "&lt;").replace("*", r"\*") for part in parts[::2]]
     return "`".join(parts)

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny tokenizer and model made in-process, prompt/response files, and the real GSM8K."""
+"""Define shared fixtures: a tiny tokenizer and model, prompt/response files, and the real GSM8K."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def note_fault(request):
-    """Notes what a test showed of a fault: a row of docs/reliability.md, written if the test then passes.
+    """Notes the outcome of a fault, a row of docs/reliability.md, which is written if the test passes.
 
     Rows are written with SFT_WRITE_DOCS=1 only; tests/test_reliability.py compares the page with the tests.
     """
@@ -62,7 +62,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def write_reliability_rows(rows: list[tuple[str, ...]]) -> None:
-    """Puts rows into the table of docs/reliability.md, in place of those of the same fault."""
+    """Puts rows into the table of docs/reliability.md, and replaces those of the same fault."""
     lines = RELIABILITY.read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| fault |")) + 2
     end = next((number for number, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
@@ -196,7 +196,7 @@ def command(model_folder, train_file, tmp_path, monkeypatch):
 
 
 class MetricsRecorder(Logger):
-    """Keeps what is logged."""
+    """Keeps all logged metrics."""
 
     name = "recorder"
     version = ""
@@ -281,7 +281,7 @@ class Run:
 
 @pytest.fixture
 def fit(model_folder: str, train_file: str, tmp_path_factory: pytest.TempPathFactory):
-    """Trains as a user's program would. Returns what came out of it; keywords override the defaults below."""
+    """Trains as a user's program would, and returns its results; keywords override the defaults below."""
 
     def run(
         output_dir: Path | None = None,
@@ -312,7 +312,7 @@ def fit(model_folder: str, train_file: str, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MiB of its own."""
+    """A separate file system of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
@@ -324,7 +324,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def interrupts():
-    """SIGINT raises KeyboardInterrupt, also where the tests were started in the background and ignore it."""
+    """SIGINT raises KeyboardInterrupt, even if the tests run in the background, where it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -336,7 +336,7 @@ class FakeServer(ThreadingHTTPServer):
     Attributes:
         requests: (path, headers, body, seconds) of each request, in the order of their arrival.
         closing: Set in the end, for an answer that waits.
-        url: What stands in front of every path.
+        url: Prefix of every path.
     """
 
     daemon_threads = True

@@ -1,10 +1,10 @@
-"""Kills a run with SIGKILL, again and again, and has it go on: `python tests/soak.py [FORKED] [WHOLE]`.
+"""Kill a run with SIGKILL and resume it, many times: `python tests/soak.py [FORKED] [WHOLE]`.
 
-FORKED children (200) are forked from this process, which has done the imports and nothing else, and enter the function
-behind `sft-lightning fit`; WHOLE runs (20) are processes of their own. Half of each are killed while a checkpoint is
-being written, which is certain only where they left an unfinished folder behind: those count. The others die at any
-moment, from the start of the process on. After each kill the newest good checkpoint must be at least as far as before,
-and what `last` and `best` stand for must be whole. A run that comes to its end is compared with one that was never
+FORKED children (200) are forked from this process, which has only done the imports, and call the function behind
+`sft-lightning fit`; WHOLE runs (20) are separate processes. Half of each are killed while a checkpoint is being
+written, and count only if they left an unfinished folder, which proves it. The others die at any moment after the start
+of the process. After each kill the newest good checkpoint must be at least as far as before,
+and the targets of `last` and `best` must be whole. A run that reaches its end is compared with one that was never
 interrupted, in weights, optimizer state, metrics, answers and training rows, and the next run begins.
 
 The last line is JSON, with the counts. Exit code 1 if anything was lost.
@@ -80,7 +80,7 @@ class Run:
             os._exit(code)
 
     def spawn(self) -> int:
-        """Starts it in a process of its own."""
+        """Starts it in a separate process."""
         with self.log.open("a") as output:
             program = [sys.executable, "-m", "sft_lightning", *self.arguments]
             return subprocess.Popen(program, stdout=output, stderr=output).pid
@@ -91,7 +91,7 @@ class Run:
         return found | {path.name for path in self.folder.glob(".final.tmp-*")}
 
     def newest(self) -> int:
-        """Returns the step of the checkpoint that it would go on from, 0 where there is none."""
+        """Returns the step of the checkpoint that it would resume from, 0 if it has none."""
         found = folders.find(self.folder, "auto") if self.folder.is_dir() else None
         return int(found.name.removeprefix("checkpoint-")) if found else 0
 
@@ -155,7 +155,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(run: Path, reference: dict[str, Any]) -> list[str]:
-    """Returns what of a finished run is not as it is without interruptions."""
+    """Returns the differences of a finished run from an uninterrupted one."""
     found = outcome(run)
     return [
         f"{run.name}: {name} differ: {first_difference(found[name], reference[name])}"
@@ -174,7 +174,7 @@ def first_difference(ours: Any, theirs: Any) -> str:
 
 
 def check(run: Run, before: int) -> list[str]:
-    """Returns what a kill has cost, of what was good before."""
+    """Returns the faults of the checkpoints after a kill."""
     try:
         now = run.newest()
         for word in ("last", "best"):
@@ -186,14 +186,14 @@ def check(run: Run, before: int) -> list[str]:
 
 
 def reap(run: Run, process: int) -> list[str]:
-    """Waits for the end of a process that nobody kills. Returns what is wrong with it."""
+    """Waits for the end of a process that is not killed. Returns its faults."""
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)
     return [f"{run.folder.name}: exit code {code}\n{run.log.read_text()[-3000:]}"] if code else []
 
 
 def tries(work: Path, kind: str, number: int, reference: dict[str, Any], seconds: float, counts: Counts) -> None:
-    """Kills so many processes of a kind, ``fork`` or ``spawn``, half of them while they write."""
+    """Kills processes of a kind, ``fork`` or ``spawn``, half of them while they write."""
     runs = writes = 0
     run = Run(work, f"{kind}-0")
     tried = before = 0
@@ -239,7 +239,7 @@ def soak(work: Path, num_forked: int, num_whole: int) -> Counts:
         assert not (failed := reap(whole, getattr(whole, kind)())), failed
         durations[kind] = time.monotonic() - started
     reference = outcome(whole.folder)
-    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a process of its own")
+    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a separate process")
     for kind, number in (("fork", num_forked), ("spawn", num_whole)):
         tries(work, kind, number, reference, durations[kind], counts)
     return counts

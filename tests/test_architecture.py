@@ -1,4 +1,4 @@
-"""The rooms of the package, what each may import, and the sizes of its files, read from the source with ast."""
+"""Check the rooms of the package, their imports and the sizes of files, read from the source with ast."""
 
 import ast
 import importlib
@@ -70,7 +70,7 @@ class WithoutAnnotationImports(ast.NodeTransformer):
 
 
 def imported_names(tree):
-    """Yields every imported name in full, wherever it stands: `from a.b import c` is a.b.c."""
+    """Yields the full name of every import: `from a.b import c` is a.b.c."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=aliases):
@@ -127,7 +127,7 @@ def touches_of_lightning_internals(tree):
                 yield ast.unparse(node)
 
 
-def test_the_rules_see_what_they_are_meant_to_see():
+def test_the_rules_detect_planted_violations():
     tree = ast.parse(
         "from lightning.pytorch.cli import _private\n"
         "from sft_lightning.data import batch\n"

@@ -1,4 +1,4 @@
-"""What `make audit` says of a report by pip-audit, with literal reports of version 2.10."""
+"""Test the verdicts of `make audit` on literal reports of pip-audit 2.10."""
 
 import importlib.util
 from pathlib import Path
@@ -47,11 +47,11 @@ def test_verdicts(audit, packages, exit_code, lines):
     assert audit.verdict({"dependencies": packages, "fixes": []}, 2) == (exit_code, lines)
 
 
-def test_a_vulnerability_counts_whatever_else_was_not_looked_up(audit):
+def test_a_vulnerability_counts_despite_failed_lookups(audit):
     assert audit.verdict({"dependencies": [VULNERABLE, SKIPPED]}, 2)[0] == 1
 
 
-def test_no_report_is_no_all_clear(audit):
+def test_a_missing_report_is_a_failure(audit):
     assert audit.verdict(None, 2) == (3, ["the service is not reachable: nothing was looked up"])
 
 
@@ -60,7 +60,7 @@ def test_every_pinned_package_counts(audit):
     assert audit.num_pinned((ROOT / "constraints.txt").read_text()) > 90
 
 
-def test_ci_audits_in_a_step_of_its_own():
+def test_ci_audits_in_a_separate_step():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "- run: make audit" in workflow
     assert "audit" not in (ROOT / ".ci" / "run").read_text()

@@ -1,4 +1,4 @@
-"""Users' mistakes as typed: each ends in one line that names it, or is reported and skipped."""
+"""Test wrong user input: each fault ends the command in one line, or is reported and skipped."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch, capfd, caplog):
-    """Runs a command on a config in tmp_path; returns (exit code, its error or all that it said)."""
+    """Runs a command on a config in tmp_path; returns (exit code, its error or its whole output)."""
     caplog.set_level(logging.INFO, "sft_lightning")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = {
@@ -62,7 +62,7 @@ LINES = {
 @pytest.mark.parametrize("fault", LINES)
 def test_a_bad_line(run, rows, tmp_path, note_fault, fault):
     line, reason = LINES[fault]
-    write(tmp_path, b"\xef\xbb\xbf" + rows[0], line, *rows[1:], end=b"\r\n")  # BOM and CRLF are no fault
+    write(tmp_path, b"\xef\xbb\xbf" + rows[0], line, *rows[1:], end=b"\r\n")  # BOM and CRLF are allowed
     exit_code, error = run()
     assert exit_code == 2
     assert f"{tmp_path}/train.jsonl:2: " in error
@@ -75,7 +75,7 @@ def test_a_bad_line(run, rows, tmp_path, note_fault, fault):
         fault,
         provoked=f"`{line.decode(errors='backslashreplace')}` as line 2 of a file with a BOM and CRLF, which are read",
         outcome="exit 2 before a model is loaded, naming file, line and reason; up to `data.max_bad_rows` are skipped "
-        "and told of",
+        "and reported",
     )
 
 
@@ -84,7 +84,7 @@ LONG = " ".join(["long"] * 80)
 
 @pytest.mark.parametrize(
     ("fault", "prompt", "response"),
-    [("prompt alone over data.max_length", LONG, " 1"), ("response that does not fit", "Q", " " + LONG)],
+    [("prompt alone over data.max_length", LONG, " 1"), ("response over data.max_length", "Q", " " + LONG)],
 )
 def test_a_row_that_is_too_long(run, rows, tmp_path, note_fault, fault, prompt, response):
     write(tmp_path, *rows, json.dumps({"prompt": prompt, "response": response}).encode())
@@ -100,8 +100,8 @@ def test_a_row_that_is_too_long(run, rows, tmp_path, note_fault, fault, prompt, 
     note_fault(
         fault,
         provoked="a row of more tokens than data.max_length, under each data.overlength",
-        outcome="drop: left out, counted and named; error: exit 2; truncate_prompt: the prompt loses its beginning, "
-        "and a row whose response does not fit is left out. A response is never cut",
+        outcome="drop: skipped, counted and named; error: exit 2; truncate_prompt: the prompt is cut at its beginning, "
+        "and a row whose response is too long is skipped. A response is never cut",
         tries=3,
     )
 
@@ -116,7 +116,7 @@ def test_rows_repeated_within_or_across_sets(run, rows, tmp_path, note_fault):
     note_fault(
         "duplicate rows, or rows of the training set in the validation set",
         provoked="one row twice, and two rows in both files",
-        outcome="`check` names the lines of both; rows in both sets make it exit 1. `fit` trains all the same",
+        outcome="`check` names the lines of both; rows in both sets make it exit 1. `fit` still trains",
     )
 
 
@@ -162,7 +162,7 @@ def test_a_tokenizer_without_eos_or_with_eos_as_padding(run, rows, own_model, tm
     note_fault(
         "tokenizer without EOS, or whose padding is EOS",
         provoked="a tokenizer with pad_token equal to eos_token, and one without eos_token",
-        outcome="masks go by position, so that EOS is supervised; without one exit 2, naming data.append_eos",
+        outcome="masks follow positions, so EOS is supervised; without one exit 2, naming data.append_eos",
         tries=2,
     )
 
@@ -186,7 +186,7 @@ def test_an_attention_that_is_not_installed(run, rows, tmp_path, note_fault):
     write(tmp_path, *rows)
     exit_code, error = run("--model.attn_implementation", "flash_attention_2")
     assert exit_code == 2
-    assert "pip install 'sft-lightning[flash-attn]'" in error
+    assert "pip install flash-attn --no-build-isolation" in error
     exit_code, said = run("--overwrite")
     assert exit_code == 0
     assert said.count("attention: sdpa (no FlashAttention: no CUDA device)") == 1
@@ -283,8 +283,8 @@ def test_a_resume_with_another_split_of_the_step(run, rows, tmp_path, note_fault
         )
     note_fault(
         "resume with another split of the step",
-        provoked="4 x 1 goes on as 2 x 2 and as 1 x 4",
-        outcome="goes on with the same steps: losses equal up to rounding",
+        provoked="4 x 1 resumes as 2 x 2 and as 1 x 4",
+        outcome="resumes with the same steps: losses equal up to rounding",
         tries=2,
     )
 

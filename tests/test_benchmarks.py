@@ -1,4 +1,4 @@
-"""Each benchmark's dry run, and the counting that its numbers stand on."""
+"""Run each benchmark's dry run, and test the counting behind its numbers."""
 
 import argparse
 import importlib.util
@@ -54,7 +54,7 @@ def test_the_search_for_trls_best_setting_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_measures_each_point_in_a_process_of_its_own(tmp_path):
+def test_scaling_measures_each_point_in_a_separate_process(tmp_path):
     report = dry_run("scaling.py", tmp_path / "report.json")
     assert [row["axis"] for row in report["results"]] == ["num_rows", "responses"]
     assert all(row["peak_resident_bytes"] > 100 * 1024**2 for row in report["results"])
@@ -107,16 +107,16 @@ def test_a_gpu_session_runs_on_a_cpu(tmp_path):
     assert "aten::mm" in (tmp_path / "profiles.txt").read_text()
 
 
-def test_flex_attention_sees_what_the_spans_say(benchmark):
+def test_flex_attention_follows_the_spans(benchmark):
     from sft_lightning.data.batch import Segment, Segments
 
     flex = benchmark("gpu.flex")
-    # A root with a child that has a child of its own and a second child, then a row that shares nothing.
+    # A root with two children, of which the first has a child, then a row that shares nothing.
     tree = [Segment(0, 3, -1), Segment(3, 5, 0), Segment(5, 6, 1), Segment(6, 8, 0), Segment(8, 10, -1)]
     assert flex.visible_until(Segments.from_tree(tree)).tolist() == [8, 8, 8, 6, 6, 6, 8, 8, 10, 10]
 
 
-def test_the_last_two_steps_of_a_gpu_run_are_not_timed(benchmark):
+def test_the_last_two_gpu_steps_are_not_timed(benchmark):
     step_meter = benchmark("gpu.step_meter")
     meter = step_meter.StepMeter("cpu", num_steps=5, title="a run")
     counts = benchmark("meter").Counts(rows=1, tokens=7)
@@ -168,7 +168,7 @@ def test_flops_are_those_of_a_model_worked_out_by_hand(benchmark):
     assert meter.step_flops(counts, config) == 17376
 
 
-def test_a_tree_of_spans_is_counted_by_the_keys_its_tokens_see(benchmark):
+def test_attended_keys_of_a_span_tree_are_counted(benchmark):
     from sft_lightning.data.batch import Example
     from sft_lightning.data.batching.collate import collate
 
@@ -178,13 +178,13 @@ def test_a_tree_of_spans_is_counted_by_the_keys_its_tokens_see(benchmark):
     examples = [Example.from_prompt(np.array(row, dtype=np.int32), prompt_length=20) for row in rows]
     batch = collate(examples, [1.0, 1.0], layout="shared_prefix", pad_token_id=0)
     counts = trainer._counts(batch)
-    # Inputs leave out each row's last token: 20 shared, then 2 and 1 own. Each sees itself and what stands before it.
+    # Inputs omit each row's last token: 20 shared, then 2 and 1 unshared. Each attends to itself and what precedes it.
     seen = sum(range(1, 21)) + (21 + 22) + 21
     assert (counts.rows, counts.tokens, counts.unique_tokens, counts.labels) == (2, 43, 23, 5)
     assert counts.attended == seen
 
 
-def test_several_responses_of_a_prompt_stand_side_by_side_and_differ(benchmark):
+def test_responses_to_a_prompt_are_neighbors_and_differ(benchmark):
     rows = benchmark("rows")
     made = rows.with_responses(rows.synthetic_rows(50), num_prompts=3, responses=4)
     assert len(made) == 12

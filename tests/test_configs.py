@@ -1,4 +1,4 @@
-"""Every config that is handed out: it parses, means what it says, and builds the objects of a run."""
+"""Test that every published config parses, sets its values, and builds the objects of a run."""
 
 import functools
 import re
@@ -42,7 +42,7 @@ def settings(tree, prefix=""):
 
 
 def merged_settings(paths):
-    """Returns what the files say, later ones over earlier ones."""
+    """Returns the settings of the files; later files override earlier ones."""
     return {name: leaf for path in paths for name, leaf in settings(yaml.safe_load(path.read_text("utf-8"))).items()}
 
 
@@ -122,7 +122,7 @@ def test_a_misspelled_setting_is_refused(tmp_path, capsys, paths):
 
 
 @each_stack
-def test_it_builds_what_a_run_needs(build, paths):
+def test_a_config_builds_the_objects_of_a_run(build, paths):
     trainer, module, datamodule = build(paths)
     assert isinstance(module, SFTModule)
     assert isinstance(datamodule, SFTDataModule)
@@ -133,7 +133,7 @@ def test_it_builds_what_a_run_needs(build, paths):
     assert callback(trainer, GenerationEvaluation).num_examples == merged[".evaluation.num_examples"]
 
 
-GUIDE = {  # DESIGN section 9
+GUIDE = {  # the settings of the guide's script
     ".output_dir": "checkpoints/sft",
     ".seed_everything": 42,
     ".trainer.max_epochs": 3,
@@ -219,7 +219,7 @@ def test_the_laptop_run(build):
 def test_an_overlay_is_short_and_names_its_base(overlay):
     lines = overlay.read_text("utf-8").splitlines()
     assert len(lines) < 15
-    assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it goes on top of"
+    assert bases_of(overlay), f"{overlay.name}: show the command, with the --config that it overrides"
     assert all(base in CONFIGS for base in bases_of(overlay))
 
 

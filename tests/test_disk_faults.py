@@ -1,4 +1,4 @@
-"""What disks do to a run, provoked on real runs: the last good checkpoint stands, is named, and the run goes on."""
+"""Provoke disk faults in real runs: the last good checkpoint stays, is named, and the run resumes."""
 
 import json
 import resource
@@ -77,7 +77,7 @@ def test_a_disk_that_others_fill_is_noticed_before_writing(command, small_disk, 
     note_fault(
         "disk full, seen before writing",
         provoked="a file system of 16 MiB is filled during training",
-        outcome="exit code 1; the sizes are named; with space again `--ckpt_path auto` goes on, bit-equal",
+        outcome="exit code 1; the sizes are named; with space again `--ckpt_path auto` resumes bit-equal",
     )
 
 
@@ -95,9 +95,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_training(command, small_disk
 
 
 @pytest.mark.parametrize("size_bytes", [30_000, 110_000])
-def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
-    command, tmp_path, straight, during, capsys, size_bytes, note_fault
-):
+def test_a_failed_write_keeps_the_last_checkpoint(command, tmp_path, straight, during, capsys, size_bytes, note_fault):
     """The limit falls into the weights, or into the optimizer's state, which is twice as large."""
     run = tmp_path / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -109,7 +107,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"sft-lightning: error: '{run}/checkpoint-4' could not be written: ")
-    assert error.endswith(f"'{run}/checkpoint-3' is the last good checkpoint, and --ckpt_path auto goes on from there")
+    assert error.endswith(f"'{run}/checkpoint-3' is the last good checkpoint; resume with --ckpt_path auto")
     assert not list(run.glob(".*tmp*"))
     during(None, None)
     assert main([*options, "--ckpt_path", "auto"]) == 0
@@ -117,12 +115,13 @@ def test_a_write_that_fails_in_the_middle_leaves_the_last_checkpoint(
     note_fault(
         "a write fails in the middle",
         provoked="a limit to the size of files, reached within the weights and within the optimizer's state",
-        outcome="exit code 1; nothing half-written stays; the last good checkpoint is named and goes on, bit-equal",
+        outcome="exit code 1; nothing half-written stays; the message names the last good checkpoint, which resumes "
+        "bit-equal",
         tries=2,
     )
 
 
-def test_a_folder_that_cannot_be_written_stops_the_run_at_its_start(command, small_disk, capsys, note_fault):
+def test_an_unwritable_folder_stops_the_run_at_its_start(command, small_disk, capsys, note_fault):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert main([*command, "--output_dir", str(small_disk / "run")]) == 2
     assert "cannot be written: Read-only file system" in capsys.readouterr().err.splitlines()[-1]
@@ -156,7 +155,7 @@ def lose_the_manifest(checkpoint):
         (lose_the_manifest, "checkpoint without its manifest", "has no readable manifest.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     command, tmp_path, straight, caplog, capsys, damage, fault, complaint, note_fault
 ):
     run = tmp_path / "run"
@@ -173,12 +172,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     note_fault(
         fault,
         provoked="on the newest checkpoint of a run",
-        outcome="`--ckpt_path auto` names the damage and goes on from the one before, bit-equal",
+        outcome="`--ckpt_path auto` names the damage and resumes from the previous one, bit-equal",
         lost="nothing but the time of two steps",
     )
 
 
-def test_what_died_unfinished_is_cleared_away(command, tmp_path, straight, note_fault):
+def test_unfinished_folders_of_dead_processes_are_removed(command, tmp_path, straight, note_fault):
     run = tmp_path / "run"
     assert main([*command, "--trainer.max_steps", "4"]) == 0
     shutil.copytree(run / "checkpoint-4", run / ".checkpoint-6.tmp-4711")
@@ -190,12 +189,12 @@ def test_what_died_unfinished_is_cleared_away(command, tmp_path, straight, note_
     assert final(run) == straight
     note_fault(
         "stale temporary folders",
-        provoked="a half-written checkpoint, and one that was set aside, of a process that died",
-        outcome="the whole one is put back, the half one deleted; the run goes on bit-equal",
+        provoked="a half-written checkpoint and one moved aside, of a process that died",
+        outcome="the whole one is restored, the half one deleted; the run resumes bit-equal",
     )
 
 
-def test_temporary_files_on_another_file_system_are_no_matter(
+def test_temporary_files_may_be_on_another_file_system(
     command, tmp_path, small_disk, straight, monkeypatch, note_fault
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
@@ -205,12 +204,12 @@ def test_temporary_files_on_another_file_system_are_no_matter(
     assert final(tmp_path / "run") == straight
     note_fault(
         "TMPDIR on another file system",
-        provoked="a file system of its own for temporary files",
-        outcome="no difference: checkpoints are written beside their place",
+        provoked="a separate file system for temporary files",
+        outcome="no difference: checkpoints are written in their own folder",
     )
 
 
-def test_nothing_good_is_overwritten_by_a_run_that_cannot_go_on(command, tmp_path, capsys, note_fault):
+def test_a_failing_run_overwrites_no_good_checkpoint(command, tmp_path, capsys, note_fault):
     run = tmp_path / "run"
     assert main(command) == 0
     for checkpoint in folders.checkpoints(run):

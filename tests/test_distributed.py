@@ -1,4 +1,4 @@
-"""Two processes compute the steps of one: same members, same losses, same weights, same validation, same row losses."""
+"""Test that two processes compute the steps of one: equal rows, losses, weights, validation and row losses."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def start(tmp_path, model_folder, train_file, val_file):
 
 @pytest.fixture
 def run(start, tmp_path):
-    """Returns a function that runs a job to its end, and returns what each of its ranks saw."""
+    """Returns a function that runs a job to its end and returns the record of each rank."""
 
     def launch(name, devices, *shape, **options):
         ended = start(name, devices, *shape, **options)
@@ -153,7 +153,7 @@ def gradients(run):
 
 
 def assert_same_gradients(ours, theirs, tolerance):
-    """As DESIGN 12: relative to each tensor's norm; tensors below 1e-6 of the total count in the total only."""
+    """Relative to each tensor's norm; tensors below 1e-6 of the total count in the total only."""
     assert len(ours) == len(theirs)
     for step, (found, expected) in enumerate(zip(ours, theirs, strict=True)):
         assert found.keys() == expected.keys()
@@ -226,7 +226,7 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
 
 @pytest.fixture
 def reference(run, tmp_path):
-    """A run in one process and float64: what it saw, and its gradients."""
+    """The record of a run in one process and float64, and its gradients."""
     (seen,) = run("reference", 1, 8, 1)
     return seen, gradients(tmp_path / "reference")
 
@@ -250,7 +250,7 @@ def test_gradients_and_validation_are_those_of_one_process(run, tmp_path, refere
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_in_one_and_in_four(run, tmp_path, reference, note_fault):
+def test_a_run_of_two_processes_resumes_in_one_and_four(run, tmp_path, reference, note_fault):
     seen, expected = reference
     run("two", 2, 2, 2, max_steps=5)
     for devices, batch_size in ((1, 4), (4, 1)):
@@ -284,7 +284,7 @@ def test_sharded_training_is_that_of_one_process_in_every_layout(run, tmp_path, 
             assert ours == pytest.approx(theirs, rel=1e-4)
     run("ddp", 2, 2, 2, **options)
     ours, theirs = (weights(tmp_path / name / "final") for name in ("sharded", "ddp"))
-    assert ours.keys() == theirs.keys()  # a tied weight stands once
+    assert ours.keys() == theirs.keys()  # a tied weight occurs once
     assert_same_weights(ours, theirs, 1e-5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded" / "final")
     assert type(model).__name__ == "Qwen2ForCausalLM"
@@ -305,7 +305,7 @@ def test_sharded_training_is_that_of_one_process_in_every_layout(run, tmp_path, 
 
 
 @pytest.mark.slow
-def test_sharded_training_resumes_bit_equal_and_into_and_out_of_other_strategies(run, tmp_path, reference, note_fault):
+def test_sharded_training_resumes_bit_equal_and_across_strategies(run, tmp_path, reference, note_fault):
     seen, expected = reference
     options = {"strategy": "fsdp2", "precision": "32-true"}
     run("straight", 2, 2, 2, **options)
@@ -388,7 +388,7 @@ def test_a_rank_that_fails_takes_the_others_down(start, tmp_path, strategy, rank
             "raise": "in training, in validation and while answers are generated, also under FSDP2",
             "SIGSTOP": "rank 1 of 2 is suspended, with a time-out of 15 s for the process group",
         }[how],
-        outcome="all ranks end, no process is left, the exit code is not 0; checkpoints stand",
+        outcome="all ranks end, no process is left, the exit code is not 0; checkpoints stay",
         lost="the steps since the last checkpoint",
         tries={"SIGKILL": 4, "raise": 7, "SIGSTOP": 1}[how],
     )

@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs, or is parsed where a marker says why it cannot run.
+"""Run every code block of README and docs, or parse it where a marker gives the reason it cannot run.
 
 A block is a fenced one. Its language says what happens to it:
 
@@ -83,7 +83,7 @@ def name_of(page):
 
 
 def is_slow(page):
-    """Returns whether running a page takes a trained quickstart or says itself that it is slow."""
+    """Returns whether running a page needs a trained quickstart or is marked slow."""
     return any(block.marker == "slow" or (block.runs and TRAINED in block.text) for block in BLOCKS[page])
 
 
@@ -124,7 +124,7 @@ def tiny_folder(tmp_path_factory):
 
 
 def fill_workspace(folder, page, quickstart):
-    """Puts into a folder what the blocks of a page find there."""
+    """Puts the files that the blocks of a page need into a folder."""
     shutil.copytree(quickstart, folder, dirs_exist_ok=True, symlinks=True)
     (folder / "configs").symlink_to(ROOT / "configs")
     for name in HUB_NAMES:  # found before the hub is asked
@@ -145,7 +145,7 @@ def fill_workspace(folder, page, quickstart):
 
 @pytest.fixture
 def enter(tmp_path, monkeypatch):
-    """Makes a folder with what a page's blocks find there the current one."""
+    """Changes into a folder with the files that a page's blocks need."""
 
     def entered(page, quickstart):
         fill_workspace(tmp_path, page, quickstart)

@@ -1,4 +1,4 @@
-"""The quickstart, and real data on a laptop, as the documentation shows them."""
+"""Run the quickstart and the laptop example of the documentation."""
 
 import csv
 import re

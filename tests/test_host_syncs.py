@@ -1,4 +1,4 @@
-"""The host waits for the device once per optimizer step, and never in between.
+"""Test that the host waits for the device once per optimizer step, and never in between.
 
 A GPU works through a queue, and idles when the host waits for the queue to become empty before it adds more. Here a CPU
 stands in for the device: weights and micro-batches count as being on it, as does everything computed from them or made
@@ -49,7 +49,7 @@ def where():
 
 
 class ImaginedDevice(TorchDispatchMode):
-    """Follows what is on the device, and records in ``found`` what makes the host wait for it."""
+    """Tracks tensors on the device, and records in ``found`` the operations that make the host wait for it."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class ImaginedDevice(TorchDispatchMode):
 
     @contextmanager
     def used(self, monkeypatch):
-        """Also sees what is no operator on a CPU: copies to the host, and tensors made on the device."""
+        """Also tracks calls that are not operators on a CPU: copies to the host, and tensors made on the device."""
         make_tensor, make_like = torch.tensor, torch.Tensor.new_tensor
 
         def new_tensor(like, *args, **kwargs):

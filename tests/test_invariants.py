@@ -1,4 +1,4 @@
-"""Runs that must give the same result, whatever their batches, splits and interruptions: "equal" as in DESIGN 12.
+"""Test that runs give the same result for all batches, splits and interruptions.
 
 The reference is a plain loop in float64 that shares nothing with the package but the answer to "which rows are in step
 k": it reads the file, tokenizes row by row, computes all logits and takes the formulas literally.
@@ -50,7 +50,7 @@ def row_nll(model, row):
 
 
 def reference_loss(model, mode, micro_batches):
-    """The loss of a step whose rows are dealt to these micro-batches, by the table of DESIGN 5."""
+    """The loss of a step of these micro-batches, by the table of loss weights."""
     nll = [[row_nll(model, row) for row in rows] for rows in micro_batches if rows]
     flat = [row for rows in nll for row in rows]
     if mode == "token":
@@ -62,14 +62,19 @@ def reference_loss(model, mode, micro_batches):
     return sum(torch.cat(rows).mean() for rows in nll) / len(nll)
 
 
-def dealt(rows, batch_size, accumulate, step, layout, seed=7):
-    """Returns the step's rows by micro-batch, as the plan deals them."""
+def planned_micro_batches(rows, batch_size, accumulate, step, layout, seed=7):
+    """Returns the step's rows by micro-batch, as planned."""
     inputs = torch.tensor([len(ids) - 1 for ids, _ in rows]).numpy()
     labels = torch.tensor([len(ids) - prompt for ids, prompt in rows]).numpy()
     shape = StepShape(batch_size, accumulate, 1)
     examples = [Example.from_prompt(np.array(ids), prompt) for ids, prompt in rows]
-    options = {"shape": shape, "seed": seed, "epoch": 0, "layout": layout}
-    options["prefixes_of"] = lambda index: examples[index].prefixes
+    options = {
+        "shape": shape,
+        "seed": seed,
+        "epoch": 0,
+        "layout": layout,
+        "prefixes_of": lambda index: examples[index].prefixes,
+    }
     plan = EpochPlan(inputs, labels, inputs * 0.0 + 1.0, **options)
     indices = range(step * accumulate, (step + 1) * accumulate)
     return [[rows[i] for i in plan.micro_batch(0, index).examples] for index in indices]
@@ -107,7 +112,7 @@ def test_gradients_of_every_layout_split_and_mode_equal_the_formula(
     )
     assert len(run.gradients) == 2
     for step, gradients in enumerate(run.gradients):
-        micro_batches = dealt(reference_rows, batch_size, accumulate, step, layout)
+        micro_batches = planned_micro_batches(reference_rows, batch_size, accumulate, step, layout)
         assert sum(map(len, micro_batches)) == (32, 10)[step]
         loss, reference = reference_gradients(model_folder, mode, micro_batches)
         assert run.losses[step] == pytest.approx(loss, rel=1e-6)  # float32 sums of about 300 terms
@@ -115,7 +120,7 @@ def test_gradients_of_every_layout_split_and_mode_equal_the_formula(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("64-true", 1e-9), ("32-true", 1e-4)])
-def test_twenty_steps_follow_one_trajectory_whatever_the_split(fit, precision, tolerance):
+def test_twenty_steps_follow_one_trajectory_in_every_split(fit, precision, tolerance):
     runs = [
         fit(
             data={"batch_size": batch_size, "layout": "padded"},
@@ -223,7 +228,7 @@ def conversations():
 
 
 def conversation_loss(model, mode, micro_batches):
-    """The loss of a step by the table of DESIGN 5, each sequence alone; a span's weight changes no count."""
+    """The loss of a step by the table of loss weights, each sequence alone; a span's weight changes no count."""
     total, num_rows = 0.0, sum(map(len, micro_batches))
     num_labels = sum(example.num_labels for examples in micro_batches for example in examples)
     for examples in micro_batches:
@@ -260,20 +265,20 @@ def test_conversations_have_the_gradient_of_each_sequence_alone(gpt2_folder, lay
         prefixes_of=lambda index: examples[index].prefixes,
     )
     model = load_model(gpt2_folder, precision=Precision.named("64-true")).eval()
-    loss, dealt_rows, num_shared = 0.0, [], 0
+    loss, rows_by_micro_batch, num_shared = 0.0, [], 0
     for index in range(2):
         planned = plan.micro_batch(0, index)
-        dealt_rows.append([examples[row] for row in planned.examples])
-        batch = collate(dealt_rows[-1], planned.label_weights, layout=layout, pad_token_id=0)
+        rows_by_micro_batch.append([examples[row] for row in planned.examples])
+        batch = collate(rows_by_micro_batch[-1], planned.label_weights, layout=layout, pad_token_id=0)
         num_shared += batch.num_tokens - batch.num_unique_tokens
         part = label_losses(model, batch).weighted_sum
         part.backward()
         loss += part.item()
-    assert sorted(row.source for rows in dealt_rows for row in rows) == ["a:1", "a:2", "a:3", "a:4", "a:5"]
-    assert all(dealt_rows)
+    assert sorted(row.source for rows in rows_by_micro_batch for row in rows) == ["a:1", "a:2", "a:3", "a:4", "a:5"]
+    assert all(rows_by_micro_batch)
     assert (num_shared > 0) == (layout == "shared_prefix")
     reference = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float64)
-    expected = conversation_loss(reference, mode, dealt_rows)
+    expected = conversation_loss(reference, mode, rows_by_micro_batch)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

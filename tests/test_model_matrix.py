@@ -1,4 +1,4 @@
-"""Model families, tiny and random: the layouts that each supports, and its gradients against its own equation.
+"""Test tiny random models of many families: the layouts each supports, and its gradients against its own equation.
 
 The reference is the family's own code, called on one row at a time, in float64 throughout: no padding, no packing, and
 no attention, loss or layout of this package. docs/models.md is the table of what is found here. To write it afresh:
@@ -36,7 +36,7 @@ from sft_lightning.models.precision import Precision
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 LAYOUTS = ("padded", "packed", "shared_prefix")
-# DESIGN 12 for gradients. A loss is a sum of a hundred float32 terms, which round by 6e-8 each.
+# Tolerance of gradients. A loss is a sum of a hundred float32 terms, which round by 6e-8 each.
 LARGEST_GRADIENT_DIFFERENCE = 1e-5
 LARGEST_LOSS_DIFFERENCE = 1e-6
 # In float64: nothing but rounding, in matrix products of a few dozen terms.
@@ -55,7 +55,7 @@ STATE_SPACE = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size"
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, and what is expected of it.
+    """A model family and its expected results.
 
     Attributes:
         config: Name of its config class in transformers.
@@ -160,9 +160,7 @@ FAMILIES = {
     "BLOOM": Family(
         "BloomConfig", "ALiBi", {**TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, refusal="cannot compute"
     ),
-    "Falcon": Family(
-        "FalconConfig", "attention of its own", {**SMALL, "multi_query": True}, refusal="its losses differ"
-    ),
+    "Falcon": Family("FalconConfig", "its own attention", {**SMALL, "multi_query": True}, refusal="its losses differ"),
     "Mamba": Family("MambaConfig", "state space", STATE_SPACE, refusal="carries a state"),
     "Mamba 2": Family(
         "Mamba2Config",
@@ -331,7 +329,7 @@ def result_of(folder_of) -> Callable[[str], Result]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_layout_that_is_not_refused_gives_the_gradients_of_the_rows_alone(name, result_of):
+def test_supported_layouts_give_the_gradients_of_single_rows(name, result_of):
     result = result_of(name)
     assert result.layouts == FAMILIES[name].layouts
     assert result.preferred == result.layouts[-1]
@@ -345,7 +343,7 @@ def test_every_layout_that_is_not_refused_gives_the_gradients_of_the_rows_alone(
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal])
-def test_a_layout_that_a_family_does_not_support_is_refused_in_one_line(name, result_of):
+def test_unsupported_layouts_are_refused_in_one_line(name, result_of):
     refusals = result_of(name).refusals
     assert len(refusals) == 2
     for layout, refusal in zip(("packed", "shared_prefix"), refusals, strict=True):
@@ -356,7 +354,7 @@ def test_a_layout_that_a_family_does_not_support_is_refused_in_one_line(name, re
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_made_in_chunks_unless_logits_are_changed_in_an_unknown_way(name, result_of):
+def test_each_family_chunks_its_loss_as_expected(name, result_of):
     assert result_of(name).chunked == FAMILIES[name].chunked
 
 
@@ -379,8 +377,8 @@ def test_gradient_checkpointing_changes_no_gradient(name, layout, folder_of):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_without_segments_a_model_is_what_transformers_makes_of_it(name, folder_of, tmp_path):
-    """Logits and greedy answers are bit-equal, and a saved folder tells of nothing of ours."""
+def test_without_segments_a_model_equals_that_of_transformers(name, folder_of, tmp_path):
+    """Logits and greedy answers are bit-equal, and a saved folder does not mention this package."""
     model = load_model(folder_of(name)).eval()
     own_attention = "eager" if model.config._attn_implementation.endswith("eager") else "sdpa"
     own = AutoModelForCausalLM.from_pretrained(
@@ -419,12 +417,12 @@ def test_every_family_gets_an_attention_on_a_gpu(name, folder_of, monkeypatch):
     else:
         assert attention == on_cpu  # transformers' own, since the family takes no other
         for kernel in ("flash_attention_2", "varlen"):
-            with pytest.raises(UserError, match="cannot run here: the model has an attention of its own"):
+            with pytest.raises(UserError, match="cannot run here: the model implements attention itself"):
                 choose_attention(config, kernel, device_type="cuda", half_precision=True)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(attn_pdrop=0.1), LlamaConfig(attention_dropout=0.1)], ids=type)
-def test_a_kernel_without_dropout_is_not_taken_where_there_is_some(config, monkeypatch):
+def test_models_with_dropout_get_no_kernel_without_it(config, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(UserError, match="'varlen' cannot run here: it has no dropout"):
         choose_attention(config, "varlen", device_type="cuda", half_precision=True)
@@ -467,7 +465,7 @@ def render(results: dict[str, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_table_in_the_docs_is_what_is_found_here(result_of):
+def test_the_table_in_the_docs_matches_these_results(result_of):
     table = render({name: result_of(name) for name in FAMILIES})
     if os.environ.get("SFT_WRITE_DOCS"):
         DOCUMENT.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""docs/reliability.md tells what the tests show: each of its rows is some test's, and each such test has one."""
+"""Check that every row of docs/reliability.md belongs to a test that notes a fault, and the reverse."""
 
 import ast
 from pathlib import Path

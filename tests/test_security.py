@@ -1,4 +1,4 @@
-"""Data, models and checkpoints are never code, and nothing leaves the machine: through the command line, as typed."""
+"""Test that data, models and checkpoints never run code, and that commands reach no other machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class MakesAFolder:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -109,7 +109,7 @@ def test_tags_in_environment_variables_and_options_make_no_objects(options, mark
     assert not marker.exists()
 
 
-def test_the_payloads_would_work_if_they_were_let(marker):
+def test_the_payloads_work_without_protection(marker):
     for payload in yaml_payloads(marker)[:4]:
         yaml.unsafe_load(payload)
         assert marker.is_dir()
@@ -232,7 +232,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(options, own_model, monkeyp
     assert main(["check", *options, *changed]) in (0, 1)
 
 
-def test_a_cache_is_no_pickle(options, tmp_path, monkeypatch, marker):
+def test_a_cache_holds_no_pickle(options, tmp_path, monkeypatch, marker):
     """A token cache of somebody else's holds numbers: arrays are mapped, not unpickled."""
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
     assert main(["check", *options]) == 0
@@ -248,7 +248,7 @@ HOSTILE = "<script>document.title='owned'</script><!--<img src=x onerror=alert(1
 
 
 class Tags(HTMLParser):
-    """The tags of a page with their attributes, and what scripts hold."""
+    """The tags of a page with their attributes, and the contents of scripts."""
 
     def __init__(self, page):
         super().__init__()
@@ -290,7 +290,7 @@ def report_of(tmp_path, name, text, model_folder):
     return (place / "run" / "report" / "index.html").read_text(encoding="utf-8")
 
 
-def test_a_real_report_escapes_what_data_and_configs_say(tmp_path, model_folder, note_fault):
+def test_a_real_report_escapes_data_and_configs(tmp_path, model_folder, note_fault):
     plain = report_of(tmp_path, "plain", "What", model_folder)
     hostile = report_of(tmp_path, "hostile", HOSTILE, model_folder)
     expected, found = Tags(plain), Tags(hostile)
@@ -308,7 +308,7 @@ def test_a_real_report_escapes_what_data_and_configs_say(tmp_path, model_folder,
         "markup and scripts in data, in a model's name or in a config",
         provoked="prompts, responses, ground truths, a model folder and a config value with closing tags of scripts, "
         "comments and handlers of events, in a run with answers and its report",
-        outcome="shown as text; the page has the tags and attributes of any other",
+        outcome="shown as text; the page has no other tags or attributes than usual",
     )
 
 
@@ -344,7 +344,7 @@ socket.gethostbyname = _guard(socket.gethostbyname, 0)
 
 @pytest.fixture
 def guarded(tmp_path):
-    """Runs the command line in a process whose sockets reach this machine only; says who tried to reach another."""
+    """Runs the command line in a process whose sockets reach this machine only; reports attempts to reach another."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
     attempts = tmp_path / "attempts"
@@ -391,13 +391,13 @@ def test_a_whole_job_reaches_no_other_machine(guarded, note_fault, offline):
         "no network",
         provoked="prepare, check, fit, evaluate and report in processes whose sockets fail, with HF_HUB_OFFLINE=1 and "
         "without it",
-        outcome="all done; none tries to reach another machine",
+        outcome="all succeed; none tries to reach another machine",
         tries=2,
     )
 
 
 @pytest.mark.slow
-def test_the_guard_sees_who_reaches_out(guarded):
+def test_the_guard_detects_connections(guarded):
     for code in (
         "import urllib.request; urllib.request.urlopen('http://example.invalid')",
         "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)",

@@ -1,4 +1,4 @@
-"""Signals to real processes: a checkpoint at the next optimizer step, all ranks leave, and the next start goes on."""
+"""Send signals to real runs: all ranks stop with a checkpoint at the next optimizer step, and a restart resumes."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ LONG = ["--trainer.max_epochs", "500", "--checkpoint.every_n_train_steps", "1000
 
 @pytest.fixture
 def start(command, tmp_path):
-    """Starts the command in processes of their own; what is left of them is killed in the end."""
+    """Starts the command in separate processes and kills those that remain at the end."""
     processes = []
 
     def popen(*options, program=(sys.executable, "-m", "sft_lightning"), **environment):
@@ -44,7 +44,7 @@ def start(command, tmp_path):
 
 
 def wait_for_steps(run, num_steps, process):
-    """Waits until a run has logged so many optimizer steps."""
+    """Waits until a run has logged a number of optimizer steps."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (run / "metrics.csv").is_file() and len(steps(run)) >= num_steps:
@@ -99,12 +99,12 @@ def test_one_checkpoint_at_the_next_step_and_code_75(start, command, tmp_path, n
     note_fault(
         f"{number.name} to a run",
         provoked="sent twice in mid-training",
-        outcome="one checkpoint at the next optimizer step, exit code 75; `--ckpt_path auto` goes on, bit-equal",
+        outcome="one checkpoint at the next optimizer step, exit code 75; `--ckpt_path auto` resumes bit-equal",
     )
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_a_job_spares_its_workers(start, tmp_path, note_fault):
+def test_a_signal_to_all_processes_spares_the_workers(start, tmp_path, note_fault):
     """Loader workers share the process group, as all that a job started share its cgroup."""
     process = start(*LONG, "--data.num_workers", "2")
     wait_for_steps(tmp_path / "run", 5, process)
@@ -114,7 +114,7 @@ def test_a_signal_to_all_processes_of_a_job_spares_its_workers(start, tmp_path, 
     note_fault(
         "SIGTERM to all processes of a job",
         provoked="a run with two loader workers, its whole process group",
-        outcome="workers go on until the run leaves: one checkpoint, exit code 75",
+        outcome="workers continue until the run stops: one checkpoint, exit code 75",
     )
 
 
@@ -140,7 +140,7 @@ def test_a_signal_to_any_rank_stops_all_of_them(start, command, tmp_path, rank, 
     note_fault(
         "SIGTERM to one of two ranks",
         provoked="to rank 0, and to rank 1",
-        outcome="both ranks save one checkpoint together and leave, exit code 75; the run goes on",
+        outcome="both ranks save one checkpoint together and stop, exit code 75; the run resumes",
         tries=2,
     )
 
@@ -169,7 +169,7 @@ def test_ctrl_c_twice_does_no_harm(start, command, tmp_path, note_fault):
     note_fault(
         "Ctrl-C twice",
         provoked="in quick succession, in a run that saves after each step",
-        outcome="exit code 130, no traceback, nothing half-written; `--ckpt_path auto` goes on",
+        outcome="exit code 130, no traceback, nothing half-written; `--ckpt_path auto` resumes",
         tries=tries,
     )
 
@@ -191,13 +191,13 @@ def test_a_restart_by_a_scheduler_resumes_by_itself(start, command, tmp_path, va
     note_fault(
         "restart by SLURM or torchrun",
         provoked="SIGTERM, then the same command with the scheduler's restart count",
-        outcome="resumes by itself, also where the command says --overwrite",
+        outcome="resumes by itself, even if the command has --overwrite",
         tries=2,
     )
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path, monkeypatch, note_fault):
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(start, tmp_path, monkeypatch, note_fault):
     run = tmp_path / "run"
     # Else gloo may find in torchrun's own store the addresses of processes that died.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -216,6 +216,6 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(start, tmp_path
     note_fault(
         "SIGKILL to one rank under torchrun",
         provoked="rank 1 of 2, with --standalone --max_restarts 1",
-        outcome="torchrun starts both ranks again, which go on from the last checkpoint by themselves, to the end",
+        outcome="torchrun restarts both ranks, which resume from the last checkpoint and finish",
         lost="the steps since that checkpoint, computed again",
     )

@@ -1,4 +1,4 @@
-"""Ten kills in `make test-all`, 220 in `make soak`: see soak.py."""
+"""Run soak.py with ten kills in `make test-all` and 220 in `make soak`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parent / "soak.py"
 
 
 @pytest.mark.slow
-def test_killed_runs_go_on_to_the_same_end(note_fault):
+def test_killed_runs_resume_to_the_same_result(note_fault):
     num_forked, num_whole = map(int, os.environ.get("SFT_SOAK", "8 2").split())
     program = [sys.executable, str(PROGRAM), str(num_forked), str(num_whole)]
     lines = []
@@ -26,7 +26,7 @@ def test_killed_runs_go_on_to_the_same_end(note_fault):
     assert counts["killed_while_writing"] * 2 >= counts["tries"] - 2
     assert counts["survivors"] >= 2
     assert counts["losses"] == 0
-    outcome = "`--ckpt_path auto` goes on to the weights, optimizer state, metrics and answers of a run never killed"
+    outcome = "`--ckpt_path auto` resumes to the weights, optimizer state, metrics and answers of a run never killed"
     for fault, tries in (
         ("SIGKILL while a checkpoint is written", counts["killed_while_writing"]),
         ("SIGKILL at any other moment", counts["tries"] - counts["killed_while_writing"]),

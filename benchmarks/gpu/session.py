@@ -31,7 +31,7 @@ NUM_STEPS_OF_ROWS = 6
 
 
 class Session:
-    """One part of the session, in a process of its own.
+    """One part of the session, in a separate process.
 
     Attributes:
         tiny: Runs on a CPU with small sizes, whose numbers mean nothing.

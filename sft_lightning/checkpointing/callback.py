@@ -1,9 +1,10 @@
-"""Define HFCheckpoint: checkpoints that plain transformers loads and that resume bit-equal."""
+"""Save checkpoints that plain transformers loads and that resume bit-equal."""
 
 import logging
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -30,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class ResumableLogger(Protocol):
-    """A logger whose file follows a run across resumes."""
+    """A logger that keeps one file consistent across resumes."""
 
     def start_afresh(self) -> None:
         """Drops all rows of an earlier run."""
 
     def start_after(self, step: int, *, validates_again: bool, step_metrics: dict[str, float]) -> None:
-        """Drops the rows that a run which resumes after ``step`` writes again."""
+        """Drops the rows that a run resumed after ``step`` will write again."""
 
 
 class HFCheckpoint(ModelCheckpoint):
@@ -45,8 +46,8 @@ class HFCheckpoint(ModelCheckpoint):
     Args:
         dirpath: Folder of the run. On the command line --output_dir sets it.
         every_n_train_steps: Optimizer steps between checkpoints; training also saves at its end.
-        monitor: Metric of validations, e.g. val/answer_accuracy; the weights of the best validation are kept as best.
-        mode: Whether the best is the max or the min of monitor.
+        monitor: Validation metric, such as val/answer_accuracy, that selects the checkpoint kept as best.
+        mode: Whether the best value of monitor is the largest (max) or the smallest (min).
         keep_last: Number of newest checkpoints to keep besides best and last; null keeps all.
         overwrite: Delete the run that the folder holds and start a new one. On the command line --overwrite sets it.
     """
@@ -65,7 +66,7 @@ class HFCheckpoint(ModelCheckpoint):
         if every_n_train_steps < 1:
             raise UserError(f"checkpoint.every_n_train_steps must be at least 1, got {every_n_train_steps}")
         if keep_last is not None and keep_last < 1:
-            raise UserError(f"checkpoint.keep_last must be at least 1, got {keep_last}; leave it out to keep all")
+            raise UserError(f"checkpoint.keep_last must be at least 1, got {keep_last}; set it to null to keep all")
         super().__init__(
             dirpath="checkpoints/sft" if dirpath is None else dirpath,
             monitor=monitor,
@@ -82,14 +83,14 @@ class HFCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def find(run: str | Path, word: Literal["auto", "last", "best"] = "auto") -> str | None:
-        """Returns the folder to give as ``ckpt_path``.
+        """Returns the folder to pass as ``ckpt_path``.
 
         Args:
             run: Folder of the run.
-            word: auto is the newest checkpoint whose manifest verifies, or None if there is none.
+            word: auto is the newest checkpoint whose manifest verifies, or None if there are no checkpoints.
 
         Raises:
-            UserError: If there is no last or best checkpoint.
+            UserError: If the run has no last or best checkpoint, or auto finds only damaged ones.
         """
         folder = folders.find(Path(run).expanduser(), word)
         return None if folder is None else str(folder)
@@ -112,7 +113,7 @@ class HFCheckpoint(ModelCheckpoint):
         if resumed is None:
             self._last_step_saved, self._validation_pending, self._step_metrics = 0, False, {}
             self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
-        # On every rank, since all of them run the end.
+        # On every rank, since all ranks run the end of training.
         set_reruns_end(trainer, resumed is not None and not self._is_final(Path(resumed)))
         if is_dry_run(trainer):
             return
@@ -146,15 +147,15 @@ class HFCheckpoint(ModelCheckpoint):
                 each.start_after(
                     trainer.global_step, validates_again=self._validation_pending, step_metrics=self._step_metrics
                 )
-        self._foresee_space(trainer, pl_module)
+        self._check_disk_space(trainer, pl_module)
         if self._validation_pending:
-            # The checkpoint was written just before a validation, which the run may not have reached.
+            # The checkpoint was written just before a validation, which the run may not have completed.
             run_validation(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_pending"] = self._validation_pending
-        # Lightning passes a step's metrics to the loggers after its checkpoint is written, so a run that dies in
-        # between would lose them.
+        # Lightning logs a step's metrics after its checkpoint is written, so a run that dies in between would lose
+        # them.
         metrics = trainer.logged_metrics.items() if logs_this_step(trainer) else ()
         checkpoint["step_metrics"] = {name: float(value) for name, value in metrics if name.startswith("train/")}
 
@@ -170,7 +171,7 @@ class HFCheckpoint(ModelCheckpoint):
             self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves nothing: steps decide."""
+        """Saves nothing: checkpoints are saved by steps."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or is_dry_run(trainer):
@@ -181,7 +182,7 @@ class HFCheckpoint(ModelCheckpoint):
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:
             logged = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"checkpoint.monitor '{self.monitor}' was not logged; there is {logged}")
+            raise UserError(f"checkpoint.monitor '{self.monitor}' was not logged; logged metrics: {logged}")
         if self._improves(value):
             self.best_model_score = value.detach().cpu()
             self.best_model_path = str(self.run / f"checkpoint-{trainer.global_step}")
@@ -207,8 +208,8 @@ class HFCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("HFCheckpoint.on_train_end")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves nothing: the failure may have left half a step behind, and the last checkpoint is good."""
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning handles it
+        """Saves nothing: the state may be that of half a step, and the last checkpoint is good."""
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning handles that one
             end_other_ranks(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,20 +233,22 @@ class HFCheckpoint(ModelCheckpoint):
         # The launcher kills rank 0 if another rank fails before rank 0 has left.
         raise StoppedError(0 if is_watched_by_rank_zero(trainer) else StoppedError.CODE)
 
-    def _foresee_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns if the coming checkpoints will not fit on the disk, and stops before training if not even one does."""
+    def _check_disk_space(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if not all checkpoints to come fit on the disk. Raises RunFailedError if not even one does."""
         if is_dry_run(trainer) or not trainer.is_global_zero:
             return
         parameters = list(pl_module.parameters())
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in parameters) + 2 * trained  # AdamW keeps two numbers for each
+        # AdamW has two moments of each parameter. What other optimizers keep is not known before their first step.
+        num_moments = 2 if all(isinstance(each, torch.optim.AdamW) for each in trainer.optimizers) else 0
+        size = sum(p.numel() * p.element_size() for p in parameters) + num_moments * trained
         require_space(self.run / "final", size)
         left = -(-(total_optimizer_steps(trainer) - trainer.global_step) // self.every_n_train_steps)
         if (shortage := describe_shortage(self.run, size, min(left, self.keep_last or left) + 1)) is not None:
             logger.warning("%s", shortage)
 
     def _is_final(self, resumed: Path) -> bool:
-        """Returns whether the run ended with this checkpoint: ``final``, the last folder it writes, has its step."""
+        """Returns whether the run ended at this checkpoint: ``final``, which is written last, has the same step."""
         manifests = [folder / folders.MANIFEST for folder in (self.run / "final", resumed)]
         if not all(manifest.is_file() for manifest in manifests):
             return False

@@ -81,7 +81,7 @@ def _before(folder: Path) -> str:
     last = folder.parent / "last"
     if not (last / MANIFEST).is_file():
         return "there is no checkpoint before it"
-    return f"'{last.resolve()}' is the last good checkpoint, and --ckpt_path auto goes on from there"
+    return f"'{last.resolve()}' is the last good checkpoint; resume with --ckpt_path auto"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def find(run: Path, word: str) -> Path | None:
         UserError: If the word is unknown, ``last`` or ``best`` has no checkpoint, or ``auto`` finds only damaged ones.
     """
     if word not in ("auto", "last", "best"):
-        raise UserError(f"'{word}' is no checkpoint; choose auto, last or best")
+        raise UserError(f"'{word}' does not name a checkpoint; choose auto, last or best")
     run = run.resolve()
     found = checkpoints(run)
     if word == "auto":

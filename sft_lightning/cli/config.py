@@ -1,4 +1,4 @@
-"""Define the options of the Trainer commands and resolve what follows from them."""
+"""Define the options of the Trainer commands and resolve the values that depend on them."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ _DEFAULTS_TO = {
 # How this one start differs from the next one with the same config.
 _OF_ONE_START = {"ckpt_path": None, "overwrite": False, "resume_override": False}
 _CHECKPOINT_WORDS = ("auto", "last", "best")
-# Any one of the packages is enough; the extra named like the first one installs it.
+# Any one of the packages is enough; the error names the first one.
 _LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
 
 
@@ -59,7 +59,7 @@ def add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--resume_override",
         action="store_true",
-        help="Resume with another learning rate or schedule than the checkpoint was trained with.",
+        help="Resume with another learning rate, schedule, loss or other optimizer options than the checkpoint had.",
     )
 
 
@@ -148,4 +148,4 @@ def _check_logger_packages(loggers: Any) -> None:
         name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
         packages = _LOGGER_PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise UserError(f"trainer.logger {name} needs a package: pip install 'sft-lightning[{packages[0]}]'")
+            raise UserError(f"trainer.logger {name} needs a package: pip install {packages[0]}")

@@ -43,8 +43,8 @@ def shorten(message: str) -> str:
     r"""Returns a jsonargparse message as one line: the key, the value and what was expected.
 
     Example:
-        >>> shorten("Value  <class 'pathlib.Path'> is\n no number")
-        'Value Path is no number'
+        >>> shorten("Value  <class 'pathlib.Path'> is\n not a number")
+        'Value Path is not a number'
     """
     line = re.sub(r"\s+", " ", message).strip()
     union = re.fullmatch(

@@ -27,7 +27,7 @@ from sft_lightning.training.callbacks.generation_evaluation import GenerationEva
 from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule
 
-# The guide's hyperparameters, where Lightning's own defaults differ.
+# The reference script's hyperparameters (docs/coming-from.md), where Lightning's own defaults differ.
 _TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
 # The steps of a run have advice of their own.
 _OUTSIDE_STEPS = "loading, moving or saving the model, or reading data"
@@ -38,10 +38,19 @@ _OUTSIDE_STEPS_ADVICE = (
 
 
 class OneLineParser(LightningArgumentParser):
-    """Reports an error as one line, without the usage text."""
+    """Reports an error as one line, without the usage text; its usage names the command as users type it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(shorten(message)) from ex
+
+    @property
+    def prog(self) -> str:
+        """The command, without the "[options]" that jsonargparse puts in front of a command's name."""
+        return self._prog
+
+    @prog.setter
+    def prog(self, name: str) -> None:
+        self._prog = name.replace(" [options]", "")
 
 
 class SFTCLI(LightningCLI):
@@ -128,7 +137,7 @@ def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
         "trainer_defaults": dict(_TRAINER_DEFAULTS),
         "save_config_callback": None,
         "auto_configure_optimizers": False,
-        "parser_kwargs": {"default_env": True, "env_prefix": "SFT"},
+        "parser_kwargs": {"prog": "sft-lightning", "default_env": True, "env_prefix": "SFT"},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

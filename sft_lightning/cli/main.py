@@ -17,16 +17,16 @@ commands:
   prepare gsm8k       convert raw GSM8K rows to prompt/response/ground_truth
   prepare quickstart  write the built-in data set, a tiny model and its tokenizer
   check               check the data of a config before training; takes the options of fit
-  selftest            compare layouts, splits and resuming on your model and rows; takes the options of fit
+  selftest            test gradients and resuming on your model and rows, before training; takes the options of fit
   fit                 train:  sft-lightning fit --config configs/sft_gsm8k.yaml
-  validate            compute the loss and grade answers on data.val_path
-  test                compute the loss and grade answers on data.test_path
-  predict             answer the prompts of data.test_path; writes predictions.jsonl
-  evaluate            grade the answers of any model, as a baseline or after training
-  compare             compare two evaluations on the same prompts, with a significance test
-  report              write a page with the results of a run, finished or not
-  replay              run each row of a non-finite step through the model alone
-  sweep               train on several numbers of examples; writes one table and one plot
+  validate            compute the loss of a model and grade its answers on data.val_path, with a config of fit
+  test                the same on data.test_path
+  predict             answer the prompts of data.test_path without grading; writes predictions.jsonl
+  evaluate            generate and grade answers of any model or server, without a config
+  compare             show what changed between two evaluations of the same prompts, with a significance test
+  report              write a page with the results of a run, also of one that has not finished
+  replay              find the row behind a step whose loss or gradient was NaN or infinite
+  sweep               train on growing subsets of the data, to see how much of it is needed
 
 sft-lightning COMMAND --help explains a command's options; --version prints the version.
 Exit code: 0 success; 1 a run, check or selftest failed; 2 a mistake in the command, the config or the data;

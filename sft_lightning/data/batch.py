@@ -1,4 +1,4 @@
-"""The micro-batch: the one place that defines what flows from the data to the model.
+"""Define examples and micro-batches, the interface between the data and the model.
 
 Letters used everywhere in this package: B lines of a padded micro-batch, T tokens in a line, M label positions, V
 vocabulary, D hidden size, N examples.
@@ -14,7 +14,7 @@ by the hidden state at position t. A prompt with its response is one sequence wi
 A micro-batch has one of three layouts. All give the same gradient:
 
     padded          one line per sequence, padded on the right to one width
-    packed          all sequences in a single line, each a segment that attends to nothing but itself
+    packed          all sequences in a single line, each a segment that attends only to itself
     shared_prefix   packed, and tokens that sequences have in common at their beginning are computed once, see
                     data/batching/collate.py
 """
@@ -76,7 +76,7 @@ class Example(NamedTuple):
 
     @classmethod
     def from_prompt(cls, tokens: np.ndarray, prompt_length: int, source: str = "") -> "Example":
-        """Returns a prompt and its response: one sequence whose tokens behind the prompt are labels of weight 1."""
+        """Returns a prompt and its response: one sequence whose response tokens are labels of weight 1."""
         return cls((TokenSequence(tokens, (LabelSpan(prompt_length, len(tokens)),)),), source)
 
     @property
@@ -260,8 +260,8 @@ class MicroBatch:
 
         Args:
             device: Where to.
-            non_blocking: Whether the host goes on while page-locked memory is copied. By default it does on CUDA, since
-                Lightning asks for that with bare tensors only.
+            non_blocking: Whether page-locked memory is copied asynchronously. By default it is on CUDA, since Lightning
+                sets this for bare tensors only.
         """
         kind = torch.device(device).type
         asynchronous = kind == "cuda" if non_blocking is None else non_blocking

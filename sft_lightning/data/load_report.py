@@ -1,4 +1,4 @@
-"""Report which rows of a data set did not become tokens, and why."""
+"""Report which rows of a data set are skipped or truncated, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

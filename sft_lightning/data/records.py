@@ -169,7 +169,7 @@ def _check_characters(name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair, which is no character: {error.reason}") from None
+        raise ValueError(f"{name} holds half a surrogate pair, which is not a character: {error.reason}") from None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Define the settings that decide which rows of a data set are read, and which tokens they become."""
+"""Define the settings that select the rows of a data set and determine their tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class DataSettings:
         template: Turns a row into prompt and response; None chooses by the keys of each file's rows.
         max_length: The most tokens that prompt, response and EOS may have together; at least 2.
         overlength: What happens to a longer row: ``drop`` it, stop with an ``error``, or ``truncate_prompt`` from the
-            left, but for a BOS and one token. Responses are never cut: a row that is still too long is dropped.
+            left, except for BOS and one token. Responses are never cut: a row that is still too long is dropped.
         append_eos: Ends each response with the tokenizer's EOS.
         max_bad_rows: The most unreadable rows to skip; one more is an error.
         filter: Accepts the rows to keep (``data.filter_correct``); None keeps all.

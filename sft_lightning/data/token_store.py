@@ -61,7 +61,7 @@ _new = tuple.__new__
 
 
 class TokenStore:
-    """The tokenized rows of a data set, memory-mapped. Pickling one costs no more than its path.
+    """The tokenized rows of a data set, memory-mapped. Pickles as its path.
 
     Attributes:
         fingerprint: What decided the tokens, by name. Equal fingerprints mean equal tokens.
@@ -289,7 +289,7 @@ def _write_meta(
 
 
 def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:
-    """Returns the store in a folder, None if there is none or it is not as it was written."""
+    """Returns the store in a folder, or None if it is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != _FORMAT or meta["fingerprint"] != fingerprint:

@@ -1,11 +1,11 @@
-"""Tokenize text, in one place for training, evaluation and generation.
+"""Tokenize text for training, evaluation and generation.
 
-Prompt and response are tokenized separately and joined, because that is what generation sees. Special tokens:
+Prompt and response are tokenized separately and joined, as in generation. Special tokens:
 
 - A prompt begins with one BOS if the tokenizer adds one by default.
 - A response ends with one EOS if ``append_eos`` is set.
-- Text that spells a special token becomes that token, as everywhere in transformers, so that prompts rendered with a
-  chat template work. A prompt that begins with BOS, or a response that ends with EOS, gets no second one.
+- Text that spells a special token becomes that token, as in transformers, so prompts rendered with a chat template
+  work. A prompt that begins with BOS, or a response that ends with EOS, gets no second one.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer of a local folder, without network access, or of a model on the hub.
 
     Raises:
-        UserError: If there is no tokenizer, or it has no vocabulary.
+        UserError: If the path does not hold a tokenizer, or the tokenizer has no vocabulary.
     """
-    from transformers import AutoTokenizer  # imported here, because it takes seconds
+    from transformers import AutoTokenizer  # takes seconds to import
 
     if Path(path).is_file():
         raise UserError(f"tokenizer path '{path}' is a file; give the folder that holds it")
@@ -46,7 +46,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        place = "in the folder" if local else "under that name: it is no folder here, and the hub did not give it"
+        place = "in the folder" if local else "under that name: it is not a local folder and the hub did not provide it"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no tokenizer '{path}' {place} ({type(error).__name__}: {reason})") from None
     # For a folder with only a model's config.json, transformers returns an empty tokenizer.
@@ -62,13 +62,13 @@ def wants_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Returns the id of padding: PAD, else EOS, else 0. Masks go by position, so any id works."""
+    """Returns the id of padding: PAD, else EOS, else 0. Masks are built from positions, so any id works."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[list[int]]:
-    """Returns each prompt's token ids, which begin with one BOS if the tokenizer adds one by default."""
+    """Returns the token ids of each prompt, with one BOS in front if the tokenizer adds one by default."""
     rows = _encode(tokenizer, prompts)
     if not wants_bos(tokenizer):
         return rows
@@ -79,7 +79,7 @@ def encode_prompts(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str])
 def encode_responses(
     tokenizer: "PreTrainedTokenizerBase", responses: Sequence[str], *, append_eos: bool
 ) -> list[list[int]]:
-    """Returns each response's token ids, which end with one EOS if ``append_eos`` is set.
+    """Returns the token ids of each response, with one EOS at the end if ``append_eos`` is set.
 
     Raises:
         UserError: If ``append_eos`` is set and the tokenizer has no EOS.
@@ -89,7 +89,7 @@ def encode_responses(
         return rows
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError("the tokenizer has no EOS token for data.append_eos; set it in its files, or append_eos: false")
+        raise UserError("the tokenizer has no EOS token for data.append_eos; add one to its files, or set it to false")
     return [row if row[-1:] == [eos] else [*row, eos] for row in rows]
 
 
@@ -99,23 +99,23 @@ def tokenize_records(
     settings: DataSettings,
     load_report: LoadReport,
 ) -> Iterator[tuple[Record, Example]]:
-    """Yields each record of at most ``max_length`` tokens with its tokens, of which the response's are labels.
+    """Yields records of at most ``max_length`` tokens with their tokens. Tokens of the response are labels.
 
     Args:
-        records: Read in chunks, so that memory stays flat.
-        tokenizer: Makes the ids.
-        settings: ``max_length``, ``overlength`` and ``append_eos`` are used.
-        load_report: Collects the rows that are skipped or shortened.
+        records: The records, read in chunks so that memory stays flat.
+        tokenizer: The tokenizer.
+        settings: Provides ``max_length``, ``overlength`` and ``append_eos``.
+        load_report: Collects skipped and truncated rows.
 
     Raises:
-        UserError: At the end, if ``overlength`` is ``error`` and there are longer rows.
+        UserError: At the end, if ``overlength`` is ``error`` and some rows are longer.
     """
     max_length = settings.max_length
     for chunk, prompts, responses in _encoded_chunks(records, tokenizer, append_eos=settings.append_eos):
         for record, prompt, response in zip(chunk, prompts, responses, strict=True):
             if not prompt or not response:
                 name = "response" if prompt else "prompt"
-                load_report.bad_rows.add(record.source, f"the tokenizer makes no token of the {name}")
+                load_report.bad_rows.add(record.source, f"the {name} has no tokens")
                 continue
             kept = prompt
             if settings.overlength == "truncate_prompt":
@@ -136,14 +136,14 @@ def tokenize_records(
 def _encoded_chunks(
     records: Iterator[Record], tokenizer: "PreTrainedTokenizerBase", *, append_eos: bool
 ) -> Iterator[tuple[list[Record], list[list[int]], list[list[int]]]]:
-    """Yields chunks of records with their prompt ids and their response ids.
+    """Yields chunks of records with their prompt ids and response ids.
 
-    A fast tokenizer uses all cores and releases the interpreter's lock. So one chunk is encoded in a thread while this
-    thread reads the next chunk and the caller stores the previous one.
+    A fast tokenizer uses all cores and releases the GIL. A thread encodes one chunk while this thread reads the next
+    one and the caller stores the previous one.
     """
 
     def encode(chunk: list[Record]) -> tuple[list[Record], list[list[int]], list[list[int]]]:
-        # Rows with several responses to one prompt are often neighbors.
+        # Responses to the same prompt are often in neighboring rows.
         distinct = list(dict.fromkeys(record.prompt for record in chunk))
         prompt_ids = dict(zip(distinct, encode_prompts(tokenizer, distinct), strict=True))
         responses = encode_responses(tokenizer, [record.response for record in chunk], append_eos=append_eos)
@@ -160,9 +160,9 @@ def _encoded_chunks(
 
 
 def truncate_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], num_tokens: int) -> list[int]:
-    """Returns a prompt cut from the left to ``num_tokens`` tokens; its BOS, if it has one, stays.
+    """Returns a prompt truncated from the left to ``num_tokens`` tokens, including its BOS if it has one.
 
-    One token besides the BOS always stays, so the result can be longer than ``num_tokens``.
+    Always keeps one token besides BOS, so the result can be longer than ``num_tokens``.
     """
     num_front = int(prompt[:1] == [tokenizer.bos_token_id])
     num_cut = min(len(prompt) - num_tokens, len(prompt) - num_front - 1)
@@ -174,7 +174,7 @@ def tokenize_prompt_and_output(
 ) -> dict[str, Tensor]:
     """Returns prompts and outputs as right-padded tensors, shifted so that position t predicts label t.
 
-    No EOS is added. T is the length of the longest row minus one: inputs lack the last token, labels the first.
+    Adds no EOS. T is the length of the longest row minus one: inputs lack the last token, labels the first.
 
     Returns:
         ``input_ids``: Shape [B, T], int64.
@@ -186,7 +186,7 @@ def tokenize_prompt_and_output(
     """
     if not prompt_strs or len(prompt_strs) != len(output_strs):
         raise UserError(
-            f"got {len(prompt_strs)} prompt_strs and {len(output_strs)} output_strs; give at least one, and a pair each"
+            f"got {len(prompt_strs)} prompt_strs and {len(output_strs)} output_strs; give pairs, at least one"
         )
     prompts = encode_prompts(tokenizer, prompt_strs)
     outputs = encode_responses(tokenizer, output_strs, append_eos=False)
@@ -203,10 +203,10 @@ def tokenize_prompt_and_output(
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns a sha256, in hex, of everything that decides which ids a text gets here."""
+    """Returns the SHA-256, in hex, of everything that determines the token ids of a text."""
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer.to_str()
-        # The text before it is the padding and truncation of the tokenizer's last call, which we do not use.
+        # The text before it describes the padding and truncation of the last call, which do not apply here.
         backend = backend[backend.index('"added_tokens"') :]
     else:
         backend = type(tokenizer).__qualname__ + json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -218,7 +218,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[
     if not texts:
         return []
     if tokenizer.is_fast:
-        # The same ids as below in three quarters of the time, because no token offsets are kept.
+        # Gives the same ids as below in three quarters of the time, since it keeps no token offsets.
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
@@ -229,5 +229,5 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # the over-length policy decides on length, not a warning
+        verbose=False,  # no warning about length: data.overlength handles that
     )["input_ids"]

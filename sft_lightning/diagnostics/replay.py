@@ -1,4 +1,4 @@
-"""Run each row of a step alone: its loss, its gradient, and the first number that is not finite."""
+"""Run each row of a step alone to find its loss, its gradient norm and its first non-finite tensor."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,9 +26,9 @@ class ReplayedRow:
     Attributes:
         source: ``file:line``.
         loss: Mean over its labels, in nats.
-        gradient_norm: Of that loss.
-        first_not_finite: The first activation in the order of the forward pass, or else the first gradient in the
-            order of the backward pass, that holds NaN or infinity; None if all are finite.
+        gradient_norm: Norm of the gradient of that loss.
+        first_not_finite: The first activation of the forward pass, or else the first gradient of the backward pass,
+            that holds NaN or infinity; None if all are finite.
     """
 
     source: str
@@ -44,14 +44,14 @@ class ReplayedRow:
 def replay_rows(
     model: "PreTrainedModel", examples: Sequence[Example], *, layout: Layout, precision: Precision, pad_token_id: int
 ) -> Iterator[ReplayedRow]:
-    """Yields the result of each row alone, without dropout; leaves no gradient behind.
+    """Yields the result of each row alone, without dropout. Clears the model's gradients.
 
     Args:
-        model: From ``load_model``.
+        model: Model from ``load_model``.
         examples: The rows.
-        layout: As in the run.
-        precision: Of training.
-        pad_token_id: Fills padding.
+        layout: Layout of the run.
+        precision: Precision of training.
+        pad_token_id: Token id of padding.
     """
     device = model.device
     model.eval()
@@ -62,7 +62,7 @@ def replay_rows(
             with _autocast(device, precision):
                 losses = label_losses(model, batch)
             if not found and not losses.weighted_sum.isfinite():
-                found.append("the logits, or the loss of them")
+                found.append("the logits or their loss")
             losses.weighted_sum.backward()
         norm = gradient_norm(p.grad for p in model.parameters() if p.grad is not None)
         yield ReplayedRow(example.source, losses.weighted_sum.item(), norm.item(), found[0] if found else None)

@@ -1,4 +1,4 @@
-"""Gather Python objects across processes, and define the dtype in which sums are exchanged."""
+"""All-gather Python objects across processes, and define the dtype of reduced sums."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float6
 
 
 def all_gather_objects(rows: list[Any], num_processes: int) -> list[list[Any]]:
-    """Returns the rows of each process, by rank. All processes have to call it."""
+    """Returns the rows of each process, by rank. All processes must call it."""
     if num_processes == 1:
         return [rows]
     parts: list[Any] = [None] * num_processes
@@ -18,12 +18,12 @@ def all_gather_objects(rows: list[Any], num_processes: int) -> list[list[Any]]:
 
 
 def all_gather_distinct(rows: list[Any], num_processes: int) -> list[Any]:
-    """Returns the distinct rows of all processes, in order of rank. All processes have to call it.
+    """Returns the distinct rows of all processes, in order of rank. All processes must call it.
 
-    Processes that are no replicas of each other, such as those that share a tensor-parallel group, hold equal rows.
+    Processes that are not distinct replicas, such as those of one tensor-parallel group, hold equal rows.
 
     Args:
-        rows: Hashable, of this process.
+        rows: Hashable rows of this process.
         num_processes: The world size.
     """
     return list(dict.fromkeys(row for part in all_gather_objects(rows, num_processes) for row in part))

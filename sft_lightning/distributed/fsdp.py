@@ -1,7 +1,7 @@
 """Shard the parameters of a model over processes with FSDP2 (``torch.distributed.fsdp.fully_shard``).
 
 Every process builds the model with its parameters on the meta device. The first process also loads the weights on its
-host and sends each process its shards. No device ever holds a whole model.
+host and sends each process its shards. No device ever holds the whole model.
 """
 
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether a forward pass needs other processes to run one too (FSDP2, tensor parallelism)."""
+    """Returns whether all processes must run a forward pass together (FSDP2, tensor parallelism)."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
@@ -32,7 +32,7 @@ def is_shard(tensor: Tensor) -> bool:
     """Returns whether a tensor is distributed over processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    from torch.distributed.tensor import DTensor  # not in a torch built without distributed
+    from torch.distributed.tensor import DTensor  # missing in builds of torch without distributed
 
     return isinstance(tensor, DTensor)
 
@@ -46,20 +46,21 @@ def load_sharded(
     """Returns a model whose parameters are sharded over the processes of a mesh. All of them must call it.
 
     Args:
-        load: Returns the whole model on the host. Called in the first process only.
+        load: Returns the whole model on the host. Only the first process calls it.
         load_without_weights: Returns the same model with arbitrary weights.
-        mesh: One-dimensional device mesh.
-        device: Device of the shards of this process.
+        mesh: A one-dimensional device mesh.
+        device: Device of this process's shards.
 
     Raises:
-        UserError, RunFailedError: In all processes if ``load`` raises it in the first; RuntimeError for other errors.
+        UserError, RunFailedError: In all processes if ``load`` raises one in the first.
+        RuntimeError: In all processes if ``load`` raises another error.
     """
     whole: dict[str, Tensor] = {}
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             whole = load().state_dict()
-        except Exception as error:  # the other processes wait, so each error must reach them
+        except Exception as error:  # the other processes wait, so every error must reach them
             outcome = [error if isinstance(error, UserError | RunFailedError) else RuntimeError(repr(error))]
     dist.broadcast_object_list(outcome, 0)
     if outcome[0] is not None:
@@ -73,17 +74,17 @@ def load_sharded(
 
 
 def unsharded(state: Any, *, keep: bool) -> Any:
-    """Returns nested mappings and lists with full tensors on the host in place of shards. All processes must call it.
+    """Returns nested mappings and lists with shards gathered into full tensors on the host. All processes must call it.
 
     Args:
-        state: The same shards in the same order in all processes.
-        keep: Whether this process needs the result. In the others only one tensor at a time is full.
+        state: Shards, with the same structure and order in all processes.
+        keep: Whether this process keeps the result. Others hold only one full tensor at a time.
     """
     if isinstance(state, Tensor):
         whole = state.full_tensor() if is_shard(state) else state  # type: ignore[attr-defined]
         return whole.detach().cpu() if keep else None
     if isinstance(state, Mapping):
-        once: dict[int, Any] = {}  # a tied weight stays one tensor under its two names
+        once: dict[int, Any] = {}  # a tied weight stays one tensor under both names
         return {
             name: once[id(value)] if id(value) in once else once.setdefault(id(value), unsharded(value, keep=keep))
             for name, value in state.items()
@@ -94,9 +95,9 @@ def unsharded(state: Any, *, keep: bool) -> Any:
 
 
 def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Returns the shard of this process of a full tensor, distributed like a parameter.
+    """Returns this process's shard of a full tensor, distributed like a parameter.
 
-    A tensor of another shape, such as a step counter, is returned unchanged.
+    Returns a tensor of a different shape, such as a step counter, unchanged.
     """
     if not is_shard(parameter) or whole.shape != parameter.shape:
         return whole
@@ -109,17 +110,17 @@ def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Returns the gradients of a loss with respect to the parameters. Gradients that the model holds do not change.
+    """Returns the gradients of a loss with respect to the parameters, without changing the ``grad`` of any.
 
     All processes must call it if the model is sharded.
 
     Args:
-        model: Between two passes, so that parameters of a sharded model are shards.
+        model: A model outside its forward and backward passes, where sharded parameters are shards.
         compute_loss: Runs the model and returns the loss.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not is_sharded(model):
-        # Not backward(): it would run hooks on the parameters, and some take optimizer steps.
+        # Not backward(): it would run parameter hooks, some of which take optimizer steps.
         gradients = torch.autograd.grad(compute_loss(), trainable, allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
     kept = [parameter.grad for parameter in trainable]
@@ -133,14 +134,14 @@ def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[T
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Returns the 2-norm over all gradients. Shape [], equal in all processes. No host synchronization."""
+    """Returns the 2-norm over all gradients, without host synchronization. Shape [], equal in all processes."""
     norm = nn.utils.get_total_norm(list(gradients))
     return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Registers parameters without storage. Buffers keep their values: not all of them are saved with a model."""
+    """Registers parameters on the meta device. Buffers keep their values, since checkpoints do not hold all of them."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -157,7 +158,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
-    """Shards each layer, and the rest (embeddings, last norm) as one unit, in which a tied weight is once."""
+    """Shards each layer, and the rest (embeddings, last norm) as one unit, where a tied weight occurs once."""
     from torch.distributed.fsdp import fully_shard
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -172,7 +173,7 @@ def _shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
 
 
 def _materialize(model: "PreTrainedModel", device: torch.device) -> None:
-    """Allocates storage for parameters. Module.to_empty would allocate a tied weight once per name."""
+    """Allocates storage for parameters. ``Module.to_empty`` would allocate a tied weight once per name."""
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -86,7 +86,7 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
         after: Samples of the second.
 
     Raises:
-        UserError: If there are no samples, or the prompts, ground truths or their order differ.
+        UserError: If an evaluation has no samples, or the prompts, ground truths or their order differ.
     """
     if not before or not after:
         raise UserError("an evaluation without samples cannot be compared")

@@ -35,7 +35,7 @@ def evaluate(
     Args:
         model: A causal language model. Its mode and the random state are unchanged afterwards. None for a generator
             that asks a server.
-        prompts: Given to the model as they are.
+        prompts: Complete prompts, without further rendering.
         ground_truths: One for each prompt: a text, a number or a list of alternatives.
         tokenizer: None loads the one in the folder of the model.
         generator: None takes ``TransformersGenerator()``.

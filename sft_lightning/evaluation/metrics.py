@@ -13,7 +13,7 @@ from sft_lightning.evaluation.comparison import rewarded
 
 
 def answer_metrics(samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, float]:
-    """Returns rates and means over the graded answers of all processes. All processes have to call it.
+    """Returns rates and means over the graded answers of all processes. All processes must call it.
 
     Args:
         samples: ``EvaluationResult.samples`` of this process.

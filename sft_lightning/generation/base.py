@@ -1,4 +1,4 @@
-"""Define generators, which turn prompts into answers and the reason why each answer ended."""
+"""Define the generator, which turns prompts into answers with the reason why each ended."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Generator(ABC):
         Args:
             model: The model; None for generators that ask a server.
             tokenizer: The tokenizer of the model.
-            prompts: Given to the model as they are.
+            prompts: Complete prompts, without further rendering.
             numbers: For each prompt, which answer of the whole evaluation it is; None means 0, 1, 2, ... A sampled
                 answer follows from it and the prompt, and not from the other prompts of the call.
         """

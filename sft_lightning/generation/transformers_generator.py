@@ -30,7 +30,7 @@ class TransformersGenerator(SamplingGenerator):
     The sampling settings of the model (its ``generation_config``) are ignored, except for its EOS tokens: an answer
     ends at any of those or at the one of the tokenizer.
 
-    All processes that hold shards of a model must call it, each with prompts of its own or none.
+    All processes that hold shards of a model must call it, each with different prompts or none.
 
     Args:
         max_new_tokens: An answer is cut at this number of tokens.

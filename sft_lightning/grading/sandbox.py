@@ -1,4 +1,4 @@
-"""Run a user's grader in processes of its own, which end at a time limit and may crash alone."""
+"""Run a user's grader in separate processes, so that a time limit can end it and a crash stays isolated."""
 
 import json
 import logging

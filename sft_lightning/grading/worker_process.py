@@ -1,4 +1,4 @@
-"""Run a program that answers tasks in a process of its own, which a time limit or a crash may end.
+"""Run a program that answers tasks in a separate process, which a time limit or a crash may end.
 
 :class:`WorkerProcess` is the side of the caller. :func:`open_streams` and :func:`time_limit` are the side of the
 program, which loads this file by its path: nothing here imports the package.
@@ -42,8 +42,8 @@ class WorkerProcess:
     """
 
     def __init__(self, program: Path, first_task: bytes = b"") -> None:
-        # -P keeps the folder of the program, whose files may have any name, out of the import path. The session keeps
-        # a Ctrl-C for the caller away from the process, and is a process group: what the program starts ends with it.
+        # -P keeps the folder of the program, whose files may have any name, out of the import path. The new session
+        # shields the process from a Ctrl-C, and its process group ends the child processes with the program.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(program)],
             stdin=subprocess.PIPE,
@@ -122,7 +122,7 @@ def open_streams() -> tuple[BinaryIO, Callable[[str], None]]:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Kills this process with SIGALRM if the block takes longer, whatever it does and even if the caller has died."""
+    """Kills this process with SIGALRM if the block takes longer, even if the block hangs or the caller has died."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)

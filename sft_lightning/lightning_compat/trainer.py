@@ -1,4 +1,4 @@
-"""Read what a Trainer knows about its run, including attributes that Lightning does not declare."""
+"""Read the state of a Trainer's run, including attributes that Lightning does not declare."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable

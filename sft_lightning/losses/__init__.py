@@ -1,4 +1,4 @@
-"""Losses of label tokens, computed without the full logits, and the guide's loss functions.
+"""Losses of label tokens, computed without the full logits, and loss functions for training loops of your own.
 
-It may import data and the rooms below; start with base.py and token_loss.py.
+It may import data and the rooms below; start with base.py.
 """

@@ -1,4 +1,4 @@
-"""Define what a loss computes at label positions."""
+"""Define the interface of losses, which are computed at label positions."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple

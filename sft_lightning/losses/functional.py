@@ -1,6 +1,6 @@
 """Compute losses and entropies of response tokens as pure functions of logits.
 
-Everything is in nats and computed in float32 (float64 stays float64), whatever the dtype of the logits.
+Losses are in nats and computed in float32, or in float64 for float64 logits.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Compute the loss at label positions inside the model's own forward, in place of its output embedding.
+"""Compute the loss at label positions inside the model's own forward, instead of its output embedding.
 
 The model is called once, as a whole, so that wrappers of the model or its layers (DDP, FSDP2, compile, PEFT) see an
 ordinary call. Hooks on the output embedding take the hidden states at label positions and pass them to the loss, which

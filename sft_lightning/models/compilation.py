@@ -1,9 +1,9 @@
 """Compile a model's layers one by one and in place.
 
 Layers of one class share their graphs, so compiling 28 of them takes as long as compiling two. Names, weights, hooks
-and checkpoints do not change. Lengths differ in every micro-batch, so graphs are compiled for any length from the
-start. Attention over segments is not compiled, since the segments differ every time. The layout check and generation
-would need graphs of their own and run uncompiled, under ``torch.compiler.set_stance("force_eager")``.
+and checkpoints do not change. Graphs accept any length, since every micro-batch has a different one. Attention over
+segments is not compiled, since the segments differ every time. The layout check and generation would need separate
+graphs, so they run uncompiled, under ``torch.compiler.set_stance("force_eager")``.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from sft_lightning.distributed.fsdp import gradients_of
 from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import label_losses
 
-# Graphs of one function: training and validation, one row and several, a micro-batch without rows, and each of these
-# for every kind of layer that a model mixes. Beyond this limit, calls run uncompiled.
+# Limit of graphs of one function, beyond which calls run uncompiled. Training and validation need different graphs, and
+# so do zero, one and several rows and the kinds of layers in a model.
 _MAX_GRAPHS = 64
-# Rows and tokens of the trial. Kernels are tuned to the first sizes seen, so these are close to those of training.
+# Size of the trial batch. Kernels are tuned for the first sizes they see, so it is close to that of training.
 _NUM_ROWS = 3
 _ROW_TOKENS = 342
 
@@ -33,8 +33,8 @@ def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None
     """Makes each layer of a model compile itself when it is first called.
 
     Args:
-        model: From ``load_model``.
-        backend: Of ``torch.compile``.
+        model: Model from ``load_model``.
+        backend: Backend of ``torch.compile``.
 
     Raises:
         UserError: If the model recomputes activations or has no known layers.
@@ -52,14 +52,14 @@ def compile_layers(model: PreTrainedModel, *, backend: str = "inductor") -> None
 
 
 def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[[], AbstractContextManager]) -> None:
-    """Compiles a model's layers for training by a step on random rows that does not change the model.
+    """Compiles a model's layers for training with a step on random rows that does not change the model.
 
-    Problems show before training, and a resumed run compiles for the same sizes as one from the start.
+    Errors appear before training, and a resumed run compiles for the same sizes as an uninterrupted one.
 
     Args:
-        model: After ``compile_layers``, on its device, in training mode.
-        layout: Of the micro-batches of training.
-        precision: Enters the precision of training.
+        model: Model after ``compile_layers``, on its device, in training mode.
+        layout: Layout of the micro-batches.
+        precision: Returns a context manager that enters the precision of training.
 
     Raises:
         UserError: If the layers cannot be compiled here.
@@ -69,7 +69,7 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), precision():
             gradients_of(model, lambda: label_losses(model, batch).weighted_sum)
-    except Exception as error:  # a compiler may raise anything on a model it was not written for
+    except Exception as error:  # a compiler may raise anything on an unsupported model
         text = " ".join(str(error).split())[:300]
         raise UserError(
             f"model.compile does not work here ({type(error).__name__}: {text}); it needs a model that torch.compile "
@@ -78,7 +78,7 @@ def try_compiled(model: PreTrainedModel, layout: Layout, *, precision: Callable[
 
 
 def _random_batch(model: PreTrainedModel, layout: Layout) -> MicroBatch:
-    """Returns rows of random tokens that share a prefix, of odd length: the compiler assumes equal sizes stay equal."""
+    """Returns random rows with a common prefix. Sizes are distinct: the compiler assumes that equal ones stay equal."""
     num_tokens = min(
         _ROW_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROW_TOKENS
     )

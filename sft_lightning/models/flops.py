@@ -1,7 +1,7 @@
 """Count the floating-point operations (FLOPs) of a training step.
 
-A multiplication and an addition are two FLOPs. Only matrix multiplications are counted, as is usual: everything else
-is a few percent of them.
+A multiplication and an addition are two FLOPs. As is usual, only matrix multiplications count: everything else is a
+few percent of them.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelFlops:
-    """FLOPs of the forward and backward pass together. Recomputed activations do not count twice.
+    """FLOPs of the forward and backward pass together. Recomputation of activations does not count.
 
     Attributes:
-        per_token: FLOPs of an input token, without attention scores and without the output embedding.
-        per_label: FLOPs of a label: the output embedding runs at label positions only.
+        per_token: FLOPs of an input token, without attention scores and output embedding.
+        per_label: FLOPs of a label in the output embedding, which runs at label positions only.
         per_attention: FLOPs of one (query token, key token) pair in all layers and heads.
     """
 
@@ -33,12 +33,12 @@ class ModelFlops:
 def count_model_flops(model: "PreTrainedModel") -> ModelFlops | None:
     """Returns the training FLOPs of a decoder of attention and dense layers; None for other models.
 
-    A weight matrix of n numbers costs 2n per token forward and 4n backward, for the gradients of its input and of
-    itself. A pair of tokens in attention costs, in each head of each layer, 2 x head_dim for the score and
-    2 x head_dim for the weighted sum, and twice that backward: 12 x layers x heads x head_dim. The input embedding is
-    a look-up and costs nothing. This is the accounting of PaLM (arXiv 2204.02311, appendix B) and Chinchilla
-    (2203.15556, appendix F), except that attention is counted under its causal mask and not over the whole square. A
-    sliding window is counted as if rows were shorter than it.
+    A weight matrix of n elements costs 2n per token forward and 4n backward, for the gradients of its input and its
+    weights. In each head of each layer, a pair of tokens in attention costs 2 x head_dim for the score and
+    2 x head_dim for the weighted sum, and twice that backward: 12 x layers x heads x head_dim in total. The input
+    embedding is a lookup and costs nothing. This follows PaLM (arXiv 2204.02311, appendix B) and Chinchilla
+    (2203.15556, appendix F), except that attention counts under its causal mask instead of over the full square.
+    Sliding windows count as full attention.
 
     A parameter with three dimensions is a convolution or a stack of experts, which the formula does not cover.
     """
@@ -62,13 +62,13 @@ def count_model_flops(model: "PreTrainedModel") -> ModelFlops | None:
 
 
 def num_attended(batch: MicroBatch) -> int:
-    """Returns how many (query token, key token) pairs attention computes, each token with itself included.
+    """Returns the number of (query token, key token) pairs in attention, including each token with itself.
 
     Padding does not count.
     """
     if batch.segments is None:
         return sum(length * (length + 1) // 2 for length in batch.sequence_lengths)
-    num_keys: list[int] = []  # of a segment's last token: its ancestors' tokens and the segment's own
+    num_keys: list[int] = []  # by segment: its tokens and those of its ancestors
     pairs = 0
     for start, end, parent in batch.segments.tree:
         if start >= batch.num_unique_tokens:

@@ -110,7 +110,7 @@ def choose_layout(
             padded = _measure(model, "padded", examples, with_gradients=with_gradients)
         if (difference := compared.difference(padded[0], own)) > compared.tolerance:
             text = (
-                f"in a padded batch the model gives other losses than on each row alone (relative difference "
+                f"in a padded batch the model gives different losses than on each row alone (relative difference "
                 f"{difference:.1e}, allowed {compared.tolerance:.0e})"
             )
             if in_float32:

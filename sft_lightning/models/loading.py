@@ -48,15 +48,15 @@ def load_model(
 
     Args:
         model_path: Folder or hub name.
-        init: ``pretrained`` loads weights; ``random`` builds from ``config.json`` under torch's current seed.
-        precision: Of training, 32-true by default. Every floating-point parameter gets its dtype, whatever the dtype in
-            the checkpoint; FlashAttention needs 16-bit activations.
+        init: ``pretrained`` loads weights; ``random`` initializes them under torch's current seed.
+        precision: Precision of training, 32-true by default. Floating-point parameters are converted to its dtype.
+            FlashAttention needs 16-bit activations.
         attn_implementation: See :func:`choose_attention`.
-        device_type: Where the model will run, ``cuda`` or ``cpu``: decides which attention ``auto`` may choose.
+        device_type: Device that the model will run on, ``cuda`` or ``cpu``. ``auto`` attention depends on it.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        UserError: If the path holds no model or no weights, or the attention cannot run here.
+        UserError: If the path does not hold a model and its weights, or the attention cannot run here.
     """
     config = load_config(model_path)
     if init == "pretrained":
@@ -78,8 +78,8 @@ def load_model(
     except UnpicklingError as error:
         # torch's own text proposes weights_only=False, which would run any code in the file.
         raise UserError(
-            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle that holds something else "
-            "than tensors, possibly code, or is damaged; take a folder with model.safetensors"
+            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle file that is damaged or holds "
+            "more than tensors, possibly code; use a folder with model.safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
@@ -95,23 +95,23 @@ def load_model(
 
 
 def load_config(model_path: str) -> PretrainedConfig:
-    """Returns a causal language model's config, without the kernels that it may name.
+    """Returns the config of a causal language model, without the kernels that it may name.
 
     Raises:
-        UserError: If the path holds no such config.
+        UserError: If the path does not hold such a config.
     """
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"model.model_path '{model_path}' is a folder without config.json, so it is no model")
+        raise UserError(f"model.model_path '{model_path}' is not a model: the folder has no config.json")
     if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") > 1):
         raise UserError(f"model.model_path '{model_path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B")
     try:
         config = AutoConfig.from_pretrained(model_path)
-    except Exception as error:  # a field of the wrong type raises a bare Exception of huggingface_hub's
-        place = "has no usable config" if folder.is_dir() else "is no folder here and cannot be loaded from the hub"
+    except Exception as error:  # huggingface_hub raises a bare Exception for a field of the wrong type
+        place = "has no usable config" if folder.is_dir() else "is not a local folder and cannot be loaded from the hub"
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, no causal language model")
+        raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, not a causal language model")
     # A name such as owner/repository makes transformers fetch a kernel from the hub and run it, and in config.json it
     # overrides the argument of from_pretrained. The assignment also reaches sub-configs.
     config._attn_implementation = config._experts_implementation = None
@@ -119,10 +119,10 @@ def load_config(model_path: str) -> PretrainedConfig:
 
 
 def empty_model(model_path: str) -> PreTrainedModel:
-    """Returns the model that ``config.json`` describes on the meta device, where parameters take no memory.
+    """Returns a model on the meta device, where parameters take no memory, from its ``config.json``.
 
     Raises:
-        UserError: If the path holds no causal language model.
+        UserError: If the path does not hold a causal language model.
     """
     config = load_config(model_path)
     try:
@@ -133,7 +133,7 @@ def empty_model(model_path: str) -> PreTrainedModel:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str) -> None:
-    """Checks that a tokenizer fits a model, in training and after saving.
+    """Checks that a tokenizer fits a model. Warns if a saved checkpoint would load with a different tokenizer.
 
     Raises:
         UserError: See :func:`check_vocabulary`.
@@ -141,29 +141,29 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     check_vocabulary(model, tokenizer)
     if tokenizer.name_or_path != model_path and not survives_saving(model, tokenizer):
         logger.warning(
-            "the tokenizer of '%s' loads as another one from a folder of this model type: checkpoints will not give "
-            "the ids of training; take the model's own tokenizer",
+            "the tokenizer of '%s' loads as a different one from a folder of this model type: checkpoints will not "
+            "reproduce the token ids of training; use the model's own tokenizer",
             tokenizer.name_or_path,
         )
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if the tokenizer can produce an id that the embedding has no row for."""
+    """Raises UserError if the tokenizer has more tokens than the embedding has rows."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     num_rows = embedding.num_embeddings
     if len(tokenizer) > num_rows:
         raise UserError(
             f"data.tokenizer_path '{tokenizer.name_or_path}' has {len(tokenizer)} tokens but the embedding of "
-            f"model.model_path has {num_rows} rows: take the model's own tokenizer or resize the embedding first"
+            f"model.model_path has {num_rows} rows: use the model's own tokenizer or resize the embedding first"
         )
 
 
 def survives_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether a folder with this model and tokenizer loads with the same tokenizer.
 
-    For some model types transformers always loads its own tokenizer class, whatever was saved beside the model; token
-    ids after loading then differ from those in training.
+    For some model types transformers ignores the saved tokenizer class and loads its own. Token ids after loading then
+    differ from those in training.
     """
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -182,14 +182,14 @@ def save_model(
     """Writes a folder that ``from_pretrained`` loads: config, generation config, safetensors, tokenizer.
 
     Args:
-        model: Gives the config and, without ``state_dict``, the weights.
-        tokenizer: Written beside the weights.
-        folder: Exists and is empty.
-        state_dict: The weights, if they were gathered from other processes.
-        eos_token_id: The stop token that training supervised; the generation config stops at it.
+        model: Provides the config and, without ``state_dict``, the weights.
+        tokenizer: Saved with the weights if given.
+        folder: An existing, empty folder.
+        state_dict: The weights, if they are gathered from several processes.
+        eos_token_id: The stop token of training, which becomes that of the generation config.
     """
     own = model.generation_config
-    # save_pretrained refuses settings of some published models, such as a temperature without do_sample.
+    # save_pretrained rejects the settings of some published models, such as a temperature without do_sample.
     model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
@@ -204,7 +204,7 @@ def save_model(
 
 
 def hide_progress_bars() -> None:
-    """Turns off transformers' progress bars of loading and saving, for programs that show their own progress."""
+    """Turns off transformers' progress bars, for programs that show their own progress."""
     hf_logging.disable_progress_bar()
 
 
@@ -220,8 +220,8 @@ def _require_weights(model_path: str) -> None:
 def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
     if missing := sorted(missing):
         raise UserError(
-            f"model.model_path '{model_path}' lacks weights that its config.json asks for, {missing[0]} first of "
-            f"{len(missing)}: they would start random; take a config.json that fits the weights"
+            f"model.model_path '{model_path}' lacks {len(missing)} weights that its config.json defines, "
+            f"{missing[0]} first, which would start random; use a config.json that fits the weights"
         )
 
 

@@ -10,7 +10,7 @@ _SHORT_NAMES = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "64": "
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtypes that a precision of the Trainer stands for. Make one with :meth:`named`.
+    """The dtypes of a Trainer precision. Make one with :meth:`named`.
 
     Attributes:
         name: The Trainer's name, such as ``bf16-mixed``.

@@ -54,9 +54,9 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, learning_rate: 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Returns the trainable parameters as optimizer groups: decayed ones, then those without weight decay.
 
-    The optimizer's own weight decay applies to matrices: parameters with two or more dimensions that are no embedding,
-    norm weight or bias. A tensor tied to an embedding counts as an embedding. Each tensor appears once, even if modules
-    share it. Skips parameters without ``requires_grad``, and empty groups.
+    The optimizer's own weight decay applies to matrices: parameters with two or more dimensions, except embeddings,
+    norm weights and biases. A tensor tied to an embedding counts as an embedding. Each tensor appears once, even if
+    modules share it. Skips parameters without ``requires_grad``, and empty groups.
 
     Returns:
         Dicts with ``params``, in the model's order of parameters; the second also has ``weight_decay`` 0.
@@ -84,7 +84,7 @@ def target_of(factory: OptimizerFactory) -> Callable[..., Optimizer]:
     """Returns the class or function that a factory calls."""
     if not isinstance(factory, partial):
         return factory
-    # The config parser makes a partial of its own function, with the class as an argument.
+    # jsonargparse makes a partial of an internal function, with the class as an argument.
     target: Any = next((argument for argument in factory.args if inspect.isclass(argument)), factory.func)
     return target
 

@@ -75,8 +75,8 @@ def verdict(label: str, rate: PairedRate) -> str:
     is_noise = rate.p_value >= _SIGNIFICANT
     counts = f"{rate.num_fixed:,} fixed, {rate.num_broken:,} broken, p {p_text(rate.p_value, with_sign=True)}"
     bounds = "" if is_noise else f"; 95% interval of the change {points(low)} to {points(high)} points"
-    judgement = "That may be noise" if is_noise else "That is more than noise"
-    return f"{label} {movement} on {num_prompts}. {judgement}: {counts}{bounds}."
+    judgment = "That may be noise" if is_noise else "That is more than noise"
+    return f"{label} {movement} on {num_prompts}. {judgment}: {counts}{bounds}."
 
 
 def points(share: float) -> str:

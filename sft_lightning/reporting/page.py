@@ -47,7 +47,7 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
 def write_report(run: Path, *, state: str | None = None, with_plots: bool = True) -> Path:
     """Writes ``report/index.html`` and the plots of a run from the files in its folder.
 
-    It works on whatever part of them exists: in mid-training, after a crash, and for the folder of a plain evaluation.
+    Any of the files may be missing, as during training, after a crash, or in the folder of a plain evaluation.
 
     Args:
         run: Folder of the run.

@@ -227,7 +227,7 @@ def _rank(values: np.ndarray, chosen: np.ndarray) -> _Ranking:
 def _robust_z(values: np.ndarray) -> np.ndarray:
     """Returns how many standard deviations above the median each value is, estimated robustly.
 
-    If half of the values are equal there is no estimate, and all are 0.
+    Returns zeros if half of the values are equal, where the estimate is undefined.
     """
     deviations = values - np.median(values)
     scale = _DEVIATIONS_OF_NORMAL * np.median(np.abs(deviations))

@@ -86,7 +86,7 @@ def read_run(folder: Path) -> RunFiles:
     """Returns the content of the folder of a run or of a plain evaluation.
 
     Raises:
-        UserError: If there is no such folder, or nothing in it that a report could show.
+        UserError: If the folder does not exist or holds nothing to report.
     """
     if not folder.is_dir():
         raise UserError(f"run folder '{folder}' does not exist; name the output_dir of a run or of an evaluation")

@@ -102,7 +102,7 @@ def evaluations_section(contents: Contents) -> Section | None:
         f"<tbody>{rows}</tbody></table>"
     )
     explanation = (
-        "Below each rate: its 95% interval. Loss: of the validation set, in nats a token. Tokens: mean length of an "
+        "Below each rate is its 95% interval. Loss: of the validation set, in nats a token. Tokens: mean length of an "
         f"answer. Entropy: mean of its tokens, in nats.{best}"
     )
     return Section(
@@ -152,7 +152,7 @@ def _paired_table(files: RunFiles, rates: dict[str, PairedRate]) -> str:
         }
     num_pairs = next(iter(rates.values())).num_pairs
     explanation = (
-        "Below each rate: its 95% interval (Wilson), below each change: that of the change (bootstrap over prompts). "
+        "Below each rate is its 95% interval (Wilson), below each change that of the change (bootstrap over prompts). "
         "Fixed: wrong before, right after; broken: the reverse. p: McNemar's exact test on those two."
     )
     return _rates_frame(f"{num_pairs:,} prompts, answered before and after", explanation, rows)
@@ -164,7 +164,7 @@ def _rates_table(evaluation: Evaluation) -> str:
         for name, rate in rates_of(evaluation).items()
     }
     num_prompts = evaluation.metrics.get("num_examples") or len({row["index"] for row in evaluation.samples})
-    return _rates_frame(f"{num_prompts} prompts", "Below each rate: its 95% interval.", rows) if rows else ""
+    return _rates_frame(f"{num_prompts} prompts", "Below each rate is its 95% interval.", rows) if rows else ""
 
 
 def _rates_frame(caption: str, explanation: str, rows: dict[str, dict[str, str]]) -> str:

@@ -48,10 +48,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 def translate_out_of_memory(
     where: Callable[[], str], advice: Callable[[], str], device: Callable[[], torch.device]
 ) -> Iterator[None]:
-    """Raises ``RunFailedError`` in place of an out-of-memory error.
+    """Turns an out-of-memory error into ``RunFailedError``.
 
     Args:
-        where: Returns what the memory was needed for.
+        where: Returns the operation that ran out of memory.
         advice: Returns what to change.
         device: Returns the device of the tensors.
 

@@ -33,6 +33,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grader, R1ZeroGrader
 from sft_lightning.lightning_compat.loops import fit_position
 from sft_lightning.lightning_compat.trainer import micro_batch_limit, repeats_one_epoch, replicas, usable_layout
+from sft_lightning.training.resume import check_same_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -325,18 +326,3 @@ def sets_of_run(function: str | None, available: Container[SetName]) -> list[Set
     needed: dict[str, list[SetName]] = {"fit": ["train"], "validate": ["val"], "test": ["test"], "predict": []}
     optional: list[SetName] = ["val"] if function == "fit" else []
     return needed[function] + [name for name in optional if name in available]
-
-
-def check_same_steps(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises UserError that names the first difference in what decides the tokens and the steps of two runs.
-
-    Args:
-        own: Of the run that is to continue.
-        saved: Of the checkpoint. A name that one of the two lacks counts as None.
-    """
-    for name in {**own, **saved}:
-        if own.get(name) != saved.get(name):
-            raise UserError(
-                f"cannot resume: {name} is {own.get(name)!r}, the checkpoint was trained with {saved.get(name)!r}; "
-                "set it back, or start from the checkpoint's weights with --model.model_path"
-            )

@@ -1,4 +1,4 @@
-"""Define SFTModule: the training and validation steps, the optimizer, and what is logged."""
+"""Define SFTModule: the training and validation steps, the optimizer and the logged metrics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -286,6 +286,11 @@ class SFTModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
+        if "identities" not in checkpoint:
+            raise UserError(
+                "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
+                "--model.model_path"
+            )
         saved, current = checkpoint["hyper_parameters"], self.hparams
         check_resumable(
             {**saved, **checkpoint["identities"]}, {**current, **self.identities}, override=self.resume_override

@@ -65,7 +65,7 @@ class StepRow(NamedTuple):
 
 
 class NonFinitePolicy:
-    """Keeps optimizer steps whose loss or gradient is not finite away from the weights.
+    """Prevents optimizer steps with a non-finite loss or gradient from changing the weights.
 
     Args:
         on_nonfinite: Whether such a step stops the run or is skipped.
@@ -88,7 +88,7 @@ class NonFinitePolicy:
         """Saves the rows of a step, then stops the run or skips the step.
 
         A skipped step has no gradients: the optimizer leaves each parameter and its state unchanged, while the plan and
-        the learning rate schedule move on. All processes have to call this.
+        the learning rate schedule advance. All processes must call this.
 
         Args:
             trainer: Before the step.

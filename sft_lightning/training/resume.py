@@ -1,4 +1,4 @@
-"""Compare the settings of a run with those of the checkpoint that it resumes from."""
+"""Compare the settings and the steps of a run with those of the checkpoint that it resumes from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -70,6 +70,21 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, ove
             raise UserError(
                 f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
                 "or pass --resume_override to continue with the new one"
+            )
+
+
+def check_same_steps(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises UserError that names the first difference in what decides the tokens and the steps of two runs.
+
+    Args:
+        own: Of the run that is to continue.
+        saved: Of the checkpoint. A name that one of the two lacks counts as None.
+    """
+    for name in {**own, **saved}:
+        if own.get(name) != saved.get(name):
+            raise UserError(
+                f"cannot resume: {name} is {own.get(name)!r}, the checkpoint was trained with {saved.get(name)!r}; "
+                "set it back, or start from the checkpoint's weights with --model.model_path"
             )
 
 

@@ -55,7 +55,7 @@ class NormSpikes:
 
 
 def log_spike(trainer: Trainer, norm: float, ratio: float, micro_batches: Iterable[MicroBatchLosses]) -> None:
-    """Warns of a spike with the rows of the step, and logs it. All processes have to call this.
+    """Warns of a spike with the rows of the step, and logs it. All processes must call this.
 
     Args:
         trainer: Before the step.

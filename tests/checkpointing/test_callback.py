@@ -1,4 +1,4 @@
-"""Resume is bit-equal, from any optimizer step; checkpoints are models; `best`, `last` and retention."""
+"""Test bit-equal resume from any step, checkpoints as models, `best`, `last` and retention."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from sft_lightning import HFCheckpoint
+from sft_lightning.checkpointing import callback
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
@@ -71,7 +72,7 @@ def test_resume_with_another_split_follows_the_same_steps(fit, tmp_path, split):
             precision="64-true",
         )
         assert resumed.trainer.global_step == STEPS
-        # 1e-9 relative: the same examples in another order of summation, in float64 (DESIGN 12).
+        # 1e-9 relative: the same examples in another order of summation, in float64.
         assert resumed.losses == pytest.approx(straight.losses[step:], rel=1e-9)
 
 
@@ -295,3 +296,12 @@ def test_a_failing_save_leaves_the_last_good_checkpoint(fit, tmp_path, monkeypat
     monkeypatch.undo()
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-2")
     assert not list(tmp_path.glob(".*tmp*"))
+
+
+@pytest.mark.parametrize(("optimizer", "num_copies"), [(None, 3), (torch.optim.SGD, 1)])
+def test_the_disk_check_counts_the_moments_of_adamw_only(fit, tmp_path, monkeypatch, optimizer, num_copies):
+    asked = []
+    monkeypatch.setattr(callback, "require_space", lambda path, size: asked.append(size))
+    run = fit(tmp_path, max_steps=1, model={"optimizer": optimizer})
+    num_parameters = sum(parameter.numel() for parameter in run.module.parameters())
+    assert asked[0] == num_copies * 4 * num_parameters

@@ -178,7 +178,7 @@ def test_a_death_at_any_moment_leaves_one_whole_checkpoint(tmp_path):
     assert set(found) == {"old", "new"}
 
 
-def test_a_death_before_the_first_checkpoint_stands_leaves_none(tmp_path):
+def test_a_death_before_the_first_checkpoint_is_complete_leaves_none(tmp_path):
     found = []
     for run in deaths(tmp_path, publish, lambda run: None):
         found.append(folders.find(run, "auto") is not None)
@@ -278,7 +278,7 @@ def test_a_file_outside_of_the_manifest_is_ignored(tmp_path):
         b"\xff\xfe",
     ],
 )
-def test_a_manifest_that_says_nothing_is_one_line(tmp_path, manifest):
+def test_an_unreadable_manifest_is_one_line(tmp_path, manifest):
     folder = publish(tmp_path)
     (folder / "manifest.json").unlink()
     if manifest is not None:
@@ -300,7 +300,7 @@ def test_a_flipped_byte_of_a_manifest_is_refused_or_harmless(tmp_path):
             folders.verify(folder)
         except UserError:
             refused += 1
-    assert refused > 200  # what is left is the step, and white space that turned into other white space
+    assert refused > 200  # the others change the step, or white space to other white space
 
 
 # Finding
@@ -328,7 +328,7 @@ def test_auto_takes_the_newest_good_checkpoint(tmp_path, caplog):
     assert [record.message.split("'")[1].rpartition("-")[2] for record in caplog.records] == ["12", "11", "10"]
 
 
-def test_auto_is_none_only_where_there_is_no_checkpoint(tmp_path):
+def test_auto_returns_none_only_without_checkpoints(tmp_path):
     assert folders.find(tmp_path, "auto") is None
     (publish(tmp_path) / "config.json").unlink()
     with pytest.raises(UserError, match=r"none of the 1 checkpoints in .* is good"):
@@ -562,7 +562,7 @@ def test_clearing_deletes_a_run_to_the_last_file(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_clearing_keeps_what_no_manifest_names(tmp_path):
+def test_clearing_keeps_files_outside_every_manifest(tmp_path):
     whole_run(tmp_path)
     mine = users_own_files(tmp_path)
     run_folders.clear(tmp_path)

@@ -1,4 +1,4 @@
-"""HFCheckpointIO by itself: what it writes, what it reads back, and what it refuses to read."""
+"""Test HFCheckpointIO alone: the files it writes, reads and refuses."""
 
 import copy
 import hashlib
@@ -170,7 +170,7 @@ def test_a_link_is_followed_and_remove_deletes(tmp_path):
 @pytest.mark.parametrize("during", ["validate", "test", "predict"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_size", ["5GB", "1KB"])
-def test_a_plain_model_folder_will_do_unless_one_trains(tmp_path, during, tied, shard_size):
+def test_a_plain_model_folder_suffices_except_for_training(tmp_path, during, tied, shard_size):
     model = make_model(tied=tied, seed=0)
     model.save_pretrained(tmp_path / "plain", max_shard_size=shard_size)
     assert (tmp_path / "plain" / "model.safetensors.index.json").is_file() is (shard_size == "1KB")
@@ -195,7 +195,7 @@ def test_a_folder_without_weights_is_one_line(tmp_path):
             checkpoint_io(make_model(tied=True, seed=0), during="validate").load_checkpoint(path)
 
 
-# what the folder holds, what is trained, the first weight in which they differ
+# model in the folder, model of the run, first weight in which they differ
 OTHER_MODELS = [
     ({"tied": True, "vocabulary_size": 13}, {"tied": True}, "lm_head.weight"),
     ({"tied": True}, {"tied": False}, "lm_head.weight"),
@@ -261,7 +261,7 @@ def test_a_cut_plain_folder_names_the_file(tmp_path):
 
 
 class Malicious:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -271,7 +271,7 @@ class Malicious:
 
 
 def forge(folder, content):
-    """Puts a trainer state in place whose size and sha256 the manifest confirms."""
+    """Replaces the trainer state, and its size and sha256 in the manifest."""
     (folder / "trainer_state.ckpt").write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     described = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -310,7 +310,7 @@ def test_a_malicious_pickle_is_refused_and_never_executed(saved, tmp_path, form,
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80", b"not a checkpoint" * 100, bytes(1000)])
-def test_a_trainer_state_of_nonsense_is_one_line(saved, content):
+def test_an_unreadable_trainer_state_is_one_line(saved, content):
     forge(saved, content)
     with pytest.raises(UserError, match=r"trainer_state\.ckpt holds something else .*; it is not loaded$"):
         checkpoint_io(make_model(tied=True, seed=1)).load_checkpoint(saved)

@@ -1,4 +1,4 @@
-"""The files that a run registers, and the folder of a run. Whole runs are cleared in test_folder.py."""
+"""Test the files that a run registers, and its folder. test_folder.py clears whole runs."""
 
 from pathlib import Path
 

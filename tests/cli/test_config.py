@@ -1,4 +1,4 @@
-"""The options of the Trainer commands, each with one spelling, and what follows from them."""
+"""Test that options of the Trainer commands have one spelling and set all dependent values."""
 
 import pytest
 import yaml
@@ -78,7 +78,7 @@ def test_a_checkpoint_path_is_a_folder_or_a_word(path):
     check_checkpoint_path(path)
 
 
-def test_a_file_is_no_checkpoint_path(tmp_path):
+def test_a_file_as_ckpt_path_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not a folder; name a checkpoint-<step>, last, best or auto"):
         check_checkpoint_path(str(tmp_path / "file"))

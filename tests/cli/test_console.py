@@ -1,4 +1,4 @@
-"""What stays on the screen, and how jsonargparse's messages become one line."""
+"""Test which log lines are shown, and how jsonargparse's messages become one line."""
 
 import subprocess
 import sys

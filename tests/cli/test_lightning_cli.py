@@ -1,4 +1,4 @@
-"""fit, validate, test and predict, as typed; every mistake is one line and exit code 2, and overwrites nothing."""
+"""Test fit, validate, test and predict. Every mistake is one line with exit code 2, and overwrites nothing."""
 
 import csv
 import importlib.util
@@ -210,7 +210,7 @@ def test_graded_validation_every_n_optimizer_steps(command, tmp_path, val_file, 
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/format_accuracy"]]
     assert [int(row["step"]) for row in rows] == [0, 3, 6]
-    assert (run / "best").resolve().name == "checkpoint-3"  # the first; equal values are no improvement
+    assert (run / "best").resolve().name == "checkpoint-3"  # the first; an equal value does not improve
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-3", "step-6"]
     printed = capsys.readouterr().out
     assert "format   0.000 [0.000 0.490]  0.000 [0.000 0.490]  +0.000 [0.000 0.000]  1.000" in printed
@@ -275,7 +275,7 @@ def test_environment_variables_and_later_configs_override(command, tmp_path, mon
 def mistakes():
     yield ["--model.learning_ratee", "1"], "unrecognized arguments: --model.learning_ratee 1"
     yield ["--model.learning_rate", "abc"], 'Parser key "model.learning_rate": Expected a float. Got value: abc'
-    yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"
+    yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is not a file"
     yield ["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"
     yield ["--data.max_length", "3"], "Raise data.max_length (3)"
     yield ["--model.model_path", "/nope"], "'/nope'"
@@ -288,7 +288,7 @@ def mistakes():
     yield ["--config", "nope.yaml"], "nope.yaml"
     yield ["--validate_every_n_steps", "0"], "validate_every_n_steps must be at least 1, got 0"
     yield ["--checkpoint.monitor", "val/loss"], "checkpoint.monitor 'val/loss' needs validations: set data.val_path"
-    yield ["--model.attn_implementation", "flash_attention_2"], "pip install 'sft-lightning[flash-attn]'"
+    yield ["--model.attn_implementation", "flash_attention_2"], "pip install flash-attn --no-build-isolation"
     yield ["--model.warmup_steps", "1", "--model.warmup_ratio", "0.1"], "warmup_ratio 0.1 are both given"
     scheduler = '{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {"1": 2}}}'
     yield ["--trainer.callbacks+", scheduler], "GradientAccumulationScheduler"
@@ -306,13 +306,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, option
 
 
 @pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")])
-def test_a_logger_without_its_package_says_what_to_install(command, tmp_path, monkeypatch, capsys, name, package):
+def test_a_logger_without_its_package_names_the_install_command(command, tmp_path, monkeypatch, capsys, name, package):
     find_spec = importlib.util.find_spec
     hidden = ("wandb", "tensorboard", "tensorboardX")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
     logger = json.dumps([{"class_path": name, "init_args": {"save_dir": str(tmp_path)}}])
     assert main([*command, "--trainer.logger", logger]) == 2
-    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install 'sft-lightning[{package}]'"
+    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install {package}"
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 

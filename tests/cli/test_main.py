@@ -1,4 +1,4 @@
-"""The light half of the command line: what it answers before anything heavy loads."""
+"""Test the part of the command line that runs without heavy imports."""
 
 import subprocess
 import sys
@@ -26,6 +26,12 @@ def test_help_lists_every_command(capsys):
         "replay",
     ):
         assert f"\n  {command} " in printed
+
+
+def test_help_of_a_trainer_command_names_it_as_users_type_it(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    assert capsys.readouterr().out.startswith("usage: sft-lightning fit [")
 
 
 def test_version(capsys):

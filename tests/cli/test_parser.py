@@ -1,4 +1,4 @@
-"""The parser of the commands that need no Trainer."""
+"""Test the parser of the commands without a Trainer."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from sft_lightning.cli.parser import CommandParser
 from sft_lightning.errors import UserError
 
 
-def test_a_mistake_is_an_error_of_one_line_without_the_usage():
+def test_a_mistake_is_one_line_without_the_usage():
     parser = CommandParser("count", "Counts.")
     parser.add_argument("--to", type=int)
     with pytest.raises(UserError, match=r"^argument --to: invalid int value: 'x'$"):

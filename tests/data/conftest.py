@@ -1,4 +1,4 @@
-"""Rows that begin alike, for the tests of tries, layouts and balancing."""
+"""Generate rows with common prefixes for the tests of tries, layouts and balancing."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
 
 @st.composite
 def _families(draw):
-    """Rows whose prompts begin like those of earlier rows, or are the same, or the beginning of one."""
+    """Rows whose prompts equal, extend or begin those of earlier rows, or share a prefix with them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     vocabulary = draw(st.sampled_from([2, 1000]))
     prompts = [rng.integers(1, vocabulary + 1, draw(st.integers(1, 60)))]

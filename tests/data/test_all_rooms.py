@@ -1,4 +1,4 @@
-"""From any rows to micro-batches, through all rooms: what every step, every replica and every mask must be."""
+"""Test the whole path from arbitrary rows to micro-batches: every step, replica and mask."""
 
 import json
 from fractions import Fraction
@@ -101,20 +101,20 @@ def rows_in(batch):
         ids = batch.input_ids.flatten()[chain].tolist()
         weights = set(batch.loss_weights[mine].tolist())
         assert len(weights) == 1
-        # Labels stand at the end of the row, one position after another, and nowhere else.
+        # Labels are consecutive positions at the end of the row, and nowhere else.
         assert positions == chain[-len(positions) :]
         yield int(source.rpartition(":")[2]), ids, len(ids) + 1 - len(positions), batch.labels[mine].tolist(), *weights
 
 
 def expected_weight(mode, labels_by_micro_batch, mine, num_labels):
     """The table of loss weights, in fractions."""
-    dealt = [labels for labels in labels_by_micro_batch if labels]
-    num_rows = sum(map(len, dealt))
+    counted = [labels for labels in labels_by_micro_batch if labels]
+    num_rows = sum(map(len, counted))
     return {
-        "token": Fraction(1, sum(map(sum, dealt))),
+        "token": Fraction(1, sum(map(sum, counted))),
         "sequence": Fraction(1, num_rows * num_labels),
         "constant": 1 / (num_rows * Fraction(CONSTANT)),
-        "micro_batch": Fraction(1, len(dealt) * sum(labels_by_micro_batch[mine])),
+        "micro_batch": Fraction(1, len(counted) * sum(labels_by_micro_batch[mine])),
     }[mode]
 
 

@@ -25,20 +25,20 @@ def test_an_example_counts_its_labels():
     assert [example.num_labels for example in EXAMPLES] == [2, 2]
 
 
-def test_a_prompt_and_its_response_are_one_sequence_with_one_span():
+def test_prompt_and_response_are_one_sequence_with_one_span():
     (sequence,) = EXAMPLES[0].sequences
     assert sequence.label_spans == ((3, 5, 1.0),)
     assert sequence.prefix.tolist() == [11, 12, 13]
 
 
-def test_labels_are_counted_over_sequences_and_spans_whatever_they_weigh():
+def test_label_counts_cover_all_spans_and_ignore_weights():
     tokens = np.arange(10, dtype=np.int32)
     two = TokenSequence(tokens, (LabelSpan(1, 4, 0.0), LabelSpan(8, 10, 0.5)))
     assert two.prefix.tolist() == list(range(8))
     assert Example((two, TokenSequence(tokens[:3], (LabelSpan(2, 3),)))).num_labels == 3 + 2 + 1
 
 
-def test_an_example_has_the_prefix_and_the_input_count_of_each_sequence():
+def test_an_example_lists_prefix_and_input_count_of_each_sequence():
     tokens = np.arange(10, dtype=np.int32)
     two = Example(
         (
@@ -49,7 +49,7 @@ def test_an_example_has_the_prefix_and_the_input_count_of_each_sequence():
     assert [(prefix.tolist(), num_inputs) for prefix, num_inputs in two.prefixes] == [(list(range(8)), 9), ([0, 1], 2)]
 
 
-def test_moving_to_a_device_moves_every_tensor_and_keeps_the_rest():
+def test_moving_to_a_device_moves_every_tensor():
     moved = collated(rng_seed=5).to(torch.device("meta"))
     tensors = [getattr(moved, name) for name in MicroBatch.__slots__ if torch.is_tensor(getattr(moved, name))]
     assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
@@ -80,7 +80,7 @@ def test_segments_move_along_and_their_spans_stay():
     ("device", "options", "expected"),
     [("cuda", {}, True), ("cuda", {"non_blocking": False}, False), ("cpu", {}, False)],
 )
-def test_copies_to_a_gpu_are_asynchronous_as_lightning_calls_for_them(monkeypatch, device, options, expected):
+def test_copies_to_a_gpu_are_asynchronous_under_lightning(monkeypatch, device, options, expected):
     asked = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, non_blocking: asked.append(non_blocking) or self)
     packed().to(torch.device(device), **options)
@@ -104,7 +104,7 @@ def test_pinning_pins_every_tensor(monkeypatch):
 
 
 def test_segments_follow_from_their_spans():
-    # 0 has the children 1 and 3, and 1 has the child 2; 4 stands alone.
+    # 0 has the children 1 and 3, and 1 has the child 2; 4 has no relatives.
     tree = [Segment(0, 2, -1), Segment(2, 5, 0), Segment(5, 6, 1), Segment(6, 8, 0), Segment(8, 9, -1)]
     segments = Segments.from_tree(tree)
     assert segments.tree == tuple(tree)

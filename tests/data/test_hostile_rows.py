@@ -1,4 +1,4 @@
-"""Mutated JSONL and Parquet: each line is a record, or a bad row with its file, line and reason; never a traceback."""
+"""Test that every line of mutated JSONL or Parquet is a record, or a bad row with its file, line and reason."""
 
 import json
 import random
@@ -137,11 +137,11 @@ def test_mutated_lines_are_records_or_named_bad_rows(tmp_path, tokenizer, note_f
     ):
         list(read_records(DataSettings(path)))
     note_fault(
-        "line of JSONL that is no row (also: not UTF-8, no prompt or response, a wrong type)",
+        "line of JSONL that is not a row (also: not UTF-8, no prompt or response, a wrong type)",
         provoked="2,000 good lines mutated: bits, cuts, copies, insertions, other types, huge numbers, deep nesting, "
         "NUL, BOM, half surrogate pairs, CRLF; a slow test does the same with 100,000",
         outcome="named by file, line and reason; skipped up to `data.max_bad_rows` (0), else the run stops before a "
-        "model is loaded (exit 2); the good lines beside them are read",
+        "model is loaded (exit 2); good lines are still read",
         tries=2_000,
     )
 

@@ -84,7 +84,7 @@ BAD_ROWS = [
     (b'{"prompt": "a", "response": 4}', "field 'response' must be text, got int"),
     (
         b'{"prompt": "a", "response": "\\ud83d"}',
-        "field 'response' holds half a surrogate pair, which is no character: surrogates not allowed",
+        "field 'response' holds half a surrogate pair, which is not a character: surrogates not allowed",
     ),
     (
         b'{"prompt": "a", "response": "b", "weight": -1}',
@@ -200,7 +200,7 @@ def test_valid_text_passes(value):
         (3, "field 'prompt' must be text, got int"),
         (deep, "field 'prompt' must be text, got list"),
         (" \n\u2028", "field 'prompt' is empty"),
-        ("x\ud800", "field 'prompt' holds half a surrogate pair, which is no character: surrogates not allowed"),
+        ("x\ud800", "field 'prompt' holds half a surrogate pair, which is not a character: surrogates not allowed"),
     ],
 )
 def test_invalid_text_is_refused_with_the_reason(value, reason):

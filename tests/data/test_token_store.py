@@ -174,7 +174,7 @@ def sequence(tokens, *label_spans):
 
 CONVERSATIONS = [
     Example((sequence([7, 8, 9, 1], (1, 2), (3, 4, 0.5)),), "data.jsonl:1"),
-    # The second sequence begins with three tokens of the first, and the third is the second and goes on.
+    # The second sequence begins with three tokens of the first, and the third continues the second.
     Example(
         (
             sequence([1, 2, 3, 4, 5], (3, 5)),
@@ -278,7 +278,7 @@ def test_tokens_that_a_sequence_repeats_are_stored_once(tmp_path):
     assert spans[:4] == [(1, 2, 1.0), (3, 4, 0.5), (3, 5, 1.0), (4, 5, 0.25)]
 
 
-def test_a_prompt_with_its_response_takes_68_bytes_beside_its_tokens(data):
+def test_prompt_and_response_take_68_bytes_beside_their_tokens(data):
     store = load(data)
     (folder,) = (data.parent / "cache").iterdir()
     assert sum((folder / name).stat().st_size for name in ("rows.bin", "spans.bin")) == 68 * len(store)
@@ -303,10 +303,10 @@ def test_a_store_gives_back_any_conversations(conversations, labels_of, data):
             assert view.input_lengths.tolist() == [sum(each) - len(each) for each in lengths]
 
 
-# What is left out
+# Skipped rows
 
 
-def test_rows_left_out_are_reported_now_and_at_every_hit(data, caplog):
+def test_skipped_rows_are_reported_now_and_at_every_hit(data, caplog):
     with data.open("a") as file:
         file.write("oops\n")
     report = {
@@ -348,7 +348,7 @@ def test_overlength_as_an_error_leaves_no_store(data):
     assert stores_in(data.parent / "cache") == []
 
 
-def test_nothing_left_is_an_error_that_says_why(data):
+def test_a_set_without_usable_rows_is_an_error(data):
     with pytest.raises(UserError) as error:
         load(data, max_length=2)
     assert str(error.value) == (
@@ -382,7 +382,7 @@ FILTERED_ROWS = [
 ]
 
 
-def test_a_filter_keeps_what_it_accepts_and_the_others_are_reported_now_and_at_every_hit(data, caplog):
+def test_filtered_rows_are_reported_now_and_at_every_hit(data, caplog):
     write_rows(data, FILTERED_ROWS)
     row_filter = NoTwos()
     for _ in range(2):
@@ -407,14 +407,14 @@ def test_a_filter_keeps_what_it_accepts_and_the_others_are_reported_now_and_at_e
     assert row_filter.judged == 4, "a hit judges nothing again, and a row without ground truth is never judged"
 
 
-def test_a_filter_that_rejects_nothing_says_so(data, caplog):
+def test_a_filter_that_rejects_nothing_reports_that(data, caplog):
     write_rows(data, FILTERED_ROWS[:1])
     with caplog.at_level(logging.INFO):
         load(data, filter=NoTwos())
     assert caplog.messages == [f"data path '{data}': data.filter_correct is on, 1 of 1 rows are kept"]
 
 
-def test_a_store_made_without_a_filter_keeps_its_place_and_one_with_has_its_own(data):
+def test_stores_with_and_without_a_filter_are_separate(data):
     write_rows(data, FILTERED_ROWS)
     plain = load(data)
     (folder,) = (data.parent / "cache").iterdir()
@@ -428,7 +428,7 @@ def test_a_store_made_without_a_filter_keeps_its_place_and_one_with_has_its_own(
     assert len(stores_in(data.parent / "cache")) == 2
 
 
-def test_a_filter_that_leaves_nothing_is_an_error_that_says_why(data):
+def test_a_filter_that_rejects_every_row_is_an_error(data):
     write_rows(data, FILTERED_ROWS[1:3])
     with pytest.raises(UserError) as error:
         load(data, filter=NoTwos())
@@ -449,7 +449,7 @@ def test_a_hit_tokenizes_nothing(data, monkeypatch):
     assert rows_of(load(data)) == rows
 
 
-def test_data_is_known_by_its_bytes_and_places_by_todays_names(data, monkeypatch):
+def test_a_moved_file_is_a_hit_with_its_current_path(data, monkeypatch):
     load(data, max_length=6)
     moved = data.rename(data.with_name("moved.jsonl"))
     forbid_tokenizing(monkeypatch)
@@ -465,7 +465,7 @@ def test_a_template_found_or_named_is_the_same(tmp_path, monkeypatch):
     assert load(file, template=R1Zero()).fingerprint == fingerprint
 
 
-def test_whatever_decides_tokens_makes_another_store_and_is_named(data, tmp_path):
+def test_each_input_of_tokenization_is_part_of_the_key(data, tmp_path):
     first = load(data).fingerprint
     assert set(first) == {
         "data", "tokenizer", "template", "columns", "max_length", "overlength", "append_eos",
@@ -486,7 +486,7 @@ def test_whatever_decides_tokens_makes_another_store_and_is_named(data, tmp_path
     assert len(stores_in(tmp_path / "cache")) == 7
 
 
-def test_another_text_in_a_template_makes_another_store(tmp_path):
+def test_changed_template_text_makes_a_new_store(tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [{"question": "one", "answer": "two #### 3"}])
     own = tmp_path / "own.txt"
     own.write_text("plus {question}")
@@ -518,7 +518,7 @@ def test_a_store_of_another_format_is_made_again(data):
     assert json.loads((folder / "meta.json").read_text()) == meta
 
 
-def test_a_store_of_format_1_at_the_same_place_is_made_again(data):
+def test_a_store_of_format_1_is_made_again(data):
     rows = rows_of(load(data))
     (folder,) = (data.parent / "cache").iterdir()
     # Format 1: no spans.bin, 36 bytes a row in rows.bin, and a meta.json that is true of both files.
@@ -557,7 +557,7 @@ def test_data_that_changes_while_it_is_read_is_not_kept(data, monkeypatch):
     assert stores_in(data.parent / "cache") == []
 
 
-def test_who_comes_second_takes_the_store_of_the_first(data, monkeypatch):
+def test_a_second_build_takes_the_store_of_the_first(data, monkeypatch):
     write_meta = cache._write_meta
 
     def let_another_be_first(*arguments):

@@ -1,4 +1,4 @@
-"""Faults of a token cache: processes that race or are killed, files that were altered, a disk that is full."""
+"""Test faults of the token cache: racing or killed processes, altered files, a full disk."""
 
 import json
 import multiprocessing
@@ -86,7 +86,7 @@ def test_processes_that_race_end_with_one_whole_store(load, tmp_path, note_fault
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [3000])
-def test_a_process_killed_while_it_makes_the_cache_leaves_nothing_that_matters(load, tmp_path, note_fault):
+def test_a_killed_process_leaves_no_half_written_cache(load, tmp_path, note_fault):
     start = time.monotonic()
     expected = content(load())
     seconds = time.monotonic() - start
@@ -108,7 +108,7 @@ def test_a_process_killed_while_it_makes_the_cache_leaves_nothing_that_matters(l
     note_fault(
         "killed while the token cache is made",
         provoked="SIGKILL at random moments",
-        outcome="the next run makes it again and removes what was left",
+        outcome="the next run makes it again and removes the remains",
         tries=num_tries,
     )
 
@@ -150,7 +150,7 @@ def fail_with_little_room(load, results, limit):
 
 
 @pytest.mark.parametrize("limit", [0, 4096, 40_000])
-def test_a_full_disk_is_one_line_and_leaves_no_half_store(load, tmp_path, note_fault, limit):
+def test_a_full_disk_leaves_no_half_written_store(load, tmp_path, note_fault, limit):
     results = FORK.Queue()
     process = run(fail_with_little_room, load, results, limit)
     said = results.get(timeout=60)
@@ -178,7 +178,7 @@ def load_as_nobody(load, results):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who may not write")
-def test_a_read_only_cache_is_read_and_its_lack_is_one_line(load, tmp_path, note_fault):
+def test_a_read_only_cache_is_read_but_a_miss_fails(load, tmp_path, note_fault):
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
     results = FORK.Queue()
@@ -197,5 +197,5 @@ def test_a_read_only_cache_is_read_and_its_lack_is_one_line(load, tmp_path, note
     note_fault(
         "data.cache_dir is read-only",
         provoked="the run has no right to write there",
-        outcome="a store that is there is used; else one line that names data.cache_dir, exit 2",
+        outcome="an existing store is used; else one line that names data.cache_dir, exit 2",
     )

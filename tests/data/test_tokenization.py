@@ -1,4 +1,4 @@
-"""Ids by hand: a tokenizer of whole words with a literal vocabulary, and a byte-level BPE trained on the spot."""
+"""Compare token ids with literals, for a whole-word tokenizer and a byte-level BPE trained here."""
 
 import json
 import threading
@@ -75,9 +75,9 @@ def test_prompts_get_one_bos_if_the_tokenizer_adds_one():
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(note_fault):
     assert encode_prompts(WITH_BOS, ["<s> one", "one <s>"]) == [[BOS, 3], [BOS, 3, BOS]]
     note_fault(
-        "prompt that brings its own BOS",
+        "prompt that begins with BOS",
         provoked="a tokenizer that adds BOS, and prompts that hold one",
-        outcome="one BOS at the front; prompt and response are tokenized apart, so that nothing merges at their border",
+        outcome="one BOS at the front; prompt and response are tokenized apart, so no token spans their boundary",
         tries=2,
     )
 
@@ -300,7 +300,7 @@ def test_an_overlong_row_is_an_error_under_error():
     [
         (WITH_BOS, 8, [BOS, 5, 4, 5, 3]),
         (WITH_BOS, 5, [BOS, 3]),
-        (WITH_BOS, 4, None),  # BOS alone is no prompt
+        (WITH_BOS, 4, None),  # BOS alone is not a prompt
         (PLAIN, 7, [5, 4, 5, 3]),
         (PLAIN, 4, [3]),
         (PLAIN, 3, None),  # the response fills the row
@@ -337,8 +337,8 @@ def test_text_without_tokens_is_a_bad_row():
     rows = tokenize_records(iter(records), tokenizer, settings, load_report)
     assert [record.source for record, _ in rows] == ["a:3"]
     assert load_report.bad_rows.first == [
-        ("a:1", "the tokenizer makes no token of the response"),
-        ("a:2", "the tokenizer makes no token of the prompt"),
+        ("a:1", "the response has no tokens"),
+        ("a:2", "the prompt has no tokens"),
     ]
 
 
@@ -375,7 +375,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_model_config_alone_is_no_tokenizer(tmp_path):
+def test_a_model_config_alone_is_not_a_tokenizer(tmp_path):
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"tokenizer path '{tmp_path}' holds no vocabulary"):
         load_tokenizer(str(tmp_path))
@@ -389,8 +389,8 @@ def test_a_damaged_tokenizer_file_is_an_error(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_path_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="it is no folder here, and the hub did not give it"):
+def test_a_tokenizer_path_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match="it is not a local folder and the hub did not provide it"):
         load_tokenizer(str(tmp_path / "missing"))
     file = tmp_path / "tokenizer.json"
     file.touch()

@@ -1,4 +1,4 @@
-"""One row at a time, against transformers' own loss, and against weights that are broken in known places."""
+"""Test replayed rows against transformers' own loss, and on weights broken in known places."""
 
 import math
 
@@ -25,7 +25,7 @@ def model(dropout_model_folder):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_loss_and_gradient_norm_are_those_of_the_row_alone_without_dropout(model, dropout_model_folder, layout):
+def test_loss_and_gradient_norm_equal_those_without_dropout(model, dropout_model_folder, layout):
     reference = AutoModelForCausalLM.from_pretrained(dropout_model_folder, dtype=torch.float64).eval()
     rows = list(replay_rows(model, ROWS, layout=layout, **OPTIONS))
     assert [row.source for row in rows] == ["a:0", "a:1"]
@@ -49,7 +49,7 @@ def broken(model, name, value=float("nan"), index=0):
     return list(replay_rows(model, ROWS, layout="padded", **OPTIONS))
 
 
-def test_the_first_activation_that_is_not_finite_is_named_by_the_innermost_layer(model):
+def test_the_innermost_layer_of_a_nonfinite_activation_is_named(model):
     assert weights_not_finite(model) == []
     rows = broken(model, "model.layers.1.mlp.up_proj.weight")
     assert {row.first_not_finite for row in rows} == {"activation of model.layers.1.mlp.up_proj"}
@@ -57,18 +57,18 @@ def test_the_first_activation_that_is_not_finite_is_named_by_the_innermost_layer
     assert weights_not_finite(model) == ["model.layers.1.mlp.up_proj.weight"]
 
 
-def test_only_the_row_that_has_the_broken_token_is_not_finite(model):
+def test_only_rows_with_the_broken_token_are_nonfinite(model):
     rows = broken(model, "model.embed_tokens.weight", index=9 * model.config.hidden_size)
     # The two are tied: as an output the token spoils every row's normalizer, as an input the first row's alone.
-    assert [row.first_not_finite for row in rows] == ["the logits, or the loss of them"] * 2
+    assert [row.first_not_finite for row in rows] == ["the logits or their loss"] * 2
     rows = broken(model, "model.embed_tokens.weight", index=8 * model.config.hidden_size)
     assert [row.first_not_finite for row in rows] == [
         "activation of model.embed_tokens",
-        "the logits, or the loss of them",
+        "the logits or their loss",
     ]
 
 
-def test_a_gradient_that_is_not_finite_is_named_where_all_activations_are(model):
+def test_a_nonfinite_gradient_after_finite_activations_is_named(model):
     model.model.layers[1].mlp.down_proj.weight.register_hook(lambda gradient: gradient * float("inf"))
     rows = list(replay_rows(model, ROWS[:1], layout="padded", **OPTIONS))
     assert rows[0].first_not_finite == "gradient of model.layers.1.mlp.down_proj.weight"

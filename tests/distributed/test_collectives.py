@@ -1,4 +1,4 @@
-"""Two processes: tests/test_distributed.py, tests/training/callbacks/test_predictions.py."""
+"""Test collectives in one process. Two: test_distributed.py, training/callbacks/test_predictions.py."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from sft_lightning.distributed.collectives import all_gather_distinct, all_gather_objects
 
 
-def test_one_process_has_all_there_is():
+def test_one_process_gathers_its_rows():
     assert all_gather_objects(["a", "b"], 1) == [["a", "b"]]
 
 

@@ -1,4 +1,4 @@
-"""Sharding in a process group of one: what is true of one shard. Several processes: test_distributed.py."""
+"""Test sharding in a process group of one. test_distributed.py tests several processes."""
 
 from functools import partial
 
@@ -62,7 +62,7 @@ def test_a_tied_weight_is_gathered_once(sharded):
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
 
 
-def test_no_process_but_the_one_that_wants_it_keeps_what_is_gathered(sharded):
+def test_only_processes_that_keep_it_hold_the_gathered_state(sharded):
     state = unsharded({"weights": sharded.state_dict(), "betas": (0.9, 0.99), "step": 3}, keep=False)
     assert set(state["weights"].values()) == {None}
     assert state["betas"] == (0.9, 0.99)
@@ -72,7 +72,7 @@ def test_no_process_but_the_one_that_wants_it_keeps_what_is_gathered(sharded):
 @pytest.mark.parametrize(
     ("error", "raised"), [(UserError("no such model"), UserError), (OSError("no such disk"), RuntimeError)]
 )
-def test_the_error_of_the_process_that_loads_is_everyones(load, mesh, error, raised):
+def test_a_loading_error_is_raised_in_every_process(load, mesh, error, raised):
     def fail():
         raise error
 
@@ -91,7 +91,7 @@ def test_a_shard_of_a_whole_tensor(sharded):
     assert as_shard_like(whole, torch.zeros(parameter.shape)) is whole
 
 
-def test_gradients_of_a_trial_are_those_of_the_whole_model_and_leave_the_held_ones(sharded, load):
+def test_sharded_gradients_equal_unsharded_and_keep_held_ones(sharded, load):
     whole = load()
     held = [torch.full_like(parameter, 2.0) for parameter in sharded.parameters()]
     for parameter, gradient in zip(sharded.parameters(), held, strict=True):

@@ -1,4 +1,4 @@
-"""Paired comparisons of evaluations, worked out by hand."""
+"""Compare paired comparisons of evaluations with calculations by hand."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_rates_before_and_after():
     assert reward.p_value == 0.625  # 2 * (1 + 4) / 16
 
 
-def test_what_became_of_each_sample():
+def test_each_sample_is_fixed_broken_or_unchanged():
     changes = compare(BEFORE, AFTER).changes
     assert changes == ["fixed", "still wrong", "fixed", "still right", "broken", "fixed"]
 

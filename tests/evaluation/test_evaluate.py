@@ -68,7 +68,7 @@ def test_answer_numbers_do_not_depend_on_the_part():
     ]
 
 
-def test_what_was_found_is_written(tmp_path):
+def test_results_are_written(tmp_path):
     evaluate_written(output_dir=tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "metrics.json",
@@ -97,7 +97,7 @@ def test_missing_ground_truth_is_refused_before_generation():
         evaluate(None, ["a", "b"], ["1", None], tokenizer=object())
 
 
-def test_a_model_from_nowhere_needs_a_tokenizer():
+def test_a_model_without_a_path_needs_a_tokenizer():
     config = Qwen2Config(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     with pytest.raises(UserError, match="tokenizer="):
         evaluate(Qwen2ForCausalLM(config), ["a"], ["1"])

@@ -1,4 +1,4 @@
-"""What follows from the samples of an evaluation, worked out by hand, and the files."""
+"""Compare the metrics of samples with calculations by hand, and test the files."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_metrics():
     }
 
 
-def test_what_is_not_known_is_null():
+def test_unknown_values_are_null():
     metrics = EvaluationResult([sample(0, True, True)]).metrics()
     assert metrics["step"] is None
     assert metrics["strict_format_accuracy"] is None

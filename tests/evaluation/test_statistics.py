@@ -1,4 +1,4 @@
-"""Intervals and tests against values worked out by hand, published ones, and brute force."""
+"""Compare intervals and tests with calculations by hand, published values and brute force."""
 
 import itertools
 import math
@@ -124,7 +124,7 @@ def test_pass_at_k_counts_subsets_with_a_right_sample(num_samples):
         (["7", "8", "9"], [True, False, False], 1 / 3),
         ([None, None, "7"], [False, False, True], 1.0),
         ([None, None], [False, False], 0.0),
-        ([None, "8"], [True, False], 0.5),  # right, whatever the grader read
+        ([None, "8"], [True, False], 0.5),  # right, although the answers differ
     ],
 )
 def test_majority_accuracy(answers, correct, accuracy):

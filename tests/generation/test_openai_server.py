@@ -69,7 +69,7 @@ class Served:
 
 
 KINDS = ["vLLM", "SGLang", "transformers", "ignores stop", "OpenAI"]
-# prompt -> what the model would write, what is an answer of it, tokens of that, why it ended
+# prompt -> full text of the model, answer in it, tokens of the answer, reason of its end
 ENDINGS = {
     "stop": ("4 </answer> and so on", "4 </answer>", 11, "stop_string"),
     "eos": ("I do not know", "I do not know", 14, "eos"),
@@ -82,11 +82,11 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_end_alike_on_every_kind_of_server(server, kind):
+def test_answers_end_equally_on_every_kind_of_server(server, kind):
     server.answer = Served({prompt: row[0] for prompt, row in ENDINGS.items()}, kind)
     found = generate(generator_of(server, stop_strings=["</answer>", "<end>"]), list(ENDINGS))
     assert [(g.text, g.stop_reason) for g in found] == [(row[1], row[3]) for row in ENDINGS.values()]
-    if kind in ("vLLM", "SGLang", "transformers"):  # the others go on behind the stop string
+    if kind in ("vLLM", "SGLang", "transformers"):  # the others continue after the stop string
         assert [g.num_tokens for g in found] == [row[2] for row in ENDINGS.values()]
     sent = [body.get("stop") for _, _, body, _ in server.requests if not is_probe(body)]
     assert sent == [None if kind == "OpenAI" else ["</answer>", "<end>"]] * len(ENDINGS)
@@ -110,7 +110,7 @@ def test_a_stop_string_of_the_server_ends_like_eos(server):
     assert generation == [Generation("hi", 3, "eos")]
 
 
-def test_request_holds_what_the_settings_say(server):
+def test_request_holds_the_settings(server):
     server.answer = Served({"Why?": "4</answer>"}, "vLLM")
     settings = {"temperature": 0.7, "top_p": 0.9, "seed": 7, "extra_fields": {"top_k": -1}}
     generate(generator_of(server, **settings), ["Why?"], numbers=[3])
@@ -265,7 +265,7 @@ def test_interrupt_ends_at_once_and_cuts_the_requests(server, caplog):
     assert time.monotonic() - started[0] < 3
     assert len(server.requests) == 8
     assert no_thread_is_left()
-    assert not caplog.records  # what we cut ourselves is no fault of the server's
+    assert not caplog.records  # an answer that we cut is not a fault of the server
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def served_folder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder)
     tokens = torch.tensor([load_tokenizer(str(folder))(QUESTIONS[2])["input_ids"]])
     ninth = int(model.generate(tokens, max_new_tokens=9, do_sample=False)[0, -1])
-    with torch.no_grad():  # EOS is said where that token was, and the other way round
+    with torch.no_grad():  # swaps EOS and that token
         model.lm_head.weight[[0, ninth]] = model.lm_head.weight[[ninth, 0]]
     model.save_pretrained(folder)
     return str(folder)
@@ -431,7 +431,7 @@ def test_transformers_serve_samples_by_seed(transformers_serve, served_folder):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_transformers_serve_says_what_it_refuses(transformers_serve, served_folder):
+def test_transformers_serve_explains_refusals(transformers_serve, served_folder):
     with pytest.raises(UserError, match=r"/completions: HTTP 422: Unexpected fields in the request: \{'top_k'\}$"):
         OpenAIServerGenerator(transformers_serve, served_folder, extra_fields={"top_k": 5}).generate(None, None, ["x"])
     with pytest.raises(UserError, match=r"HTTP 400: Server is pinned to .*; requested 'other'"):

@@ -82,7 +82,7 @@ def test_retry_after_is_waited_for(server, as_date):
 
 
 @pytest.mark.parametrize("wait", ["soon", "-5", "", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 2099 07:28:00"])
-def test_senseless_retry_after_is_no_wait(server, wait):
+def test_an_invalid_retry_after_does_not_wait(server, wait):
     server.answer = in_turn((503, {"Retry-After": wait}, {}), OK)
     started = time.monotonic()
     assert client_of(server).ask("/completions", {}, same) == {"fine": 1}
@@ -159,7 +159,7 @@ def test_the_last_error_names_address_problem_and_fix(server):
     assert len(server.requests) == 3
 
 
-def test_nobody_listening(server):
+def test_a_server_that_does_not_listen_is_reported(server):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
@@ -249,7 +249,7 @@ def test_random_state_of_the_program_stays(server):
     "base_url",
     ["127.0.0.1:8000", "ftp://host/v1", "http://", "http://host:port/v1", "http://h/v1?key=1", "http://h/#v1", ""],
 )
-def test_what_is_no_address_is_refused(base_url):
+def test_an_invalid_address_is_refused(base_url):
     with pytest.raises(UserError, match=r"base_url .* must be like http://127\.0\.0\.1:8000/v1"):
         client_of(base_url)
 

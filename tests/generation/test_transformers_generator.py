@@ -53,7 +53,7 @@ def random_model(tokenizer):
 
 @pytest.fixture
 def scripted_model(tokenizer):
-    """A Qwen2 whose next token depends on the last one only, by a written table; any other token is followed by '!'."""
+    """A Qwen2 whose next token depends on the last one only, by a table; '!' follows any other token."""
     size = len(tokenizer)
     model = tiny_model(tokenizer, hidden_size=size + -size % 4, num_layers=1)
     successors = dict(zip("=</answer", "</answer>", strict=True)) | {"?": "<eos>", "#": "END.more"}
@@ -84,7 +84,7 @@ ENDINGS = [
     ("4=", "</answer>", 9, "stop_string"),
     ("why?", "", 1, "eos"),
     ("go up", "!!!!!!!!!!!!", 12, "length"),
-    ("see </answer>", "!!!!!!!!!!!!", 12, "length"),  # the prompt's own stop string is no answer
+    ("see </answer>", "!!!!!!!!!!!!", 12, "length"),  # a stop string in the prompt does not count
     ("see </answer", ">!!!!!!!!!!!", 12, "length"),  # nor is one that the prompt began
 ]
 
@@ -267,7 +267,7 @@ def test_state_stays_after_an_error(random_model, tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_goes_on_after_generation_in_inference_mode(random_model, tokenizer):
+def test_training_continues_after_generation_in_inference_mode(random_model, tokenizer):
     with torch.inference_mode():
         generations = greedy().generate(random_model, tokenizer, PROMPTS)
     assert generations == greedy().generate(random_model, tokenizer, PROMPTS)
@@ -283,7 +283,7 @@ def test_precision_of_the_model_is_kept(scripted_model, tokenizer, dtype):
     assert model.dtype == dtype
 
 
-def test_answers_are_equal_whatever_their_entropies_were_rounded_to(random_model, tokenizer):
+def test_mean_entropy_does_not_affect_equality_of_answers(random_model, tokenizer):
     assert Generation("a", 1, "eos", mean_entropy=0.5) == Generation("a", 1, "eos")
     generations = greedy().generate(random_model, tokenizer, PROMPTS)
     assert all(0 < generation.mean_entropy < 5.6 for generation in generations)  # ln 258 = 5.55

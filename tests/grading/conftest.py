@@ -1,4 +1,4 @@
-"""Grading processes: the ones that a test starts, and none left behind."""
+"""Track the grading processes of a test, and assert that none remains."""
 
 import os
 import subprocess

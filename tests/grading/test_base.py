@@ -24,7 +24,7 @@ class Returns:
         return self.what
 
 
-def test_a_grader_is_what_has_a_method_grade():
+def test_a_grader_is_any_object_with_a_grade_method():
     class Scores:
         def score(self, response, ground_truth): ...
 

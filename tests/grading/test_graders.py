@@ -324,7 +324,7 @@ def test_a_later_alternative_can_still_be_right():
     assert R1ZeroGrader(1.0).grade(respond("144/2"), [TOWER, "72"]).answer_correct
 
 
-def test_crash_counts_as_wrong_and_is_told_apart(tmp_path, monkeypatch, started):
+def test_a_crash_counts_as_wrong_and_is_reported_separately(tmp_path, monkeypatch, started):
     program = tmp_path / "crashing.py"
     program.write_text("import os\nprint('ready', flush=True)\ninput()\nos.abort()\n")
     monkeypatch.setattr(math_processes, "_PROGRAM", program)
@@ -333,7 +333,7 @@ def test_crash_counts_as_wrong_and_is_told_apart(tmp_path, monkeypatch, started)
     assert all(process.returncode is not None for process in started)
 
 
-def test_a_process_that_does_not_start_is_no_wrong_answer(tmp_path, monkeypatch, started):
+def test_a_process_start_failure_is_not_a_wrong_answer(tmp_path, monkeypatch, started):
     program = tmp_path / "absent.py"
     monkeypatch.setattr(math_processes, "_PROGRAM", program)
     with pytest.raises(UserError, match=r"R1ZeroGrader failed on row 0: .*absent\.py"):
@@ -423,5 +423,5 @@ def test_any_text_can_be_graded(text):
         (ExactMatchGrader(), " Yes\n", "Yes"),
     ],
 )
-def test_a_grade_tells_what_was_read_as_the_answer(grader, response, answer):
+def test_a_grade_names_the_extracted_answer(grader, response, answer):
     assert grader.grade(response, 7).answer == answer

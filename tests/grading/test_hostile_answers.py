@@ -1,4 +1,4 @@
-"""Answers that somebody might write to break a grader: each is graded or given up, and memory stays flat."""
+"""Test answers written to break a grader: each is graded or given up, and memory stays flat."""
 
 import gc
 import itertools
@@ -131,7 +131,7 @@ def soup(dice):
 
 
 def expression(dice):
-    """Returns what is likely to reach math-verify."""
+    """Returns an answer that is likely to reach math-verify."""
     parts = ["x", "72", "0.5", r"\frac{y}{3}", "(z-1)", r"\sqrt{2}", "a^2", r"\pi", "e", "3!", r"\sin(x)", "[1,2]"]
     return dice.choice([" + ", " - ", r" \cdot ", "/", "", " = ", ", ", "^"]).join(
         dice.choices(parts, k=dice.randint(1, 7))

@@ -50,7 +50,7 @@ def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
-# answer, ground truth, whether they are the same, as their text tells
+# answer, ground truth, whether their texts are equal
 BY_TEXT = [
     # text
     ("72", "72", True),
@@ -214,7 +214,7 @@ BY_MATHEMATICS = [
 
 
 @pytest.mark.parametrize(("answer", "truth", "pair"), BY_MATHEMATICS)
-def test_what_text_cannot_tell_is_left_to_mathematics(answer, truth, pair):
+def test_math_verify_decides_what_text_comparison_cannot(answer, truth, pair):
     assert same_text(answer, truth) is None
     assert expressions(answer, truth) == pair
 

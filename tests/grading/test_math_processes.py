@@ -101,7 +101,7 @@ def test_a_dying_program_is_a_crash(tmp_path, monkeypatch, started, last_words):
 
 
 @pytest.mark.parametrize("text", ["raise SystemExit(3)", "print('hello', flush=True)\ninput()", ""])
-def test_a_process_that_does_not_start_is_no_verdict(tmp_path, monkeypatch, started, text):
+def test_a_process_start_failure_gives_no_verdict(tmp_path, monkeypatch, started, text):
     program(monkeypatch, tmp_path / "broken.py", text)
     with pytest.raises(RuntimeError, match=r"a grading process did not start: '.*broken\.py' says why"):
         compare("1/2", "0.5", 5.0)
@@ -152,7 +152,7 @@ def test_closing_in_two_threads_at_once(parrot, monkeypatch):
     worker.close()
 
 
-def test_a_fork_starts_processes_of_its_own(parrot):
+def test_a_fork_starts_separate_processes(parrot):
     assert compare("same", "same", 5.0) is Verdict.EQUAL
     child = os.fork()
     if child == 0:
@@ -169,7 +169,7 @@ def test_a_fork_starts_processes_of_its_own(parrot):
     assert len(parrot) == 1
 
 
-def test_a_processes_session_is_its_own(parrot):
+def test_a_process_has_a_separate_session(parrot):
     compare("same", "same", 5.0)
     assert os.getsid(parrot[0].pid) == parrot[0].pid  # a Ctrl-C on the terminal does not reach it
 
@@ -186,14 +186,14 @@ HOSTILE = [
 ]
 
 
-def test_hostile_expressions_are_never_right_and_take_no_longer_than_they_may(started, note_fault):
+def test_hostile_expressions_are_never_right_and_stay_within_limits(started, note_fault):
     before = time.perf_counter()
     verdicts = [compare(text, "73", 0.3) for text in HOSTILE]
     assert Verdict.EQUAL not in verdicts
     assert compare("146/2", "73", 5.0) is Verdict.EQUAL  # and question and reply still belong together
     assert time.perf_counter() - before < 12
     note_fault(
-        "answer that mathematics cannot read in time",
+        "answer that math-verify cannot parse in time",
         provoked="towers of powers, deep fractions and roots, thousands of terms, half surrogate pairs",
         outcome="counts as wrong after a time limit; the next answer gets a new process",
         tries=8,

@@ -158,7 +158,7 @@ def test_the_worker_does_not_load_the_package():
 
 
 def test_running_out_of_memory_ends_only_the_worker(tmp_path):
-    """Whatever the worker makes of a MemoryError, the address space of 2 GiB is not exceeded."""
+    """The worker never exceeds its address space of 2 GiB, however it handles a MemoryError."""
     greedy = tmp_path / "greedy.py"
     folder = Path(math_worker.__file__).parent
     greedy.write_text(

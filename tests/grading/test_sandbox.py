@@ -14,7 +14,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.grading import sandbox
 from sft_lightning.grading.graders import Grade, grade_all
 
-# What somebody's module might hold. A response says what happens to it.
+# A module of a user. The response decides the behavior of the grader.
 GRADERS = """
 import ctypes, os, re, signal, subprocess, sys, time
 from pathlib import Path

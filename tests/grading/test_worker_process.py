@@ -77,7 +77,7 @@ def test_the_alarm_of_the_program_comes_before_the_grace(worker, started):
     assert started[0].returncode == -signal.SIGALRM
 
 
-def test_closing_ends_what_the_program_started(worker):
+def test_closing_ends_child_processes_of_the_program(worker):
     child = int(worker.ask(b"child\n", 10.0))
     worker.close()
     worker.close()  # no harm

@@ -1,4 +1,4 @@
-"""ModelParallelStrategy with one process; with several: test_distributed.py."""
+"""Test ModelParallelStrategy with one process. test_distributed.py tests several."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ def ways_to_split(data_parallel_size, tensor_parallel_size):
     return ["--trainer.strategy", f"{{class_path: {name}, init_args: {{{sizes}}}}}"]
 
 
-def test_sizes_that_are_not_the_number_of_devices_are_one_line(command, capsys, strategy):
+def test_mesh_sizes_that_mismatch_the_devices_are_one_line(command, capsys, strategy):
     assert main([*command, *ways_to_split(2, 1), "--trainer.devices", "1"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "trainer.strategy: The sizes `data_parallel_size=2` and `tensor_parallel_size=1`" in error

@@ -110,7 +110,7 @@ def make_trainer(*callbacks, **options):
 
 
 @pytest.mark.parametrize(("num_batches", "expected"), [(6, [False, True] * 3), (5, [False, True, False, True, True])])
-def test_is_optimizer_step_also_at_the_end_of_a_short_epoch(num_batches, expected):
+def test_is_optimizer_step_at_the_end_of_a_short_epoch(num_batches, expected):
     probe = Probe(lambda trainer: (compat.is_optimizer_step(trainer), trainer.global_step))
     make_trainer(probe, max_epochs=2).fit(Line(), Data(num_batches))
     assert [stepped for stepped, _ in probe.seen] == expected * 2
@@ -299,7 +299,7 @@ def test_a_resumed_run_sees_the_rest_of_the_straight_one(straight_run, tmp_path,
 
 
 @pytest.mark.parametrize("step", range(1, 10))
-def test_a_resumed_run_sees_the_rest_where_an_epochs_last_step_is_short(run_of_short_last_steps, tmp_path, step):
+def test_a_resumed_run_sees_the_rest_of_a_short_epoch(run_of_short_last_steps, tmp_path, step):
     again = SavesEachStep(tmp_path)
     trainer = make_trainer(SetsPosition(), again, max_epochs=3)
     trainer.fit(Line(), Data(5), ckpt_path=run_of_short_last_steps.folder / f"{step}.ckpt")
@@ -326,7 +326,7 @@ def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_pa
     validations, again = Validations(), SavesEachStep(tmp_path)
     trainer = make_trainer(SetsPosition(), validations, again, **{"max_epochs": 3, **options})
     trainer.fit(Line(), Data(), ckpt_path=straight_run.folder / f"{step}.ckpt")
-    # One that was due right after the checkpoint was written is left out: HFCheckpoint knows of it and runs it.
+    # Skips one that was due right after the checkpoint was written, which HFCheckpoint runs.
     assert validations.steps == [n for n in straight.steps if n > step]
     assert again.values == straight_run.values[2 * step :]
     assert_equal_logging_steps(again, straight_run, step)

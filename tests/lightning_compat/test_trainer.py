@@ -93,7 +93,7 @@ def test_total_optimizer_steps(limits, expected):
     assert compat.total_optimizer_steps(trainer) == expected
 
 
-def test_total_optimizer_steps_is_what_a_run_does():
+def test_total_optimizer_steps_equals_those_of_a_run():
     trainer = make_trainer()
     trainer.fit(Line(), Data(num_batches=5))
     assert trainer.global_step == compat.total_optimizer_steps(trainer) == 6

@@ -1,4 +1,4 @@
-"""The height of a chunk of logits."""
+"""Test the number of rows in a chunk of logits."""
 
 import pytest
 
@@ -17,10 +17,10 @@ def test_chunks_are_even():
     assert num_chunk_rows(9, row_bytes=25, budget_bytes=100, on_cpu=False) == 3
 
 
-def test_a_row_larger_than_the_budget_is_a_chunk_of_its_own():
+def test_a_row_larger_than_the_budget_is_one_chunk():
     assert num_chunk_rows(5, row_bytes=200, budget_bytes=100, on_cpu=False) == 1
 
 
-def test_a_cpu_takes_768_rows_at_the_most():
+def test_a_cpu_chunk_has_at_most_768_rows():
     assert num_chunk_rows(1600, row_bytes=4, budget_bytes=2**30, on_cpu=True) == 534
     assert num_chunk_rows(1600, row_bytes=4, budget_bytes=2**30, on_cpu=False) == 1600

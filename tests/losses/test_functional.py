@@ -21,7 +21,7 @@ LOG_2, LOG_8 = math.log(2), math.log(8)
 
 
 class Bigrams(nn.Module):
-    """A language model whose logits are a row of a table: everything about it can be worked out by hand."""
+    """A language model whose logits are a row of a table: every result can be calculated by hand."""
 
     def __init__(self, table):
         super().__init__()
@@ -74,7 +74,7 @@ def test_token_nll_of_bfloat16_logits_is_computed_in_float32():
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_token_nll_is_finite_and_exact_at_extreme_logits(size):
-    # Two equal logits share the probability, whatever their size; the third is that much less likely.
+    # Two equal logits share the probability at any size; the third is that much less likely.
     logits = torch.tensor([[size, size, -size]] * 2, requires_grad=True)
     nll = token_nll(logits, torch.tensor([1, 2]))
     assert nll.tolist() == pytest.approx([LOG_2, 2 * size + LOG_2])
@@ -88,7 +88,7 @@ def test_token_nll_gradient_is_probability_minus_one_hot():
     torch.testing.assert_close(logits.grad, torch.tensor([[1 / 8, 2 / 8 - 1, 5 / 8]]))
 
 
-def test_token_nll_gives_zero_where_there_is_no_label():
+def test_token_nll_is_zero_without_a_label():
     logits = torch.tensor([EIGHTHS, EIGHTHS], requires_grad=True)
     nll = token_nll(logits, torch.tensor([-100, 0]))
     assert nll.tolist() == pytest.approx([0.0, LOG_8])
@@ -180,7 +180,7 @@ def test_log_probs_carry_gradient_and_entropy_does_not():
     torch.testing.assert_close(outputs["token_entropy"], torch.tensor(expected))
     assert not outputs["token_entropy"].requires_grad
     outputs["log_probs"].sum().backward()
-    # Token 1 stands once and its label is 2: one-hot minus the three equal probabilities.
+    # Token 1 occurs once and its label is 2: one-hot minus the three equal probabilities.
     torch.testing.assert_close(model.table.grad[1], torch.tensor([-1 / 3, -1 / 3, 2 / 3]))
 
 
@@ -209,7 +209,7 @@ def test_train_step_by_hand():
     assert metadata["num_response_tokens"].item() == 3
 
 
-def test_train_steps_accumulate_to_the_gradient_of_all_rows_at_once():
+def test_train_steps_accumulate_to_the_gradient_of_all_rows():
     log_probs = -torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
     mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(3)) < 0.6
     whole = log_probs.clone().requires_grad_()
@@ -233,7 +233,7 @@ def test_train_step_without_response_tokens_has_loss_and_gradient_zero():
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_sft_loss_is_the_mean_over_response_tokens_and_not_over_rows(mask_dtype):
+def test_sft_loss_is_the_mean_over_response_tokens(mask_dtype):
     mask = torch.tensor([[0, 1, 1], [0, 0, 1]]).to(mask_dtype)
     loss = compute_sft_loss(Bigrams(TABLE), INPUT_IDS, LABELS, mask)
     assert loss.item() == pytest.approx((math.log(3) + math.log(4) + math.log(4)) / 3)

@@ -50,7 +50,7 @@ class Problem:
         return gradients
 
     def plain(self, dtype=None, *, softcap=None, scale=None, matmul=F.linear):
-        """The whole [M, V] logits: in float64 the truth, in the problem's dtype what everybody computes."""
+        """The loss of whole [M, V] logits: the truth in float64, or the usual computation in the problem's dtype."""
         hidden, weight, bias = (t if t is None or dtype is None else t.to(dtype) for t in self.arguments[:3])
         logits = matmul(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -119,7 +119,7 @@ def test_loss_and_gradients_of_a_distribution_worked_out_by_hand():
 )
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_loss_and_gradients_are_those_of_the_whole_logits(dtype, tolerance, with_bias, shape_of_logits, with_entropy):
-    """Tolerances: DESIGN's 1e-5 for float32 (measured 3e-7), some hundred units of the last place for float64."""
+    """Tolerances: 1e-5 for float32 (measured 3e-7), about a hundred units in the last place for float64."""
     problem = Problem(dtype, with_bias=with_bias)
     loss, nll, logits = problem.plain(torch.float64, **shape_of_logits)
     truth = problem.gradients(loss)
@@ -164,7 +164,7 @@ def test_any_vocabulary_size_works(vocabulary):
         assert relative_error(gradient, expected) < 1e-6
 
 
-def test_the_gradient_follows_what_is_done_with_the_sum():
+def test_the_gradient_scales_with_the_upstream_gradient():
     problem = Problem()
     once = problem.gradients(linear_cross_entropy(*problem.arguments).weighted_sum)
     scaled = problem.gradients(linear_cross_entropy(*problem.arguments).weighted_sum * -6.0)
@@ -259,7 +259,7 @@ def errors(gradients, truth):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk_rows", [8, 4096])
-def test_low_precision_is_as_exact_as_the_whole_logits_in_it(dtype, autocast, chunk_rows):
+def test_low_precision_is_as_exact_as_whole_logits(dtype, autocast, chunk_rows):
     """A factor of 1.1: both round logits and their gradients once, but sum in another order."""
     problem = Problem(torch.float32 if autocast else dtype, num_labels=256, with_bias=True)
     truth_loss, truth_nll, _ = problem.plain(torch.float64)
@@ -277,7 +277,7 @@ def test_low_precision_is_as_exact_as_the_whole_logits_in_it(dtype, autocast, ch
         assert error <= 1.1 * allowed
 
 
-def test_many_chunks_do_not_round_the_weight_gradient_more_than_one():
+def test_many_chunks_round_the_weight_gradient_no_more():
     """In bfloat16 a sum of 512 equal rows would stop growing at 256 of them."""
     hidden = torch.ones(512, D, dtype=torch.bfloat16)
     weight = torch.zeros(V, D, dtype=torch.bfloat16, requires_grad=True)
@@ -317,10 +317,10 @@ def test_autocast_does_not_touch_float64():
     assert max(errors(problem.gradients(losses.weighted_sum), truth)) < 1e-13
 
 
-# What is made, and what is not
+# Tensors and gradients that are computed
 
 
-def test_no_tensor_of_all_logits_exists_and_one_of_the_weight_only():
+def test_only_chunk_logits_and_two_gradients_are_large():
     problem = Problem(num_labels=64)
     with CreatedTensors() as created:
         linear_cross_entropy(*problem.arguments, chunk_bytes=8 * FLOAT32_ROW_BYTES).weighted_sum.backward()
@@ -419,7 +419,7 @@ class HeadedModel(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_gives_the_same_for_every_number_of_labels():
+def test_a_compiled_model_agrees_for_every_number_of_labels():
     torch.manual_seed(0)
     model = HeadedModel()
     compiled = torch.compile(model)
@@ -462,7 +462,7 @@ def test_a_cpu_computes_at_most_768_rows_at_once():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "with_entropy": True}], ids=str)
-def test_a_cuda_device_is_as_exact_as_the_whole_logits_on_it(dtype, options):
+def test_a_cuda_device_is_as_exact_as_whole_logits(dtype, options):
     problem = Problem(dtype, num_labels=512, vocabulary=2048, with_bias=True, device="cuda")
     softcap = options.get("softcap")
     truth_loss, truth_nll, _ = problem.plain(torch.float64, softcap=softcap)

@@ -1,4 +1,4 @@
-"""The loss inside the model's forward against the plain one: all logits, float32 cross-entropy."""
+"""Compare the loss inside the model's forward with a float32 cross-entropy of all logits."""
 
 import copy
 from types import SimpleNamespace
@@ -110,7 +110,7 @@ def test_the_scaled_and_capped_models_do_scale_and_cap():
 
 
 @pytest.mark.parametrize(("chunked", "num_positions"), [(True, 0), (False, 8)])
-def test_the_head_runs_on_no_position_or_on_those_of_labels(chunked, num_positions):
+def test_the_head_runs_at_label_positions_or_nowhere(chunked, num_positions):
     model, batch = make_model(), make_batch()
     install_label_loss(model)
     if not chunked:

@@ -1,4 +1,4 @@
-"""Compiled layers against the same layers uncompiled, in whole runs."""
+"""Compare compiled with uncompiled layers in whole runs."""
 
 from contextlib import nullcontext
 
@@ -51,7 +51,7 @@ def num_graphs():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_graphs_are_made_once_for_micro_batches_of_any_size_and_any_number_of_layers(model_folder, layout):
+def test_graphs_compile_once_for_all_sizes_and_layers(model_folder, layout):
     model, plain = load_model(model_folder), load_model(model_folder)
     compile_layers(model, backend="aot_eager")
     rng = np.random.default_rng(0)
@@ -66,13 +66,13 @@ def test_graphs_are_made_once_for_micro_batches_of_any_size_and_any_number_of_la
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
     assert num_graphs() == made
-    # Sizes of 1 have graphs of their own: one padded row, and the single token of a micro-batch without rows.
+    # Sizes of 1 have separate graphs: one padded row, and the single token of a micro-batch without rows.
     for num_rows in (1, 0, 1, 0, 4):
         loss_and_gradients(model, batch_of(layout, num_rows, rng))
     assert num_graphs() <= 3 * made
 
 
-def test_validation_makes_its_graphs_once_and_generation_none(model_folder, tokenizer):
+def test_validation_compiles_once_and_generation_never(model_folder, tokenizer):
     model = load_model(model_folder)
     compile_layers(model, backend="aot_eager")
     rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_validation_makes_its_graphs_once_and_generation_none(model_folder, toke
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_trial_is_enough_to_compile_for_training_and_leaves_nothing_behind(dropout_model_folder, layout):
+def test_the_trial_compiles_everything_and_changes_nothing(dropout_model_folder, layout):
     model = load_model(dropout_model_folder)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     compile_layers(model, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""The guard against planted faults: what it lets pass, what it falls back to, and that it leaves no trace."""
+"""Test the layout check on planted faults: its verdicts, its fallbacks, and that it leaves the model unchanged."""
 
 import logging
 from contextlib import contextmanager, nullcontext
@@ -85,7 +85,7 @@ def random_model(config, folder):
     return load_model(str(folder))
 
 
-def test_a_model_that_supports_every_layout_gets_the_best_or_the_one_asked_for(model):
+def test_a_model_of_every_layout_gets_the_best_or_requested(model):
     assert guard(model) == "shared_prefix"
     assert [guard(model, layout) for layout in LAYOUTS] == list(LAYOUTS)
 
@@ -118,7 +118,7 @@ def test_wrong_attention_falls_back_or_is_refused(fault, layout, problem, model,
     assert guard(model, "padded") == "padded"
 
 
-def test_gradients_are_compared_also_where_a_validation_is_the_first_to_ask(fit, val_file, monkeypatch, caplog):
+def test_gradients_are_compared_when_validation_asks_first(fit, val_file, monkeypatch, caplog):
     """The sanity check before training runs without gradients."""
     monkeypatch.setattr(segment_attention, "attend", attend_with_a_quarter_of_the_gradient)
     with caplog.at_level(logging.WARNING, "sft_lightning"):
@@ -133,7 +133,7 @@ def test_a_model_of_few_positions_is_not_tried(choice, layout, tmp_path, caplog)
     assert "the model is limited to 32 tokens" in caplog.text
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_layout(model, monkeypatch):
+def test_out_of_memory_is_not_a_layout_fault(model, monkeypatch):
     def run_out(*args, **options):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -168,21 +168,21 @@ SHORT_CONVOLUTIONS = Lfm2Config(
     ],
     ids=["mamba", "mamba2", "mamba2-forgetful", "short-convolutions"],
 )
-def test_a_model_that_carries_something_on_along_the_row_is_padded(config, tmp_path):
+def test_a_model_with_recurrent_state_is_padded(config, tmp_path):
     model = random_model(config, tmp_path)
     assert guard(model) == "padded"
     for layout in ("packed", "shared_prefix"):
         assert refusal_of(model, layout).startswith(f"data.layout '{layout}' does not suit this model: ")
 
 
-def test_attention_in_chunks_of_the_row_falls_back_although_tiny_examples_fit_into_a_chunk(model):
+def test_chunked_attention_falls_back_even_for_rows_within_a_chunk(model):
     model.config.attention_chunk_size = 8192
     assert guard(model) == "padded"
     assert "attends in chunks of the row" in refusal_of(model, "packed")
 
 
 class WithScaledLogits(Qwen2ForCausalLM):
-    """Does to its logits what no field of its config tells of."""
+    """Changes its logits in a way that its config does not declare."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -214,7 +214,7 @@ def rows():
     ]
 
 
-def test_logits_scaled_behind_the_head_are_found_and_the_gradient_is_that_of_the_scaled_logits(model_folder, caplog):
+def test_logits_scaled_after_the_head_give_the_scaled_gradient(model_folder, caplog):
     weight = 1 / 11
     own = Qwen2ForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
     for example in rows():
@@ -237,19 +237,21 @@ def test_logits_scaled_behind_the_head_are_found_and_the_gradient_is_that_of_the
         label_losses(model, batch).weighted_sum.backward()
         total = torch.nn.utils.get_total_norm(expected.values())
         for name, parameter in model.named_parameters():
-            # float32 against float64, as DESIGN 12 has it.
+            # float32 against float64
             if expected[name].norm() >= 1e-6 * total:
                 assert (parameter.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), (layout, name)
 
 
-def test_a_model_whose_rows_see_each_other_in_a_padded_batch_is_refused(model_folder):
+def test_a_model_with_interacting_padded_rows_is_refused(model_folder):
     message = refusal_of(load_as(WithRowsThatSeeEachOther, model_folder), "auto")
-    assert message.startswith("model.model_path: in a padded batch the model gives other losses than on each row alone")
+    assert message.startswith(
+        "model.model_path: in a padded batch the model gives different losses than on each row alone"
+    )
 
 
 @pytest.mark.parametrize("fault", [None, attend_to_the_whole_row, attend_without_a_backward_pass_over_ancestors])
 @pytest.mark.parametrize("choice", ["auto", "shared_prefix"])
-def test_weights_gradients_modes_and_random_numbers_are_left_as_they_were(fault, choice, model, monkeypatch):
+def test_the_check_restores_weights_gradients_modes_and_random_state(fault, choice, model, monkeypatch):
     if fault is not None:
         monkeypatch.setattr(segment_attention, "attend", fault)
     model.model.layers[0].eval()
@@ -294,13 +296,13 @@ def test_float32_replaces_the_precision_of_training_where_it_shows_more(name, en
     assert times == entered
 
 
-def test_autocast_around_it_does_not_blur_what_float32_shows(model):
+def test_autocast_around_the_check_does_not_hide_faults(model):
     with torch.autocast("cpu", torch.bfloat16):
         assert guard(model) == "shared_prefix"
 
 
 @pytest.mark.parametrize(("choice", "layout"), [("auto", "padded"), ("packed", "packed")])
-def test_losses_that_are_no_numbers_decide_nothing(choice, layout, model, caplog):
+def test_nonfinite_losses_decide_nothing(choice, layout, model, caplog):
     model.model.norm.weight.data[0] = float("nan")
     assert guard(model, choice) == layout
     assert "the model's losses are not finite" in caplog.text

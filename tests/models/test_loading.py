@@ -132,7 +132,7 @@ def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(folder):
     ("precision", "asked"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)]
 )
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_parameters_have_the_asked_dtype_whatever_is_stored(tmp_path, stored, precision, asked, init):
+def test_parameters_have_the_requested_dtype_after_loading(tmp_path, stored, precision, asked, init):
     make_model().to(stored).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), init=init, precision=Precision.named(precision))
     assert {parameter.dtype for parameter in model.parameters()} == {asked}
@@ -178,7 +178,7 @@ def test_weights_that_are_missing_are_refused_instead_of_starting_random(folder)
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers + 1}))
     message = message_of(load_model, str(folder))
-    assert "lacks weights that its config.json asks for" in message
+    assert "weights that its config.json defines" in message
     assert f"model.layers.{layers}." in message
 
 
@@ -194,7 +194,7 @@ def test_local_folders_load_without_network(folder, no_network):
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b", "some/where/else"])
-def test_a_path_that_is_no_folder_and_no_hub_name_never_reaches_the_network(path, no_network):
+def test_an_invalid_model_path_never_reaches_the_network(path, no_network):
     assert message_of(load_model, path) == (
         f"model.model_path '{path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B"
     )
@@ -205,13 +205,13 @@ def test_an_unreachable_hub_name_is_named(monkeypatch, tmp_path, no_network):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = message_of(load_model, "someone/nothing")
     assert message.startswith(
-        "model.model_path 'someone/nothing' is no folder here and cannot be loaded from the hub: "
+        "model.model_path 'someone/nothing' is not a local folder and cannot be loaded from the hub: "
     )
 
 
-def test_a_folder_without_config_is_no_model(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path):
     assert message_of(load_config, str(tmp_path)) == (
-        f"model.model_path '{tmp_path}' is a folder without config.json, so it is no model"
+        f"model.model_path '{tmp_path}' is not a model: the folder has no config.json"
     )
 
 
@@ -227,7 +227,7 @@ def test_an_unusable_config_is_named(tmp_path, text):
 def test_a_model_of_another_kind_is_refused(tmp_path, init):
     ViTConfig().save_pretrained(tmp_path)
     assert message_of(load_model, str(tmp_path), init=init) == (
-        f"model.model_path '{tmp_path}' is a vit model, no causal language model"
+        f"model.model_path '{tmp_path}' is a vit model, not a causal language model"
     )
 
 
@@ -249,7 +249,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
     model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size - 1, 2))
     assert message_of(check_vocabulary, model, tokenizer) == (
         f"data.tokenizer_path '{tokenizer.name_or_path}' has {size} tokens but the embedding of model.model_path has "
-        f"{size - 1} rows: take the model's own tokenizer or resize the embedding first"
+        f"{size - 1} rows: use the model's own tokenizer or resize the embedding first"
     )
 
 
@@ -293,7 +293,7 @@ def test_config_json_is_that_of_plain_transformers(folder, tmp_path):
     ]
 
 
-def test_the_generation_config_stops_at_the_supervised_token_and_keeps_the_rest(folder, tmp_path):
+def test_the_generation_config_stops_at_the_supervised_token(folder, tmp_path):
     published = {"eos_token_id": [5, 6], "do_sample": True, "top_p": 0.8, "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(published))
     model = load_model(str(folder))
@@ -305,7 +305,7 @@ def test_the_generation_config_stops_at_the_supervised_token_and_keeps_the_rest(
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 9
 
 
-def test_a_published_generation_config_that_transformers_refuses_to_save_is_saved(folder, tmp_path):
+def test_a_generation_config_that_transformers_rejects_is_saved(folder, tmp_path):
     """Such as Llama 2's: a temperature without do_sample."""
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9}))
     save_model(load_model(str(folder)), None, tmp_path, eos_token_id=9)
@@ -335,7 +335,7 @@ def test_a_tokenizer_that_a_model_folder_would_replace_is_found(tokenizer, model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_empty_model_has_the_shapes_of_the_config_and_takes_no_memory(name, tmp_path):
+def test_an_empty_model_has_the_configs_shapes_without_memory(name, tmp_path):
     ARCHITECTURES[name].save_pretrained(tmp_path)
     empty = empty_model(str(tmp_path))
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
@@ -345,5 +345,5 @@ def test_an_empty_model_has_the_shapes_of_the_config_and_takes_no_memory(name, t
 
 
 def test_an_empty_model_needs_a_config(tmp_path):
-    with pytest.raises(UserError, match=r"without config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         empty_model(str(tmp_path))

@@ -93,7 +93,7 @@ def test_an_empty_group_is_omitted():
     assert names_by_decay(model) == {0.1: ["linear.weight"]}
 
 
-def test_every_trainable_tensor_of_a_tied_qwen2_is_in_exactly_one_group():
+def test_every_trainable_tensor_is_in_exactly_one_group():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -235,7 +235,7 @@ def test_a_factory_that_cannot_be_called_is_a_user_error(factory, message):
 # adopt_settings
 
 
-def test_a_checkpoint_adopts_the_settings_of_the_run_and_keeps_its_state():
+def test_a_loaded_optimizer_keeps_state_and_takes_new_settings():
     model = TinyModel()
     old = build_optimizer(model, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1), 0.5)
     for parameter in model.parameters():

@@ -72,7 +72,7 @@ def test_the_loaded_tokenizer_is_the_trained_one(tokenizer):
 
 
 def test_every_character_decodes_to_itself(tokenizer):
-    # A line each, so that nothing stands beside a character that it could be composed with.
+    # One per line, so that no character is next to one it could compose with.
     characters = [
         character
         for character in map(chr, range(sys.maxunicode + 1))

@@ -1,4 +1,4 @@
-"""A headless browser, and run folders to report on."""
+"""Define a headless browser and run folders to report on."""
 
 import base64
 import csv
@@ -154,7 +154,7 @@ def make_sample(index, right, *, sample=0, response=None, truth="7", **fields):
 
 @pytest.fixture(scope="session")
 def samples_of():
-    """Makes samples of so many prompts, the first ``num_right`` of them right; keywords override fields."""
+    """Makes samples of ``num_prompts`` prompts, the first ``num_right`` of them right; keywords override fields."""
 
     def make(num_prompts, num_right, **fields):
         return [make_sample(index, index < num_right, **fields) for index in range(num_prompts)]

@@ -30,7 +30,7 @@ def test_accuracy_has_its_wilson_interval(figure_of, samples_of):
     assert answer.band == [pytest.approx((0, 0.278), abs=5e-4), pytest.approx((0.490, 0.943), abs=5e-4)]
 
 
-def test_lengths_are_told_apart_by_outcome(figure_of, samples_of):
+def test_lengths_are_split_by_outcome(figure_of, samples_of):
     """Lengths 10 to 14 of five answers, the first two right."""
     lengths = figure_of("response-length", {5: samples_of(5, 2)})
     assert [(line.name, line.points) for line in lengths.lines] == [
@@ -64,7 +64,7 @@ def test_stop_reasons_are_shares_of_samples(figure_of, samples_of):
     assert figure_of("stop-reasons", {3: rows}).parts == {"eos": [0.5], "stop string": [0.5]}
 
 
-def test_entropy_of_answers_and_of_training_stand_together(figure_of, samples_of):
+def test_entropy_of_answers_and_training_share_a_figure(figure_of, samples_of):
     figure = figure_of("entropy", {3: samples_of(2, 2)}, ("step,train/entropy", "1,2.0"))
     assert [(line.name, line.points) for line in figure.lines] == [
         ("generated answers", [(3, 0.5)]),
@@ -72,7 +72,7 @@ def test_entropy_of_answers_and_of_training_stand_together(figure_of, samples_of
     ]
 
 
-def test_what_has_no_numbers_is_no_figure(tmp_path, write_run):
+def test_data_without_numbers_gives_no_figure(tmp_path, write_run):
     assert figures(read_run(write_run(tmp_path, {}))) == []
 
 

@@ -1,4 +1,4 @@
-"""The page as a whole, and in a real browser."""
+"""Test the whole page, also in a real browser."""
 
 import json
 from importlib.metadata import version
@@ -80,7 +80,7 @@ def test_a_recorded_environment_is_shown(tmp_path, write_run):
 
 
 @pytest.mark.parametrize("left", ["config.yaml", "metrics.csv", "evaluation/step-0/predictions.jsonl"])
-def test_any_part_alone_makes_a_page(tmp_path, write_run, samples_of, left):
+def test_any_single_file_gives_a_page(tmp_path, write_run, samples_of, left):
     run = write_run(tmp_path, {0: samples_of(3, 1)}, METRICS)
     for path in [path for path in run.rglob("*") if path.is_file()]:
         if path.relative_to(run).as_posix() != left:
@@ -98,7 +98,7 @@ def test_a_page_is_whole_while_it_is_rewritten(tmp_path, write_run):
 # In a browser
 
 
-def test_the_browser_notices_what_it_is_meant_to_notice(browser, tmp_path):
+def test_the_browser_detects_planted_faults(browser, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<div style='width: 1000px'>wide</div><img src='other.png'>"
@@ -141,7 +141,7 @@ def test_texts_of_data_models_and_configs_stay_texts(browser, hostile_page):
 def test_the_table_filters_by_outcome_and_failure_from_the_keyboard(browser, page):
     browser.open(page)
     assert (num_rows(browser), status(browser)) == (25, "320 of 320 samples, page 1 of 13")
-    # Outcomes stand in the order of their number: 195 fixed, 115 still wrong, 5 broken, 5 still right.
+    # Outcomes are sorted by their number: 195 fixed, 115 still wrong, 5 broken, 5 still right.
     browser.evaluate("document.getElementById('samples-change').focus()")
     for expected in ("195 of 320", "115 of 320", "5 of 320"):
         browser.press("ArrowDown")
@@ -156,7 +156,7 @@ def test_the_table_filters_by_outcome_and_failure_from_the_keyboard(browser, pag
         browser.wait_for(f"document.getElementById('samples-status').textContent.startsWith('{expected}')")
 
 
-def test_the_table_is_searched_by_what_is_typed(browser, page):
+def test_typing_searches_the_table(browser, page):
     browser.open(page)
     browser.click("#samples-search")
     browser.type("NEEDLE")
@@ -184,7 +184,7 @@ def test_the_longest_answers_come_first_on_demand(browser, page):
     browser.wait_for("document.querySelector('.opener').textContent === '7'")
 
 
-def test_a_row_opens_to_its_texts_by_mouse_and_by_key(browser, page):
+def test_a_row_opens_by_mouse_and_by_key(browser, page):
     browser.open(page)
     browser.click("tr.sample:nth-child(1) td.truth")
     browser.wait_for("document.querySelector('.texts')")

@@ -87,7 +87,7 @@ def test_an_epoch_that_still_runs_does_not_count(write):
 
 
 def test_rows_missing_in_an_epoch_are_none(write):
-    """As under limit_train_batches, where each epoch has rows of its own."""
+    """As under limit_train_batches, where epochs have different rows."""
     findings = read_row_losses(write({"data:1": 5.0, "data:2": 2.0}, {"data:2": 1.0, "data:3": 3.0}))
     assert [(row.source, row.nll) for row in findings.hardest] == [("data:3", (None, 3.0)), ("data:2", (2.0, 1.0))]
     assert describe_row_losses(findings)[2] == "       -  3.000  data:3"
@@ -126,7 +126,7 @@ def test_mislabeled_stays_high_while_the_others_fall(write):
     assert row.score == pytest.approx((3.5 - 0.671875) / (1.4826 * 0.15 * 0.625))
 
 
-def test_the_loss_of_the_first_epoch_accuses_nobody(write):
+def test_first_epoch_losses_flag_no_row(write):
     first = many(2.0) | {"early:1": 50.0}
     later = many(0.5) | {"early:1": 0.5}
     last = many(0.1) | {"early:1": 0.1}
@@ -134,16 +134,16 @@ def test_the_loss_of_the_first_epoch_accuses_nobody(write):
 
 
 @pytest.mark.parametrize("last", [1.0, 2.0])
-def test_where_nothing_is_learned_nobody_is_accused(write, last):
+def test_no_row_is_flagged_if_nothing_is_learned(write, last):
     epochs = [many(1.0) | {"bad:1": 40.0}, many(1.0) | {"bad:1": 40.0}, many(last) | {"bad:1": 90.0}]
     assert read_row_losses(write(*epochs)).mislabeled == []
 
 
-def test_two_epochs_accuse_nobody(write):
+def test_two_epochs_flag_no_row(write):
     assert read_row_losses(write(many(2.0) | {"bad:1": 9.0}, many(0.1) | {"bad:1": 9.0})).mislabeled == []
 
 
-def test_rows_that_are_all_alike_are_no_outliers(write):
+def test_equal_rows_are_not_outliers(write):
     alike = {f"data:{i}": 0.5 for i in range(9)}
     fallen = {f"data:{i}": 0.1 for i in range(9)}
     assert read_row_losses(write(alike, alike | {"bad:1": 5.0}, fallen | {"bad:1": 5.0})).mislabeled == []
@@ -185,7 +185,7 @@ def test_a_file_that_is_gone_or_shorter_has_no_excerpt(write, tmp_path):
     assert [row.excerpt for row in read_row_losses(write(rows)).hardest] == ["a => b", None, None, None]
 
 
-def test_a_terminal_obeys_nothing_in_a_text(write, tmp_path):
+def test_control_characters_do_not_reach_the_terminal(write, tmp_path):
     line = json.dumps({"prompt": "\x1b[2Jgone", "response": "\u202eok"}).encode()
     excerpts(write, tmp_path / "rows.jsonl", line)
     assert describe_row_losses(read_row_losses(tmp_path))[2].endswith(r"\x1b[2Jgone => \u202eok")
@@ -202,7 +202,7 @@ def test_a_damaged_part_is_named(write, tmp_path):
 
 
 def with_wrong_numbers(rows, share, draw):
-    """Returns the rows, and the line numbers of those whose result is now another number, in thought and answer."""
+    """Returns the rows with some results changed in thought and answer, and the line numbers of those."""
     planted = set(draw.sample(range(len(rows)), round(share * len(rows))))
     changed = []
     for place, row in enumerate(rows):
@@ -219,7 +219,7 @@ def with_wrong_numbers(rows, share, draw):
 
 
 @pytest.mark.slow
-def test_most_planted_wrong_answers_are_found_and_few_others_accused(tmp_path):
+def test_most_planted_wrong_answers_are_flagged_and_few_others(tmp_path):
     """1,200 short problems of the quickstart, 2% with a wrong result, until the model can calculate."""
     seed_everything(11, verbose=False)
     prepare_quickstart(tmp_path, seed=5)

@@ -44,7 +44,7 @@ def test_lines_that_a_crash_cut_off_do_not_count(tmp_path, write_run, samples_of
     assert [row["index"] for row in files.latest.samples] == [0, 1, 2]
 
 
-def test_files_that_say_nothing_are_left_out(tmp_path, write_run, samples_of):
+def test_unreadable_files_are_skipped(tmp_path, write_run, samples_of):
     run = write_run(tmp_path, {0: samples_of(2, 0), 5: samples_of(2, 1), 9: samples_of(2, 2)}, METRICS, config="a: [")
     (run / "evaluation" / "step-5" / "metrics.json").write_text('{"step": 5, "num_ex')
     for name in ("metrics.json", "predictions.jsonl"):
@@ -55,7 +55,7 @@ def test_files_that_say_nothing_are_left_out(tmp_path, write_run, samples_of):
     assert files.latest.step == 5
 
 
-def test_values_that_are_no_numbers_are_left_out(tmp_path, write_run):
+def test_nonfinite_and_nonnumeric_values_are_skipped(tmp_path, write_run):
     run = write_run(tmp_path, {}, ("step,train/loss,note", "1,nan,hello", "2,inf,", "x,1.0,", "3,0.5,"))
     assert read_run(run).series == {"train/loss": [(3, 0.5)]}
 

@@ -23,7 +23,7 @@ def options_in(section, name):
     return re.findall(r'<option value="(.*?)">(.*?)</option>', select)
 
 
-def test_rows_tell_what_changed(tmp_path, write_run, samples_of):
+def test_rows_show_the_change(tmp_path, write_run, samples_of):
     after = samples_of(3, 2)
     after[0] |= {"ground_truth": [7, "seven"], "response": "new", "mean_entropy": float("nan")}
     before = samples_of(3, 1, response="old")
@@ -57,7 +57,7 @@ def test_without_a_baseline_rows_are_right_or_wrong(tmp_path, write_run, samples
     assert [(row["change"], row["before"]) for row in rows] == [("right", None), ("wrong", None)]
 
 
-def test_several_samples_of_a_prompt_are_told_apart(tmp_path, write_run, samples_of):
+def test_several_samples_of_a_prompt_have_distinct_labels(tmp_path, write_run, samples_of):
     before = samples_of(2, 0, response="old")
     after = [*samples_of(2, 2), *samples_of(2, 0, sample=1)]
     rows = rows_in(section_of(write_run(tmp_path, {0: before, 5: after})))
@@ -80,5 +80,5 @@ def test_json_in_the_page_cannot_end_its_script(text):
     assert json.loads(embedded) == [text]
 
 
-def test_without_samples_there_is_no_table(tmp_path, write_run):
+def test_no_samples_give_no_table(tmp_path, write_run):
     assert section_of(write_run(tmp_path, {})) is None

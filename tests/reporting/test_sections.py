@@ -30,7 +30,7 @@ def rows_of(html):
     return [text_of(row) for row in re.findall(r"<tr.*?</tr>", html)]
 
 
-def test_the_result_says_what_changed_and_how_sure_that_is(tmp_path, write_run, samples_of):
+def test_the_result_gives_the_change_and_its_interval(tmp_path, write_run, samples_of):
     """20 of 40 fixed, none broken: p = 2 / 2^20. Wilson's intervals: 0 of 40 0 to 8.8%, 20 of 40 35.2 to 64.8%."""
     run = write_run(tmp_path, {0: samples_of(40, 0), 9: samples_of(40, 20)})
     section = result_section(contents_of(run))
@@ -61,7 +61,7 @@ def test_one_evaluation_has_its_rates(tmp_path, write_run, samples_of):
     ]
 
 
-def test_evaluations_stand_in_a_table_with_the_best_one_marked(tmp_path, write_run, samples_of):
+def test_a_table_lists_evaluations_and_marks_the_best(tmp_path, write_run, samples_of):
     config = "checkpoint: {monitor: val/answer_accuracy}\n"
     run = write_run(tmp_path, {0: samples_of(4, 0), 5: samples_of(4, 4), 9: samples_of(4, 2)}, METRICS, config)
     (run / "best").symlink_to("checkpoint-5")
@@ -104,5 +104,5 @@ def test_the_config_is_shown_without_its_secrets(tmp_path, write_run):
 
 
 @pytest.mark.parametrize("section", [result_section, figures_section, evaluations_section])
-def test_what_is_not_there_is_no_section(tmp_path, write_run, section):
+def test_missing_data_gives_no_section(tmp_path, write_run, section):
     assert section(contents_of(write_run(tmp_path, {}))) is None

@@ -34,7 +34,7 @@ def test_ticks_are_round_and_hold_the_values(low, high, ticks):
     assert nice_ticks(low, high) == ticks
 
 
-def test_points_stand_where_their_values_are():
+def test_points_are_drawn_at_their_values():
     """The plot is 324 wide from 46, and 178 high down to 188: half of the x and of the y range is in its middle."""
     svg = draw(lines(Line("a", [(0, 0.0), (50, 0.5), (100, 1.0)], []), is_share=True))
     places = [(one.get("cx"), one.get("cy")) for one in elements(svg, "circle")]

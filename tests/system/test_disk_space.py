@@ -20,7 +20,7 @@ def test_each_storage_counts_once_and_in_full():
     assert size_bytes(content) == 4000 + 40
 
 
-def test_a_folder_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_a_folder_larger_than_the_free_space_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100 * MIB, 90 * MIB, 10 * MIB))
     require_space(tmp_path / "checkpoint-5", 6 * MIB)
     with pytest.raises(RunFailedError, match=r"checkpoint-5' needs 11 MiB and '.*' has 10 MiB free"):

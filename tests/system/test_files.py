@@ -1,4 +1,4 @@
-"""Files, folders and links are whole or not there; digests against values from the sha256sum of coreutils."""
+"""Test that files, folders and links are whole or absent; compare digests with coreutils' sha256sum."""
 
 import errno
 import multiprocessing
@@ -160,7 +160,7 @@ def fill_for_ever(folder, filling):
         signal.pause()
 
 
-def test_attempts_of_killed_processes_are_removed_and_of_living_ones_kept(tmp_path):
+def test_attempts_of_killed_processes_are_removed(tmp_path):
     folder = tmp_path / "store"
     context = multiprocessing.get_context("fork")
     processes = []

@@ -44,7 +44,7 @@ def test_gpu_peak_memory_counts_tensors():
         (RunFailedError("out of memory in the forward pass"), False),
     ],
 )
-def test_what_says_that_memory_did_not_suffice(error, expected):
+def test_out_of_memory_errors_are_recognized(error, expected):
     assert is_out_of_memory(error) is expected
 
 
@@ -77,7 +77,7 @@ def test_errors_are_translated_once_and_others_pass():
         raise RuntimeError("a shape")
 
 
-def test_a_device_without_memory_leaves_the_host_with_some():
+def test_device_out_of_memory_is_not_host_out_of_memory():
     error = RunFailedError("out of memory")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     assert not host_lacks_memory(error)

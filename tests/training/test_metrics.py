@@ -105,7 +105,7 @@ def test_reset_starts_over():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_over_an_empty_set_everything_is_nan():
+def test_metrics_of_an_empty_set_are_nan():
     assert all(value.isnan() for value in TokenMetrics().compute().values())
 
 

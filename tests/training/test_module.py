@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from sft_lightning.checkpointing import io as checkpoint_io
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.generation.base import Generation, Generator
@@ -80,7 +81,7 @@ def assert_equal_gradients(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def watched_run(make_trainer, make_data, model_folder, train_file):
-    """One epoch in float32, warm-up and linear decay, clipped at 0.5: what the steps were and what was logged."""
+    """The steps and logged metrics of one epoch in float32, with warmup, linear decay and clipping at 0.5."""
     torch.set_num_threads(1)
     watch = StepWatch()
     module = SFTModule(model_folder, learning_rate=1e-3, lr_schedule="linear", warmup_steps=2)
@@ -113,7 +114,7 @@ def test_every_row_is_in_one_step(watched_run, train_file):
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_a_steps_gradient_and_loss_are_those_of_the_plain_equation(watched_run, model_folder, train_file, index):
+def test_gradient_and_loss_equal_the_plain_equation(watched_run, model_folder, train_file, index):
     steps, logger = watched_run
     loss, gradient = reference_step(steps[index], model_folder, read_rows(train_file, model_folder))
     assert_equal_gradients(steps[index]["gradient"], gradient, tolerance=1e-5)
@@ -176,7 +177,7 @@ def test_dropout_follows_from_the_plan_alone(make_trainer, make_data, dropout_mo
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_a_fit_after_one_stopped_in_mid_step_logs_its_own_loss(make_trainer, make_data, model_folder, train_file):
+def test_a_fit_after_an_interrupted_one_logs_its_loss(make_trainer, make_data, model_folder, train_file):
     class StopsInMidStep(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             trainer.should_stop = True
@@ -242,7 +243,7 @@ def equal_weights(one, other):
     return all(torch.equal(weight.nan_to_num(7.0), other[name].nan_to_num(7.0)) for name, weight in one.items())
 
 
-def test_a_nan_loss_names_its_row_and_stops_before_the_step(
+def test_a_nan_loss_names_its_row_before_the_step(
     make_trainer, make_data, broken_model_folder, rows_with_a_tilde, tokenizer, tmp_path
 ):
     (tilde,) = tokenizer("~").input_ids
@@ -509,3 +510,18 @@ def test_resume_override_continues_with_the_new_settings(make_trainer, make_data
         (0.3, (0.8, 0.9), 1e-6),
         (0.0, (0.8, 0.9), 1e-6),
     ]
+
+
+def test_a_checkpoint_of_another_version_is_refused(
+    make_trainer, make_data, checkpoint, model_folder, train_file, monkeypatch
+):
+    read = checkpoint_io._read_state
+
+    def without_identities(path):
+        state = read(path)
+        del state["identities"]
+        return state
+
+    monkeypatch.setattr(checkpoint_io, "_read_state", without_identities)
+    with pytest.raises(UserError, match="another version of sft-lightning wrote this checkpoint; start from its weig"):
+        resume(make_trainer, make_data(train_file), model_folder, checkpoint)

@@ -1,4 +1,4 @@
-"""Fits of a model with a broken token or gradient: such a step reaches no weight, and its rows are saved."""
+"""Test fits with a broken token or gradient: the step changes no weight, and its rows are saved."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def losses(*values):
     return LabelLosses(weighted_sum=nll.sum(), nll=nll, correct=nll > 0, entropy=None)
 
 
-def test_a_row_is_finite_when_the_losses_of_all_its_labels_are():
+def test_a_row_is_finite_if_all_label_losses_are():
     first = MicroBatchLosses(losses(1.0, 2.0, float("nan"), 1.0), micro_batch(3, 8))
     second = MicroBatchLosses(losses(float("inf"), 2.0), micro_batch(5))
     assert rows_of_step([first, second]) == [
@@ -168,7 +168,7 @@ OPTIONS = {"max_epochs": 1, "accumulate_grad_batches": 1}
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_a_skipped_step_changes_no_weight_or_moment_but_moves_the_schedule(fit, tmp_path, precision, clip, caplog):
+def test_a_skipped_step_moves_only_the_schedule(fit, tmp_path, precision, clip, caplog):
     watch = BreaksGradients({4: NAN})
     run = fit(tmp_path / "run", model=SKIP, callbacks=(watch,), precision=precision, gradient_clip_val=clip, **OPTIONS)
     assert run.trainer.global_step == 11
@@ -290,7 +290,7 @@ def test_a_full_disk_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
 
 @pytest.fixture
 def broken(tmp_path, tokenizer, model_folder):
-    """An untied model whose embedding of "~" is NaN, and rows of which line 30 alone has one."""
+    """An untied model whose embedding of "~" is NaN, and rows of which only line 30 has that token."""
     (tilde,) = tokenizer("~").input_ids
     config = AutoConfig.from_pretrained(model_folder)
     config.tie_word_embeddings = False
@@ -319,7 +319,7 @@ def command_line_fit(folder, run, *options, devices=2):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_alike_where_one_has_the_bad_row(broken, note_fault):
+def test_a_bad_row_stops_both_of_two_processes(broken, note_fault):
     done = command_line_fit(broken, "run")
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
@@ -342,7 +342,7 @@ def test_two_processes_stop_alike_where_one_has_the_bad_row(broken, note_fault):
 
 
 @pytest.mark.slow
-def test_two_processes_skip_alike_and_end_with_equal_weights(broken, note_fault):
+def test_both_processes_skip_and_end_with_equal_weights(broken, note_fault):
     done = command_line_fit(broken, "run", "--model.on_nonfinite", "skip")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("skipped the step (1 of 3 skipped)") == 1
@@ -360,6 +360,6 @@ def test_two_processes_skip_alike_and_end_with_equal_weights(broken, note_fault)
     note_fault(
         "loss is NaN on one rank, on_nonfinite: skip",
         provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, with model.on_nonfinite skip",
-        outcome="both ranks skip the step and go on; weights, moments and counters are as before it",
+        outcome="both ranks skip the step and continue; weights, moments and counters do not change",
         lost="the step",
     )

@@ -1,4 +1,4 @@
-"""Real runs of the command line whose memory is taken away in mid-run, by a limit of the operating system's."""
+"""Test real runs that run out of memory under a limit of the operating system."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from sft_lightning.errors import RunFailedError
 from sft_lightning.training.module import SFTModule
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
 
-# A callback in a file of its own: the limit is set where the test wants it, in the process that runs the fit.
+# A callback in a separate file sets the limit at a given point, in the process that runs the fit.
 LIMIT = """
 import resource
 from lightning.pytorch import Callback
@@ -52,7 +52,7 @@ class LimitsMemory(Callback):
 
 @pytest.fixture
 def limited_fit(tmp_path, model_folder):
-    """Runs fit on long rows with the command line; ``when`` says from when on it gets no more memory."""
+    """Runs fit on long rows with the command line; after ``when`` it gets no more memory."""
     (tmp_path / "limits.py").write_text(LIMIT)
     for name, num_rows in (("train", 32), ("val", 4)):
         rows = [{"prompt": f"{n} " * 500, "response": f" {n}" * 300, "ground_truth": str(n)} for n in range(num_rows)]
@@ -139,7 +139,7 @@ def test_generation_without_memory_names_the_generators_settings(limited_fit, tm
     )
 
 
-# What the line says
+# Contents of the message
 
 
 def test_from_python_the_error_is_chained(make_trainer, make_data, model_folder, train_file):
@@ -157,7 +157,7 @@ def test_from_python_the_error_is_chained(make_trainer, make_data, model_folder,
 
 
 @pytest.mark.parametrize("where", ["backward", "update"])
-def test_backward_pass_and_update_are_told_apart(make_trainer, make_data, model_folder, train_file, where):
+def test_backward_pass_and_update_are_distinguished(make_trainer, make_data, model_folder, train_file, where):
     class Hungry(SFTModule):
         def on_train_start(self):
             super().on_train_start()
@@ -197,7 +197,7 @@ def test_a_smaller_batch_makes_the_same_step(size, smaller, accumulate):
     ) in str(raised.value)
 
 
-def test_outside_of_fit_there_is_nothing_to_lose():
+def test_outside_of_fit_the_message_says_nothing_was_changed():
     module = stand_in("validate", batch_size=4, max_length=64)
     with pytest.raises(RunFailedError) as raised, step_oom_advice(module, "validation"):
         raise MemoryError

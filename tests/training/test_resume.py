@@ -1,4 +1,4 @@
-"""Settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and from YAML."""
+"""Test the settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and YAML."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from sft_lightning.cli.main import main
 from sft_lightning.errors import UserError
 from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.training.module import SFTModule
-from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
+from sft_lightning.training.resume import check_resumable, check_same_steps, loss_identity, optimizer_identity
 
 SETTINGS = {
     "loss": None,
@@ -102,6 +102,19 @@ def test_other_arguments_of_an_optimizer_need_an_override():
     check_resumable(saved, current, override=True)
 
 
+def test_a_difference_in_steps_is_named():
+    check_same_steps({"data.seed": 7}, {"data.seed": 7})
+    with pytest.raises(UserError, match=r"^cannot resume: data\.seed is 8, the checkpoint was trained with 7; set it"):
+        check_same_steps({"a": 1, "data.seed": 8}, {"a": 1, "data.seed": 7})
+
+
+def test_a_missing_name_is_a_difference():
+    with pytest.raises(UserError, match="the filter is 'x', the checkpoint was trained with None"):
+        check_same_steps({"the filter": "x"}, {})
+    with pytest.raises(UserError, match="the filter is None, the checkpoint was trained with 'x'"):
+        check_same_steps({}, {"the filter": "x"})
+
+
 # Whole runs
 
 
@@ -189,7 +202,7 @@ def test_an_adamw_option_beside_another_optimizer_names_both(name, value):
         ({"class_path": "torch.optim.LBFGS"}, "the optimizer refuses its options"),
     ],
 )
-def test_a_wrong_optimizer_in_a_config_is_one_line_and_code_2(command, tmp_path, capsys, optimizer, message):
+def test_a_wrong_optimizer_is_one_line_and_code_2(command, tmp_path, capsys, optimizer, message):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     assert main([*command, "--config", str(overlay)]) == 2
@@ -197,7 +210,7 @@ def test_a_wrong_optimizer_in_a_config_is_one_line_and_code_2(command, tmp_path,
     assert message in error
 
 
-def test_the_loss_is_given_by_class_path_in_the_short_form(command, tmp_path):
+def test_a_config_names_the_loss_by_short_class_path(command, tmp_path):
     options = ["--model.loss", "sft_lightning.TokenLoss", "--trainer.max_steps", "1", "--evaluation.num_examples", "0"]
     assert main([*command, *options]) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["loss"]

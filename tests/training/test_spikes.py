@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from sft_lightning.training.spikes import FACTOR, MIN_STEPS, WINDOW_STEPS, NormSpikes
 
 
-def test_a_norm_far_above_the_median_of_recent_ones_is_a_spike():
+def test_a_norm_far_above_the_recent_median_is_a_spike():
     spikes = NormSpikes([1.0, 3.0] * 5)
     assert spikes.median == 2.0
     assert spikes.add(10.0) == 0  # five times the median, and not above it
@@ -21,7 +21,7 @@ def test_the_first_steps_are_never_spikes():
     assert spikes.add(1e20) > FACTOR
 
 
-def test_single_spikes_do_not_move_the_median_and_a_new_level_does():
+def test_a_new_level_moves_the_median_but_spikes_do_not():
     spikes = NormSpikes([1.0] * WINDOW_STEPS)
     assert spikes.add(100.0) == 100.0
     assert spikes.median == 1.0

@@ -27,7 +27,7 @@ SECOND = losses([6.0, 8.0], correct=[False, True], entropy=[2.0, 4.0])
 DUMMY = losses([100.0], correct=[True], entropy=[100.0])._replace(weighted_sum=torch.zeros(()))
 
 
-def test_sums_of_a_step_leave_out_the_dummies_of_empty_micro_batches():
+def test_step_sums_exclude_dummies_of_empty_micro_batches():
     empty = collate([], [], layout="padded", pad_token_id=0)
     parts = [(FIRST, micro_batch(1, 2)), (SECOND, micro_batch(3)), (DUMMY, empty)]
     sums = step_sums([MicroBatchLosses(*part) for part in parts])
@@ -40,7 +40,7 @@ def test_entropy_that_is_not_computed_sums_to_zero():
 
 
 class FakeTrainer:
-    """Reduces by adding what another process would give."""
+    """Reduces by adding the values of another process."""
 
     def __init__(self, parameters, theirs=(), num_replicas=1):
         self.lightning_module = torch.nn.ParameterList(parameters)
@@ -75,7 +75,7 @@ def test_one_reduction_gives_the_numbers_of_the_step():
 
 
 @pytest.mark.parametrize(("ours", "theirs", "agreed"), [(True, 0.0, True), (False, 1.0, True), (False, 0.0, False)])
-def test_the_reduction_adds_up_processes_and_agrees_on_the_stop_request(ours, theirs, agreed):
+def test_the_reduction_adds_processes_and_agrees_on_stopping(ours, theirs, agreed):
     step = StepAccumulator()
     step.add(SECOND, micro_batch(3))
     # Of the other process: loss, number right, entropy, labels, stop request, and its half of the common norm.

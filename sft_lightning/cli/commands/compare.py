@@ -5,7 +5,9 @@ from sft_lightning.cli.parser import CommandParser
 
 def run(args: list[str]) -> int:
     """Prints and writes the paired comparison; returns the exit code."""
-    parser = CommandParser("compare", "Compare two evaluations on the same prompts, with a significance test.")
+    parser = CommandParser(
+        "compare", "Show what changed between two evaluations of the same prompts, with a significance test."
+    )
     parser.add_argument("before", help="folder with predictions.jsonl, for example RUN/evaluation/step-0")
     parser.add_argument("after", help="folder with predictions.jsonl of the same prompts")
     parser.add_argument("--output", help="folder for comparison.json; default: AFTER")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("evaluate", "Generate and grade the answers of a model.")
+    parser = CommandParser("evaluate", "Generate and grade the answers of a model or server, without a config.")
     parser.add_argument(
         "--model", help="folder or hub name of a causal language model; with --server, its name on the server"
     )
@@ -28,7 +28,9 @@ def run(args: list[str]) -> int:
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--seed", type=int, default=0, help="sampling seed; default: 0")
     parser.add_argument(
-        "--grader", default="R1ZeroGrader", help="name of a grader, or module.Class; default: R1ZeroGrader"
+        "--grader",
+        default="R1ZeroGrader",
+        help="name of a grader, or module.Class; default: R1ZeroGrader, for <answer> tags",
     )
     parser.add_argument(
         "--batch_tokens", type=int, default=65536, help="largest number of tokens in a batch; default: 65536"

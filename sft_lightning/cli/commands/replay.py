@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("replay", "Run each row of a non-finite step through the model alone.")
+    parser = CommandParser(
+        "replay", "Run each row of a NaN or infinite step through the model alone, to find its cause."
+    )
     parser.add_argument("folder", help="RUN/nonfinite/step-<n>")
     parser.add_argument("--model", help="folder or hub name; default: the run's last checkpoint before the step")
     options = parser.parse_args(args)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
 
 _DESCRIPTION = """\
-Run a few optimizer steps of a config on one device, with its model and its first rows. Compares every layout and
-several splits of a step with each row alone through the model's own forward, and a resumed run with an uninterrupted
-one. Takes every option of fit as well, see sft-lightning fit --help. Prints the largest differences and leaves nothing
-in output_dir. Exit code: 0 if all checks pass, 1 if one fails, 2 for a mistake in the command, the config or the
-data."""
+Test a few optimizer steps of a config on one device, with its model and its first rows. Compares the gradients of every
+layout (padded, packed, shared_prefix), with the step split into micro-batches in several ways, with those of each row
+alone through the model's own forward, and a resumed run with an uninterrupted one. Takes every option of fit as well,
+see sft-lightning fit --help. Prints the largest differences and leaves nothing in output_dir. Exit code: 0 if all
+checks pass, 1 if one fails, 2 for a mistake in the command, the config or the data."""
 _HALF_ATTENTION = ("flash_attention_2", "flash_attention_3", "varlen")
 
 
@@ -43,8 +43,8 @@ def run(args: list[str]) -> int:
     outcomes = _outcomes(of_fit, options.num_steps, options.tolerance)
     print(_table(outcomes))
     num_failed = sum(outcome.failed for outcome in outcomes)
-    num_tried = sum(outcome.difference is not None for outcome in outcomes)
-    print(f"{num_failed} of {num_tried} checks FAIL" if num_failed else f"all {num_tried} checks pass")
+    num_compared = sum(outcome.difference is not None for outcome in outcomes)
+    print(f"{num_failed} of {num_compared} checks FAIL" if num_failed else f"all {num_compared} checks pass")
     return 1 if num_failed else 0
 
 
@@ -73,11 +73,11 @@ def _outcomes(of_fit: list[str], num_steps: int, tolerance: float | None) -> "li
 
 
 def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSetup":
-    """Returns the setup of the selftest, from the config of fit and the classes built from it."""
+    """Returns the setup of the selftest from the config of fit and the objects built from it."""
     from sft_lightning.diagnostics.selftest.setup import SelftestSetup
     from sft_lightning.models.precision import Precision
 
-    built.data.settings("train")  # stops here if there is no training set
+    built.data.settings("train")  # raises UserError without a training set
     trainer = config.trainer
     clipping = {name: trainer[name] for name in ("gradient_clip_val", "gradient_clip_algorithm")}
     return SelftestSetup(
@@ -94,7 +94,7 @@ def _setup(config: Any, built: Any, num_steps: int, folder: Path) -> "SelftestSe
 
 
 def _precisions(setup: "SelftestSetup") -> "Iterator[SelftestSetup]":
-    """Yields the setup in an exact precision, which shows small differences, and then in its own if that differs."""
+    """Yields the setup in an exact precision, which shows small differences, then in its own precision if different."""
     from sft_lightning.models.precision import Precision
 
     attention = setup.model.hparams["attn_implementation"]
@@ -123,7 +123,7 @@ def _table(outcomes: "list[Outcome]") -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the dozen runs of a selftest."""
+    """Silences the log messages and warnings of the runs."""
     loggers = [logging.getLogger(name) for name in ("sft_lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

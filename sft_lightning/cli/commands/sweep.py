@@ -38,7 +38,9 @@ _EPILOG = (
 
 def run(args: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = CommandParser("sweep", "Train on growing numbers of examples and compare the answers.")
+    parser = CommandParser(
+        "sweep", "Train on growing subsets of the data and compare the answers, to see how much is needed."
+    )
     parser.allow_abbrev = False
     parser.epilog = _EPILOG
     parser.add_argument("--config", action="append", required=True, help="config of fit; may be repeated")

@@ -59,10 +59,10 @@ def balance_sharing_groups(rows: Sequence[Sequence[tuple[np.ndarray, int]]], num
 
 
 class _StepTrie:
-    """The sequences of a step in sorted order, from which the trie of any of its rows follows.
+    """The sorted sequences of a step, which determine the trie of any subset of its rows.
 
     Attributes:
-        places: For each row, where its sequences are in that order, ascending.
+        places: For each row, the positions of its sequences in that order, ascending.
     """
 
     def __init__(self, rows: Sequence[Sequence[tuple[np.ndarray, int]]]) -> None:
@@ -91,7 +91,7 @@ class _StepTrie:
 
 
 def _costliest_first(groups: Sequence[list[int]], costs: Sequence[int], num_groups: int) -> list[np.ndarray]:
-    """Returns the groups by falling cost, and empty ones behind them until there are ``num_groups``."""
+    """Returns the groups by decreasing cost, followed by empty ones up to ``num_groups``."""
     order = sorted(range(len(groups)), key=lambda group: -costs[group])
     filled = [np.array(groups[group], dtype=np.int64) for group in order]
     return filled + [np.empty(0, dtype=np.int64)] * (num_groups - len(filled))
@@ -120,7 +120,7 @@ def _cut_bundles(num_inputs: Sequence[int], common: Sequence[int], num_groups: i
         if number == 1:
             pieces.append(range(start, stop))
             continue
-        # Without what the first row shares with the second, since every piece pays for that again.
+        # Without the tokens that the first row shares with the second, since every piece computes them again.
         own = [num_inputs[start] - common[start], *added[start + 1 : stop]]
         pieces += [range(start + first, start + behind) for first, behind in _cut(own, number)]
     return pieces, [cost(piece.start, piece.stop) for piece in pieces]

@@ -10,7 +10,7 @@ shared, earlier labels included; the last span never is. An example, as if two t
 
     packed line             a  b    c  d    p  q    r    e  s
     position                0  1    2  3    4  5    6    7  8
-    position_ids            0  1    2  3    4  5    4    2  3       (goes on from the parent's)
+    position_ids            0  1    2  3    4  5    4    2  3       (continue the parent's)
     labels of sequence 0               p    q  .                    at positions 3 4 5
     labels of sequence 1               r            .               at positions 3 6: d predicts p and r
     labels of sequence 2                                 s  .       at positions 7 8
@@ -18,7 +18,7 @@ shared, earlier labels included; the last span never is. An example, as if two t
 If d is a label of sequence 1, too, the c above is its label position: any number of labels may have a position in
 common, and the tokens of a label may at the same time be context for others.
 
-With ``packed`` every sequence is a segment of its own.
+With ``packed`` every sequence is a separate segment.
 """
 
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def _pack(
 ) -> tuple[dict[str, Any], np.ndarray, Sequence[int]]:
     """Returns the packed inputs, and where their tokens are, as :func:`_labels` takes it.
 
-    Padding is a segment of its own.
+    Padding is a separate segment.
     """
     tree = _place(nodes)
     num_tokens = tree[-1].end

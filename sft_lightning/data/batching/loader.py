@@ -1,4 +1,4 @@
-"""Load planned micro-batches, collated from the token store, from any position of an epoch."""
+"""Load planned micro-batches from the token store, from any point of an epoch on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,15 +15,15 @@ from sft_lightning.data.token_store import TokenStore
 
 
 class MicroBatches(Dataset):
-    """The micro-batches of one replica, collated on access. Picklable, so that worker processes can hold it.
+    """The micro-batches of one replica, collated on access. Picklable, for use in worker processes.
 
     Args:
         store: The tokenized examples.
-        planned: Returns the rows and weights of micro-batch i.
-        length: Number of micro-batches.
-        pad_token_id: Fills padding.
-        pad_to_multiple_of: Rounds row lengths up.
-        layout: Of each micro-batch.
+        planned: The rows and weights of each micro-batch.
+        length: The number of micro-batches.
+        pad_token_id: Token id of padding.
+        pad_to_multiple_of: Row lengths are rounded up to a multiple of it.
+        layout: Layout of the rows in a micro-batch.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MicroBatches(Dataset):
 
 
 class TrainingShare:
-    """The planned micro-batches of one replica in an epoch, by index."""
+    """One replica's planned micro-batches of an epoch, by index."""
 
     def __init__(self, plan: EpochPlan, replica: int) -> None:
         self._plan = plan
@@ -77,8 +77,8 @@ class ValidationShare:
 class PlannedLoader:
     """Iterates over micro-batches, each time from the position that ``open_epoch`` returns.
 
-    Deliberately no DataLoader: Lightning injects a sampler into a DataLoader that repeats rows on several devices, and
-    restores a wrong position on resume.
+    Deliberately not a DataLoader: Lightning would inject a sampler, which repeats rows under several devices, and
+    restore its position on resume, which it gets wrong in five ways.
 
     Args:
         length: Micro-batches of a whole epoch.

@@ -127,9 +127,8 @@ class EpochPlan:
     def _groups_of_step(self, step: int) -> list[np.ndarray]:
         """Returns the step's rows in micro-batch-major order: micro-batch 0 of every replica, then micro-batch 1, ...
 
-        The costliest micro-batches come first. So those of the replicas at one position cost about the same, and what
-        does not fit into memory fails in the first seconds. The last step is remembered, since it is asked for once
-        for every micro-batch.
+        The costliest micro-batches come first, so those of the replicas at one position cost about the same, and a
+        lack of memory shows in the first seconds. The last step is cached, since every micro-batch needs it.
         """
         if self._cached_groups is None or self._cached_groups[0] != step:
             shape = self._shape
@@ -195,7 +194,7 @@ def label_weights(
     Args:
         normalization: The mode.
         label_lengths: For each micro-batch of the step over all replicas, shape [B] each: label tokens of its rows.
-        mine: Which of them is asked for.
+        mine: Index of the micro-batch to weight.
         constant: C.
     """
     own = label_lengths[mine].astype(np.float64)
@@ -215,9 +214,9 @@ def validation_batches(
 ) -> list[np.ndarray]:
     """Returns one replica's share of a set, each example in exactly one replica's share.
 
-    Padded ones longest first, others in file order, where rows with a common prompt usually stand together. Every
-    replica gets the same number of batches, the last ones possibly empty: a model that is wrapped for several processes
-    may talk to the others in each forward.
+    Padded rows are sorted longest first. Others stay in file order, where rows with a common prompt are usually
+    neighbors. Every replica gets the same number of batches, of which the last may be empty, since a model that is
+    wrapped for several processes may communicate in each forward.
     """
     rows = np.argsort(-total_lengths, kind="stable") if layout == "padded" else np.arange(len(total_lengths))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -1,4 +1,4 @@
-"""Build the trie of a micro-batch's sequences: which common tokens are computed once, and in which order.
+"""Build the trie of a micro-batch's sequences, which decides which common tokens are computed once.
 
 A node holds tokens that the sequences below it have in common, or what a sequence has for itself. Sequences are known
 by number, and a trie is built from what neighbors in sorted order have in common, so that no token is compared twice.

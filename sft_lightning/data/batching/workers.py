@@ -1,4 +1,4 @@
-"""Watch the worker processes that collate: report one that dies or hangs, and let none outlive its run."""
+"""Manage the worker processes that collate: report one that dies or hangs, and end all of them with the run."""
 
 import multiprocessing
 import signal
@@ -97,12 +97,12 @@ class _Wait:
 
 
 def _kill_in_time(wait: _Wait, workers: list[BaseProcess], timeout_seconds: int, ended: threading.Event) -> None:
-    """Kills the workers if a wait for them lasts too long. The waiting thread then gets an error.
+    """Kills the workers when a wait for them lasts too long, which raises an error in the waiting thread.
 
-    The timeout of torch's DataLoader is not enough: it limits the wait for a message, but not the wait for the tensor
-    behind the message, which a suspended worker never sends.
+    torch's time-out does not suffice: it covers the wait for a message, but not for the tensor of that message, which a
+    stopped worker never sends.
     """
-    # Count turns instead of reading a clock: a clock continues while the user suspends the job.
+    # Counts turns, since a clock would advance while the user suspends the job.
     turns, last = 0, 0
     while not ended.wait(_LOOK_EVERY_SECONDS):
         turns = turns + 1 if wait.is_on and wait.number == last else 0

@@ -58,7 +58,7 @@ class Template(ABC):
 
 
 def template_identity(template: Template) -> str:
-    """Returns a stable name of what a template renders, for the token cache's key and for the check of a resume.
+    """Returns a stable identity of a template's output, for the token cache's key and for checks on resume.
 
     It holds the class's public name and version, and a digest of the instance's ``identity`` if that is not empty.
 

@@ -31,9 +31,9 @@ def resolve_files(path: str | Path) -> list[Path]:
         files = [file for file in named.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file()]
         missing = f"data folder '{path}' holds no .jsonl and no .parquet file"
     else:
-        # Path.glob accepts no absolute pattern.
+        # Path.glob does not accept absolute patterns.
         files = [Path(name) for name in glob.glob(str(named), recursive=True) if Path(name).is_file()]  # noqa: PTH207
-        missing = f"data path '{path}' is no file, no folder and matches none"
+        missing = f"data path '{path}' is not a file or folder and matches no file"
     if not files:
         raise UserError(f"{missing}; give a .jsonl or .parquet file, a folder of them, or a glob")
     return sorted(files)

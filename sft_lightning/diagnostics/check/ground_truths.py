@@ -1,4 +1,4 @@
-"""Grade each response against the ground truth of its own row."""
+"""Grade each response against the ground truth of its row."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Print a check's report to a terminal or as plain text. Color never carries information on its own."""
+"""Print a check's report to a terminal or as plain text. Color never carries information alone."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -205,7 +205,7 @@ def _what_fits(report: CheckReport) -> str:
     assert memory is not None
     rows = report.sets[0].lengths["row"]
     if not memory.num_fitting_positions:
-        return "does not fit, whatever the micro-batch"
+        return "does not fit with any micro-batch"
     if memory.num_fitting_positions < rows.most:
         return f"fits {memory.num_fitting_positions:,} positions: not one of the longest rows ({rows.most:,} tokens)"
     return (

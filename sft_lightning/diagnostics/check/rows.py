@@ -1,4 +1,4 @@
-"""Walk over a set's rows as `fit` would read them, and note which are used, which are skipped, and why."""
+"""Read a set's rows as `fit` does, and record which are used, which are skipped, and why."""
 
 import itertools
 import sys
@@ -220,7 +220,7 @@ class RowAccount:
                 self.overlength_rows.append(Place(record.source, reason=f"{num_tokens} tokens"))
             else:
                 empty = "response" if prompt else "prompt"
-                self.bad_rows.add(record.source, f"the tokenizer makes no token of the {empty}")
+                self.bad_rows.add(record.source, f"the {empty} has no tokens")
 
     def _note_truncated(self, rows: list[Row], checked: CheckedSet) -> None:
         if checked.settings.overlength != "truncate_prompt":

@@ -22,7 +22,7 @@ class Pieces:
     Attributes:
         head: Texts of the first tokens. Tokens that form one character together are one text.
         num_left_out: The number of tokens between head and tail.
-        tail: Texts of the last tokens; empty if the middle is not left out.
+        tail: Texts of the last tokens; empty if no tokens are omitted.
     """
 
     head: list[str]

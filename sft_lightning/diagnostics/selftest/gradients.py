@@ -24,18 +24,18 @@ from sft_lightning.models.precision import Precision
 from sft_lightning.system.out_of_memory import is_out_of_memory
 from sft_lightning.training.datamodule import SFTDataModule
 
-# Relative differences of gradients and losses. The last bit of bfloat16 is 0.4%.
+# Allowed relative differences of gradients and losses. The last bit of bfloat16 is 0.4%.
 _EXACT, _HALF = 1e-5, 5e-2
-# Differences of a single label's loss, relative to the mean loss.
+# Allowed differences of a single label's loss, relative to the mean loss.
 _EXACT_LABEL, _HALF_LABEL = 1e-4, 5e-2
 
 
 class LayoutRefusedError(Exception):
-    """The model does not support a layout. The text says why."""
+    """Raised if a model does not support a layout, with the reason."""
 
 
-class _Watcher(Callback):
-    """Keeps the rows, the loss and the gradient of each step, with dropout off, and the reference on request."""
+class _StepRecorder(Callback):
+    """Records the rows, loss and gradients of each step, with dropout off, and optionally computes the reference."""
 
     def __init__(self, layout: Layout, *, with_reference: bool) -> None:
         self.layout = layout
@@ -53,7 +53,7 @@ class _Watcher(Callback):
             raise LayoutRefusedError(str(error)) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.eval()  # dropout draws different numbers in each split
+        pl_module.eval()  # dropout masks depend on the split
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: MicroBatch, batch_idx: int
@@ -90,11 +90,12 @@ class _Watcher(Callback):
 def check_gradients(setup: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
     """Yields an outcome for the chunked loss and for each layout and split.
 
-    The weights do not change: every step has a learning rate of 0.
+    The learning rate is 0, so the weights do not change.
 
     Args:
-        setup: What to run, in which precision.
-        tolerance: Of gradients; by default 1e-5 in float32, and 5e-2 of the whole gradient in 16 bits.
+        setup: The model, data and precision to test.
+        tolerance: Allowed relative difference of gradients. The default is 1e-5 in float32, and 5e-2 of the whole
+            gradient in 16 bits.
     """
     exact = not setup.precision.is_16_bit
     allowed = tolerance or (_EXACT if exact else _HALF)
@@ -103,12 +104,12 @@ def check_gradients(setup: SelftestSetup, tolerance: float | None = None) -> Ite
     for layout in LAYOUTS:
         for batch_size, accumulate in setup.splits:
             check = f"gradient, {layout}, {batch_size} x {accumulate}"
-            watcher = _Watcher(layout, with_reference=not reference)
+            recorder = _StepRecorder(layout, with_reference=not reference)
             data = setup.few_rows(layout=layout, batch_size=batch_size, num_workers=0)
             try:
-                setup.trainer(accumulate, [watcher], max_epochs=1).fit(module, data)
+                setup.trainer(accumulate, [recorder], max_epochs=1).fit(module, data)
             except LayoutRefusedError as error:
-                # There is no other layout to fall back to.
+                # A model that does not support padded rows cannot be trained here at all.
                 yield Outcome(f"gradient, {layout}", float("inf") if layout == "padded" else None, allowed, str(error))
                 break
             except (torch.OutOfMemoryError, RunFailedError) as error:
@@ -116,25 +117,25 @@ def check_gradients(setup: SelftestSetup, tolerance: float | None = None) -> Ite
                     raise
                 yield Outcome(check, None, allowed, "does not fit into memory")
                 continue
-            if watcher.reference:
-                reference = watcher.reference
+            if recorder.reference:
+                reference = recorder.reference
                 label_allowed = _EXACT_LABEL if exact else _HALF_LABEL
-                difference = watcher.label_difference
-                yield Outcome("loss, in chunks", difference, label_allowed, "of a label, to the mean loss")
-            yield _compare(check, watcher.steps, reference, allowed, each_tensor=exact)
+                difference = recorder.label_difference
+                yield Outcome("loss, in chunks", difference, label_allowed, "of a label, relative to the mean loss")
+            yield _compare(check, recorder.steps, reference, allowed, each_tensor=exact)
         if layout == "padded" and not reference:
             return
 
 
 def settled(outcomes: Iterable[Outcome], setup: SelftestSetup, tolerance: float | None = None) -> Iterator[Outcome]:
-    """Yields outcomes, and repeats in float64 those that failed in float32: rounding shrinks there, faults do not.
+    """Yields outcomes, after it has repeated those that fail in float32 in float64, where only rounding shrinks.
 
-    Gradients of a deep model may differ by more than 1e-5 in a tensor whose gradient is small.
+    Rounding alone can exceed 1e-5 in a tensor of a deep model whose gradient is small.
 
     Args:
         outcomes: From :func:`check_gradients`.
-        setup: What was run.
-        tolerance: As for :func:`check_gradients`.
+        setup: The setup of those outcomes.
+        tolerance: The tolerance of those outcomes.
     """
     float32, float64 = Precision.named("32-true"), Precision.named("64-true")
     failed: list[Outcome] = []
@@ -152,13 +153,13 @@ def settled(outcomes: Iterable[Outcome], setup: SelftestSetup, tolerance: float 
         if again is None or again.difference is None or again.failed:
             yield outcome
         else:
-            note = f"in float64, so that the {outcome.difference:.1e} in float32 are rounding ({outcome.note})"
+            note = f"in float64, so the {outcome.difference:.1e} in float32 is rounding ({outcome.note})"
             yield replace(again, note=note)
 
 
 def _compare(check: str, steps: list[Step], reference: list[Step], allowed: float, *, each_tensor: bool) -> Outcome:
     if [step.sources for step in steps] != [step.sources for step in reference]:
-        return Outcome(check, float("inf"), allowed, "the steps have other rows")
+        return Outcome(check, float("inf"), allowed, "the steps have different rows")
     found = []
     for number, (step, expected) in enumerate(zip(steps, reference, strict=True), start=1):
         difference, where = gradient_difference(step.gradients, expected.gradients, each_tensor=each_tensor)

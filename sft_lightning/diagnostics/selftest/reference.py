@@ -1,4 +1,4 @@
-"""Compute the self-test's reference: each row alone through the model's own forward, and the loss by its formula."""
+"""Compute the selftest's reference: each row alone through the model's own forward, and the loss by its formula."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An optimizer step: its rows by ``file:line``, sorted, its loss, and its gradients on the CPU."""
+    """An optimizer step: its rows as sorted ``file:line``, its loss, and its gradients on the CPU."""
 
     sources: tuple[str, ...]
     loss: float
@@ -29,13 +29,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """How the losses of a step's rows add up: ``data.loss_normalization`` and ``data.normalize_constant``."""
+    """The weighting of rows in a step's loss: ``data.loss_normalization`` and ``data.normalize_constant``."""
 
     normalization: str
     constant: float
 
     def weight(self, rows: Sequence[Example], row: Example) -> float:
-        """Returns the weight of one of the row's labels, without the record's and the span's own weights."""
+        """Returns the weight of each of the row's labels, without the weights of its record and of its spans."""
         if self.normalization == "token":
             return 1.0 / sum(each.num_labels for each in rows)
         if self.normalization == "sequence":
@@ -51,14 +51,14 @@ def reference_step(
     precision: Callable[[], AbstractContextManager],
     loss: Loss | None = None,
 ) -> Step:
-    """Returns a step by the model's own logits, one row at a time, and a plain cross-entropy in float32.
+    """Computes a step from the model's own logits, one row at a time, with a plain cross-entropy in float32.
 
     Args:
         model: On its device; its gradients are overwritten.
         rows: The step's examples and their record weights.
-        weighting: How the losses of labels add up.
-        precision: Enters the precision of training.
-        loss: Takes the place of the cross-entropy.
+        weighting: Normalization of the loss.
+        precision: Returns a context manager that enters the precision of training.
+        loss: Replaces the cross-entropy.
     """
     model.zero_grad(set_to_none=True)
     examples = [example for example, _ in rows]
@@ -106,7 +106,7 @@ def _span_weights(example: Example) -> Tensor:
 def chunked_loss_difference(
     model: "PreTrainedModel", rows: Sequence[tuple[Example, float]], precision: Callable[[], AbstractContextManager]
 ) -> float:
-    """Returns the largest difference of a label's loss in chunks from that by own logits, relative to the mean loss."""
+    """Returns the largest difference between a label's chunked and plain loss, relative to the mean plain loss."""
     ours, expected = [], []
     with torch.no_grad(), precision():
         for example, _ in rows:
@@ -119,5 +119,5 @@ def chunked_loss_difference(
 
 
 def gradients_of(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """Returns copies of all gradients on the CPU, by parameter."""
+    """Returns copies of all gradients on the CPU, by parameter name."""
     return {name: p.grad.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Define the result of a check of the self-test, and the differences between gradients and losses."""
+"""Define the outcome of a selftest check and compute differences of gradients."""
 
 import math
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Share of the norm of the whole gradient. A smaller tensor is mostly rounding, and counts only in the whole.
+# Relative to the norm of the whole gradient. A smaller tensor is mostly rounding and counts only in the whole.
 _TINY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A line of the table.
+    """The outcome of a check: one line of the selftest's table.
 
     Attributes:
         check: What was compared.
-        difference: The largest relative difference; None if the check could not be made.
-        allowed: The largest one that passes; 0 if the values must be bit-equal.
-        note: Where the largest difference is, or why there is none.
+        difference: The largest relative difference; None if the check could not run.
+        allowed: The largest difference that passes; 0 requires equality bit for bit.
+        note: Where the largest difference is, or why the check could not run.
     """
 
     check: str
@@ -39,13 +39,13 @@ class Outcome:
 def gradient_difference(
     gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor], *, each_tensor: bool
 ) -> tuple[float, str]:
-    """Returns the largest ``||g - g_ref|| / ||g_ref||`` and the tensor that has it.
+    """Returns the largest ``||g - g_ref|| / ||g_ref||`` and the tensor that it belongs to.
 
     Args:
-        gradients: By parameter; one that is missing counts as zero.
-        reference: The same.
-        each_tensor: Compares each tensor and the gradient as a whole. Otherwise only the whole: in 16 bits, tensors
-            whose gradient is a small difference of large terms are mostly rounding.
+        gradients: Gradients by parameter name; a missing one counts as zero.
+        reference: Reference gradients, in the same form.
+        each_tensor: Compares each tensor as well as the whole gradient. Otherwise compares only the whole: in 16 bits,
+            a tensor whose gradient is a small difference of large terms is mostly rounding.
     """
     squares: dict[str, tuple[float, float]] = {}
     for name in sorted(gradients.keys() | reference.keys()):
@@ -65,7 +65,7 @@ def gradient_difference(
 
 
 def relative_difference(value: float, reference: float) -> float:
-    """Returns ``|value - reference| / |reference|``; infinite if one is NaN."""
+    """Returns ``|value - reference| / |reference|``; infinite if either is NaN."""
     return _ratio(abs(value - reference), abs(reference))
 
 

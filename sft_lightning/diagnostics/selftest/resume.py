@@ -1,4 +1,4 @@
-"""Compare a run that is saved and resumed by new objects with an uninterrupted one."""
+"""Compare a run that new objects resume from a checkpoint with an uninterrupted run."""
 
 from typing import Any
 
@@ -24,28 +24,28 @@ class _Losses(Callback):
 
 
 def check_resume(setup: SelftestSetup) -> Outcome:
-    """Returns whether a run that resumes in its second epoch has the losses and weights of an uninterrupted one.
+    """Checks that a run that resumes in its second epoch has the losses and weights of an uninterrupted one.
 
-    Both have the config's own batches, layout, precision, optimizer and dropout; the learning rate does not warm up.
+    Both use the batches, layout, precision, optimizer and dropout of the config, without warmup of the learning rate.
     """
     saved_at, last = setup.num_steps + 1, 2 * setup.num_steps + 1
     check = f"resume, step {saved_at} to {last}"
     try:
-        losses, weights = _run(setup, "straight", last, saved_at, ckpt_path=None)
-    except UserError as error:  # the checks of gradients report it too
+        losses, weights = _run(setup, "uninterrupted", last, saved_at, ckpt_path=None)
+    except UserError as error:  # the gradient checks already report it as a failure
         return Outcome(check, None, 0.0, str(error))
     except (torch.OutOfMemoryError, RunFailedError) as error:
         if not is_out_of_memory(error.__cause__ or error):
             raise
         return Outcome(check, None, 0.0, "does not fit into memory")
-    checkpoint = str(setup.folder / "straight" / f"checkpoint-{saved_at}")
+    checkpoint = str(setup.folder / "uninterrupted" / f"checkpoint-{saved_at}")
     try:
         resumed_losses, resumed_weights = _run(setup, "resumed", last, saved_at, ckpt_path=checkpoint)
     except UserError as error:
         return Outcome(check, float("inf"), 0.0, str(error))
     differing = [name for name, weight in weights.items() if not torch.equal(weight, resumed_weights[name])]
     if resumed_losses != losses[saved_at:]:
-        return Outcome(check, 1.0, 0.0, f"other losses: {_shown(resumed_losses)}, expected {_shown(losses[saved_at:])}")
+        return Outcome(check, 1.0, 0.0, f"losses {_shown(resumed_losses)}, uninterrupted {_shown(losses[saved_at:])}")
     share = len(differing) / len(weights)
     note = f"{len(differing)} of {len(weights)} tensors differ, {differing[0]} first" if differing else "bit for bit"
     return Outcome(check, share, 0.0, note)
@@ -54,7 +54,7 @@ def check_resume(setup: SelftestSetup) -> Outcome:
 def _run(
     setup: SelftestSetup, name: str, max_steps: int, saved_at: int, *, ckpt_path: str | None
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Returns the losses of the steps of this run, and the final weights."""
+    """Returns the losses of the steps taken, and the final weights."""
     losses = _Losses()
     saving = HFCheckpoint(str(setup.folder / name), every_n_train_steps=saved_at)
     trainer = setup.trainer(
@@ -63,7 +63,7 @@ def _run(
         max_epochs=-1,
         max_steps=max_steps,
         enable_checkpointing=True,
-        # Bit-equality needs kernels that add in a fixed order. On a CPU all of them do.
+        # Bit-equality needs kernels that add in a fixed order, as all CPU kernels do.
         deterministic="warn" if setup.accelerator != "cpu" and torch.cuda.is_available() else None,
     )
     module = setup.module(warmup_steps=0, warmup_ratio=0.0)

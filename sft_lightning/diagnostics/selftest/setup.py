@@ -1,4 +1,4 @@
-"""Define what the self-test runs: a config of ``fit``, cut down to a few optimizer steps."""
+"""Build the small trainers, modules and data sets that the selftest runs on, from a config of ``fit``."""
 
 import copy
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from sft_lightning.training.module import SFTModule
 
 @dataclass(frozen=True, slots=True)
 class SelftestSetup:
-    """A config of ``fit``, cut down to a few optimizer steps on one device.
+    """A config of ``fit``, reduced to a few optimizer steps on one device.
 
     Attributes:
         data: The config's data module.
         model: The config's module, without weights.
         accumulate: The config's accumulate_grad_batches.
         clipping: The Trainer's gradient_clip_val and gradient_clip_algorithm.
-        accelerator: The Trainer's.
-        precision: The Trainer's.
-        seed: Of random initial weights.
+        accelerator: The Trainer's accelerator.
+        precision: The Trainer's precision.
+        seed: Seed of random initial weights.
         num_steps: Optimizer steps of an epoch; the last one is short.
-        folder: Folder for all files of the self-test.
+        folder: Folder for checkpoints and temporary files.
     """
 
     data: SFTDataModule
@@ -46,7 +46,7 @@ class SelftestSetup:
 
     @property
     def splits(self) -> list[tuple[int, int]]:
-        """(batch_size, accumulate) of one step: the config's, half its batch_size, single rows, all rows at once."""
+        """(batch_size, accumulate) of a step: the config's, half its batch_size, single rows, all rows at once."""
         batch_size, accumulate = self.data.batch_size, self.accumulate
         all_rows = batch_size * accumulate
         splits = [(batch_size, accumulate), (1, all_rows), (all_rows, 1)]
@@ -55,30 +55,30 @@ class SelftestSetup:
         return list(dict.fromkeys(splits))
 
     def few_rows(self, **options: Any) -> SFTDataModule:
-        """Returns the data with only the first rows, as many as the steps need, and without validation.
+        """Returns the data with only the rows that the steps need, the first ones, and without validation.
 
         Args:
-            options: Attributes to change.
+            options: Attributes to override.
         """
-        data = copy.copy(self.data)  # shares the loaded tokens
+        data = copy.copy(self.data)  # shares the tokens that are already read
         num_rows = (self.num_steps - 1) * self.examples_per_step + max(1, self.examples_per_step // 3)
         train = self.data.settings("train")
         data.sets = {"train": replace(train, max_examples=min(num_rows, train.max_examples or num_rows))}
-        if data.loss_normalization == "micro_batch":  # a mean of means, which depends on the split by its definition
+        if data.loss_normalization == "micro_batch":  # a mean of means, which by definition depends on the split
             data.loss_normalization = "token"
         for name, value in options.items():
             setattr(data, name, value)
         return data
 
     def module(self, **options: Any) -> SFTModule:
-        """Returns a new module of the config with some options changed. Random weights follow the seed."""
+        """Returns a new module of the config with some hyperparameters overridden. Random weights follow the seed."""
         seed_everything(self.seed, verbose=False)
         module = copy.deepcopy(self.model)
         module.hparams.update({"compile": False, **options})
         return module
 
     def trainer(self, accumulate: int, callbacks: Sequence[Callback], **options: Any) -> Trainer:
-        """Returns a Trainer on one device that prints and writes nothing."""
+        """Returns a Trainer on one device without console output, logger and checkpoints."""
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         return Trainer(
             accelerator=self.accelerator,

@@ -20,7 +20,7 @@ def synchronize_forwards(model: "PreTrainedModel") -> Iterator[None]:
     """Lets each process call a sharded model as often as it needs to. The end of the block waits for all processes.
 
     A forward pass gathers weights from all processes, so a process without work runs forward passes of one token until
-    no process has work. Before every pass the processes exchange what they are about to do.
+    no process has work. Before every pass the processes exchange their next action.
 
     A process that fails between two passes makes the others fail too. One that fails inside a pass, for example out of
     memory, cannot: the others wait for its weights until the time-out of the process group.

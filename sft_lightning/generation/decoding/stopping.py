@@ -64,7 +64,7 @@ class StopCondition:
         return text if stopped is None else stopped
 
     def _may_complete_a_stop_string(self, token: int) -> bool:
-        """Returns whether a stop string may end inside the text of a token, whatever precedes it.
+        """Returns whether a stop string may end inside the text of a token, after any preceding text.
 
         A decoder may drop a space at the front of a text, so the token is also decoded after another one. A part of a
         character decodes to the replacement character.

@@ -1,6 +1,6 @@
 """Call the CUDA kernels for variable-length attention: FlashAttention 3, FlashAttention 2 and torch's own.
 
-They take the rows of all segments one behind the other, [T, H, E], and the offset of each segment. A segment's queries
+They take the concatenated rows of all segments, [T, H, E], and the offset of each segment. A segment's queries
 are the last of its keys: where segments have ancestors, keys and values are gathered once for every segment that sees
 them.
 """

@@ -17,7 +17,7 @@ AttentionChoice = Literal["auto", "flash_attention_2", "flash_attention_3", "var
 _FA3_SOURCE = "git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper"
 # Module, package and install command of the kernels that do not come with torch.
 _PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn", "pip install 'sft-lightning[flash-attn]' --no-build-isolation"),
+    "flash_attention_2": ("flash_attn", "flash-attn", "pip install flash-attn --no-build-isolation"),
     "flash_attention_3": (
         "flash_attn_interface",
         "flash-attn-3",
@@ -94,7 +94,7 @@ def _obstacle(kernel: str, config: PretrainedConfig, **circumstances: Any) -> st
 def _unsuited(kernel: str, config: PretrainedConfig, *, device_type: str, half_precision: bool) -> str | None:
     """Returns why a kernel would not run a model here even if it were installed."""
     if not _supports(config, "attention_backend"):
-        return "the model has an attention of its own"
+        return "the model implements attention itself"
     text_config = config.get_text_config()
     if device_type != "cuda":
         return "it needs a CUDA device"
@@ -143,7 +143,7 @@ def _failure(kernel: str, config: PretrainedConfig) -> str | None:
     num_heads, num_key_heads, head_size = _head_shape(config)
     try:
         try_kernel(kernel, num_heads=num_heads, num_key_heads=num_key_heads, head_size=head_size)
-    except Exception as error:  # whatever a package built for another torch or GPU raises
+    except Exception as error:  # a package built for another torch or GPU may raise anything
         return f"it fails in a trial ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return None
 

@@ -1,4 +1,4 @@
-"""Callbacks and loggers that every run gets, from the command line and from Python."""
+"""Define the callbacks and loggers of every run, from the command line and from Python."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

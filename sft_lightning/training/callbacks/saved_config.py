@@ -82,7 +82,7 @@ class SavedConfig(Callback):
 def config_of_run(trainer: Trainer, module: LightningModule) -> tuple[dict[str, Any], list[str]]:
     """Returns the config that makes ``fit`` repeat a run which was started from Python.
 
-    Arguments that have their default value are left out, except the Trainer's: ``fit`` has other defaults for those.
+    Omits arguments that have their default value, except the Trainer's, for which ``fit`` has other defaults.
 
     Returns:
         The config without ``output_dir``, and a description of each part of the run that it cannot express.

@@ -1,4 +1,4 @@
-"""sft-lightning check, as typed."""
+"""Test the command sft-lightning check."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_options_and_environment_of_fit_apply(config, capsys, monkeypatch):
     assert train["max_length"] == 512
 
 
-def test_bad_rows_are_a_finding_and_exit_1_where_fit_stops(config, tmp_path, train_file, capsys):
+def test_bad_rows_are_a_problem_with_exit_code_1(config, tmp_path, train_file, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(Path(train_file).read_text() + "no json\n" * 30)
     assert main([*config, "--data.train_path", str(path)]) == 1

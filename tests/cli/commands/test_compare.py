@@ -1,4 +1,4 @@
-"""sft-lightning compare, as typed."""
+"""Test the command sft-lightning compare."""
 
 import json
 

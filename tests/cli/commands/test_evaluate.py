@@ -1,4 +1,4 @@
-"""sft-lightning evaluate, as typed."""
+"""Test the command sft-lightning evaluate."""
 
 import json
 import sys
@@ -93,7 +93,7 @@ def test_evaluate_needs_a_model_or_a_server(tmp_path, val_file, capsys):
     assert capsys.readouterr().err.startswith("sft-lightning: error: --model or --server is needed")
 
 
-def test_out_of_memory_names_what_to_lower(tmp_path, model_folder, val_file, capsys, monkeypatch):
+def test_out_of_memory_names_the_option_to_lower(tmp_path, model_folder, val_file, capsys, monkeypatch):
     """The host's allocator itself refuses; one row was the smallest batch to try."""
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", lambda self, *args, **kwargs: torch.empty(1 << 60))
     arguments = ["--model", model_folder, "--data", val_file, "--output", str(tmp_path), "--num_examples", "3"]

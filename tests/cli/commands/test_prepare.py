@@ -1,4 +1,4 @@
-"""sft-lightning prepare, as typed."""
+"""Test the command sft-lightning prepare."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_a_second_call_replaces_its_own_files_only(folder):
     assert contents(folder) == before
 
 
-def test_a_file_in_place_of_the_folder_is_kept(tmp_path):
+def test_a_file_at_the_output_path_is_kept(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file"):
         prepare_quickstart(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The whole way: a fit that stops at a row, and the command that finds it."""
+"""Test sft-lightning replay on a fit that stops at a broken row."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""sft-lightning report, as typed."""
+"""Test the command sft-lightning report."""
 
 import subprocess
 import sys

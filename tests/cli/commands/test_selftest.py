@@ -1,4 +1,4 @@
-"""sft-lightning selftest, as typed."""
+"""Test the command sft-lightning selftest."""
 
 import os
 import signal
@@ -80,7 +80,7 @@ def test_a_tolerance_of_the_user(config, capsys):
     [
         (["--num_steps", "1"], "--num_steps must be at least 2, a full step and a short one, got 1"),
         (["--tolerance", "nan"], "--tolerance must be a positive number, got nan"),
-        (["--data.train_path", "nowhere.jsonl"], "data.train_path: data path 'nowhere.jsonl' is no file"),
+        (["--data.train_path", "nowhere.jsonl"], "data.train_path: data path 'nowhere.jsonl' is not a file"),
         (["--model.lrr", "1"], "model.lrr"),
     ],
 )
@@ -105,7 +105,7 @@ def test_the_quickstart_passes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_nothing_either(config, tmp_path):
+def test_an_interrupt_leaves_no_files(config, tmp_path):
     temporary = tmp_path / "temporary"
     with subprocess.Popen(
         [sys.executable, "-m", "sft_lightning", *config, "--num_steps", "50"],

@@ -1,4 +1,4 @@
-"""sweep, as typed. Fast tests run each `fit` in this process; the slow one kills a real sweep and goes on with it."""
+"""Test sft-lightning sweep. Fast tests run each `fit` in this process; the slow one kills and resumes a real sweep."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def command(model_folder, train_file, val_file, tmp_path, monkeypatch):
 
 
 def write_run(arguments):
-    """Leaves what a fit leaves for the sweep to read, without training."""
+    """Writes the files of a fit that the sweep reads, without training."""
     run = Path(arguments[arguments.index("--output_dir") + 1])
     checkpoint_folder.publish(run / "final", lambda folder: None, {"step": 3})
     evaluation = run / "evaluation" / "step-3"
@@ -121,7 +121,7 @@ def test_each_size_trains_on_the_first_rows_and_tokenizes_once(command, trains_h
     assert "\n".join(table) in (sweep / "sweep.md").read_text()
 
 
-def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_path, capsys):
+def test_a_rerun_trains_missing_and_added_sizes(command, fits, tmp_path, capsys):
     assert main([*command, "--sizes", "8"]) == 0
     assert main([*command, "--sizes", "8"]) == 0
     assert fits == ["8"]
@@ -132,7 +132,7 @@ def test_a_rerun_trains_what_is_missing_and_an_added_size(command, fits, tmp_pat
     assert [each["label"] for each in state(tmp_path)["results"]] == ["8", "16"]
 
 
-def test_a_failed_run_ends_the_sweep_and_the_command_resumes_it(command, fits, tmp_path, capsys):
+def test_a_sweep_stops_at_a_failed_run_and_resumes(command, fits, tmp_path, capsys):
     words = [*command, "--sizes", "8", "16", "full"]
     fits.codes = {"16": 1}
     assert main(words) == 1
@@ -188,7 +188,7 @@ def test_sizes_are_counted_after_filter_correct(command, fits, train_file, tmp_p
         (["--sizes", "8", "--output_dir", "x"], "sweep sets --output_dir"),
         (["--sizes", "8", "--model.learning_ratee", "1"], "--model.learning_ratee"),
         (["--sizes", "8", "--data.val_path", "null"], "set data.val_path"),
-        (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is no file"),
+        (["--sizes", "8", "--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is not a file"),
         (["--sizes", "8", "--data.train_path", "null"], "data.train_path is not set"),
         (["--sizes", "8", "--checkpoint.dirpath=x"], "checkpoint.dirpath cannot be set: remove it"),
     ],
@@ -283,7 +283,7 @@ def test_a_difference_is_named():
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Makes a program of these lines stand in for `python -m sft_lightning`."""
+    """Replaces `python -m sft_lightning` with a program of these lines."""
 
     def make(lines):
         program = tmp_path / "stand-in"

@@ -48,7 +48,7 @@ def seen_positions(tree, position):
 
 
 def rows_of(batch):
-    """For each row, where its input tokens stand, found from its last label by going up the tree."""
+    """For each row, the positions of its input tokens, found from its last label by following the parents."""
     last = [int(batch.label_positions[batch.label_rows == row][-1]) for row in range(batch.num_rows)]
     return [seen_positions(batch.segments.tree, position) for position in last]
 
@@ -70,13 +70,13 @@ def brute_force_unique_tokens(examples):
 TWO = [example([11, 12, 13], [14, 15], "a.jsonl:1"), example([21], [22, 23], "a.jsonl:2")]
 
 
-def test_rows_are_padded_on_the_right_and_end_before_their_last_token():
+def test_rows_are_right_padded_without_their_last_token():
     batch = padded(TWO, [0.25, 0.5])
     assert_tensor(batch.input_ids, [[11, 12, 13, 14], [21, 22, 0, 0]])
     assert batch.sequence_lengths == (4, 2)
 
 
-def test_labels_are_the_responses_and_stand_one_position_after_what_predicts_them():
+def test_labels_are_response_tokens_shifted_by_one():
     batch = padded(TWO, [0.25, 0.5])
     # Row 0: 13 at position 2 predicts 14, and 14 predicts 15. Row 1 begins at 4: 21 predicts 22, and 22 predicts 23.
     assert_tensor(batch.labels, [14, 15, 22, 23])
@@ -105,7 +105,7 @@ def test_width_is_rounded_up_and_positions_follow(multiple, width):
     assert batch.sequence_lengths == (4, 2)
 
 
-def test_an_eos_that_is_also_the_padding_stays_a_label_and_an_input():
+def test_an_eos_that_is_also_padding_stays_a_label():
     rows = [
         Example.from_prompt(np.array([5, 6, 9], dtype=np.int32), 1),
         Example.from_prompt(np.array([5, 9, 6, 7, 9], dtype=np.int32), 2),
@@ -115,7 +115,7 @@ def test_an_eos_that_is_also_the_padding_stays_a_label_and_an_input():
     assert batch.sequence_lengths == (2, 4)
 
 
-def test_an_empty_micro_batch_carries_one_dummy_label_of_weight_zero():
+def test_an_empty_micro_batch_has_one_label_of_weight_zero():
     batch = padded([], pad_token_id=3)
     assert_tensor(batch.input_ids, [[3]])
     assert batch.sequence_lengths == ()
@@ -145,7 +145,7 @@ FAMILY = [
 ]
 
 
-def test_a_family_of_rows_stands_as_a_trie():
+def test_rows_with_common_prefixes_form_a_trie():
     batch = collated(FAMILY, [0.5, 0.25, 0.125], rng_seed=3)
     # The preamble, [7, 8] and its response, then the question of rows 0 and 2 and their responses.
     assert batch.input_ids.tolist() == [[*PREAMBLE, 7, 8, 4, *QUESTION, 1, 2, 6]]
@@ -160,7 +160,7 @@ def test_a_family_of_rows_stands_as_a_trie():
     assert (batch.sources, batch.rng_seed, batch.sequence_lengths) == (("f:1", "f:2", "f:3"), 3, (34, 19, 33))
 
 
-def test_without_sharing_rows_stand_one_behind_the_other_in_their_order():
+def test_unshared_rows_are_concatenated_in_order():
     rows = [example([1, 2], [3, 4]), example([1, 2, 5], [6])]
     batch = collated(rows, layout="packed")
     assert batch.input_ids.tolist() == [[1, 2, 3, 1, 2, 5]]
@@ -171,7 +171,7 @@ def test_without_sharing_rows_stand_one_behind_the_other_in_their_order():
     assert (batch.num_tokens, batch.num_unique_tokens) == (6, 6)
 
 
-def test_one_label_each_behind_one_prompt_leaves_nothing_but_the_prompt():
+def test_single_token_responses_add_no_tokens_to_the_prompt():
     rows = [example(PREAMBLE, [label]) for label in (1, 2, 3)]
     batch = collated(rows)
     assert batch.input_ids.tolist() == [PREAMBLE]
@@ -192,19 +192,19 @@ def test_few_common_tokens_below_a_span_are_not_worth_another():
     assert collated(rows).num_unique_tokens == 16 + 3 * 2
 
 
-def test_responses_that_begin_alike_are_not_shared():
+def test_common_beginnings_of_responses_are_not_shared():
     rows = [example(PREAMBLE, [*QUESTION, label]) for label in (1, 2)]
     assert collated(rows).num_unique_tokens == 16 + 16 + 16
 
 
-def test_a_prompt_that_goes_on_where_another_ends_shares_it_and_not_its_response():
+def test_a_prompt_is_not_shared_with_a_response():
     rows = [example([*PREAMBLE, *QUESTION], [1, 2]), example(PREAMBLE, [*QUESTION, 3])]
     batch = collated(rows)
     assert batch.num_unique_tokens == 16 + 17 + 16
     assert int(batch.label_positions[batch.label_rows == 1][0]) == 15
 
 
-def test_padding_is_a_span_of_its_own_that_nothing_sees():
+def test_padding_is_a_separate_segment_that_nothing_attends_to():
     batch = collated(FAMILY, pad_to_multiple_of=16)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 48)
     assert batch.input_ids[0, 38:].tolist() == [PAD] * 10
@@ -239,7 +239,7 @@ CONVERSATIONS = [
 ]
 
 
-def test_labels_and_weights_of_conversations_are_the_same_in_every_layout():
+def test_conversations_have_equal_labels_and_weights_in_every_layout():
     for layout in ("padded", "packed", "shared_prefix"):
         batch = collated(CONVERSATIONS, [0.5, 0.25], layout=layout)
         assert_tensor(batch.labels, [*ANSWER, 4, 5, 91, 92, 6, 7, 8])
@@ -277,7 +277,7 @@ def test_labels_of_one_conversation_are_shared_as_context_of_another():
     assert batch.num_unique_tokens == 25
 
 
-def test_a_label_span_may_begin_in_a_shared_segment_and_end_below_it():
+def test_a_label_span_may_cross_from_a_shared_segment():
     rows = [Example((sequence([1, 2, *ANSWER, own, 9, 3, 4], (2, 20), (21, 22)),)) for own in (50, 60)]
     batch = collated(rows)
     assert batch.segments.tree == ((0, 18, -1), (18, 21, 0), (21, 24, 0))
@@ -326,7 +326,7 @@ def test_every_row_is_found_again_in_the_packed_row(families, layout, data, mult
 
 @given(st.data())
 @settings(deadline=None)
-def test_what_is_worth_sharing_is_shared(families, data):
+def test_prefixes_above_the_threshold_are_shared(families, data):
     examples = data.draw(families)
     batch = collated(examples)
     least = brute_force_unique_tokens(examples)
@@ -336,7 +336,7 @@ def test_what_is_worth_sharing_is_shared(families, data):
 
 @given(st.data())
 @settings(deadline=None)
-def test_with_one_token_worth_a_span_no_prompt_token_stands_twice(families, data):
+def test_at_threshold_one_no_prompt_token_occurs_twice(families, data):
     examples = data.draw(families)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trie, "MIN_SHARED_TOKENS", 1)
@@ -346,7 +346,7 @@ def test_with_one_token_worth_a_span_no_prompt_token_stands_twice(families, data
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
 @given(data=st.data(), multiple=st.sampled_from([None, 8]))
 @settings(deadline=None)
-def test_segments_say_who_sees_whom(families, layout, data, multiple):
+def test_segments_define_which_tokens_attend_to_which(families, layout, data, multiple):
     examples = data.draw(families)
     batch = collated(examples, layout=layout, pad_to_multiple_of=multiple)
     segments, tree = batch.segments, batch.segments.tree
@@ -372,7 +372,7 @@ def test_segments_say_who_sees_whom(families, layout, data, multiple):
 
 @given(st.data(), st.randoms(use_true_random=False))
 @settings(deadline=None)
-def test_the_order_of_the_rows_does_not_change_how_much_is_computed(families, data, random):
+def test_row_order_does_not_change_the_number_of_tokens(families, data, random):
     examples = data.draw(families)
     shuffled = list(examples)
     random.shuffle(shuffled)
@@ -421,7 +421,7 @@ def test_every_layout_has_the_labels_of_the_conversations(conversations, labels_
 
 @given(st.data())
 @settings(deadline=None)
-def test_with_one_token_worth_a_segment_no_prefix_is_computed_twice(conversations, data):
+def test_at_threshold_one_no_prefix_is_computed_twice(conversations, data):
     examples = data.draw(conversations)
     sequences = [one for example in examples for one in example.sequences]
     prefixes = {tuple(one.prefix[: i + 1].tolist()) for one in sequences for i in range(len(one.prefix))}

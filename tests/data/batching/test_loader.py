@@ -121,7 +121,7 @@ def test_micro_batches_travel_to_other_processes():
     assert travelled[0].labels.tolist() == [14, 15, 16, 11]
 
 
-def test_a_training_share_is_what_the_plan_has_for_the_replica():
+def test_a_replica_gets_its_share_of_the_plan():
     lengths = np.array([80, 10, 70, 20, 60, 30, 50, 40])
     plan = EpochPlan(lengths, lengths // 10, np.ones(8), shape=StepShape(2, 2, 2), seed=1, epoch=0)
     shares = [TrainingShare(plan, replica) for replica in (0, 1)]
@@ -143,13 +143,13 @@ def test_the_length_is_that_of_the_whole_epoch_from_anywhere():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("start", "expected"), [(0, ["3+1", "2", ""]), (1, ["2", ""]), (3, [])])
-def test_iteration_starts_where_the_epoch_is_opened_and_keeps_the_order(num_workers, start, expected):
+def test_iteration_starts_at_the_opened_position_in_order(num_workers, start, expected):
     batches = list(loader(num_workers, start))
     assert ["+".join(name[-1] for name in batch.sources) for batch in batches] == expected
     assert [batch.rng_seed for batch in batches] == [7, 8, 9][start:]
 
 
-def test_workers_collate_the_same_and_in_processes_of_their_own():
+def test_workers_collate_the_same_in_separate_processes():
     class WithProcess(Listed):
         def __call__(self, index):
             return PlannedMicroBatch(self.planned[index].examples, self.planned[index].label_weights, os.getpid())

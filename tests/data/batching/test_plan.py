@@ -51,8 +51,10 @@ def members(step):
 
 
 def weight_by_example(step):
-    dealt = [each for position in step for each in position]
-    return {int(row): float(w) for each in dealt for row, w in zip(each.examples, each.label_weights, strict=True)}
+    micro_batches = [each for position in step for each in position]
+    return {
+        int(row): float(w) for each in micro_batches for row, w in zip(each.examples, each.label_weights, strict=True)
+    }
 
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
@@ -62,7 +64,7 @@ limits = st.none() | st.integers(1, 12)
 # Who is in a step
 
 
-def test_the_order_is_the_one_that_older_checkpoints_were_trained_in():
+def test_the_order_matches_that_of_older_checkpoints():
     # Frozen: another order would change the data under a run that is resumed.
     assert shuffled(10, 42, 0).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
     assert shuffled(10, 42, 1).tolist() == [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]
@@ -79,7 +81,7 @@ def test_every_example_can_come_anywhere():
     assert firsts.min() > 60  # 100 expected, and 60 is 4.6 standard deviations below
 
 
-def test_steps_are_cuts_of_the_order_and_the_last_may_be_short():
+def test_steps_cut_the_order_and_the_last_may_be_short():
     shape = (2, 2, 1)
     plan = plan_of([5] * 10, shape=shape, seed=42)
     assert [plan.step_examples(step).tolist() for step in range(3)] == [[4, 8, 1, 9], [3, 6, 0, 7], [2, 5]]
@@ -139,7 +141,7 @@ def test_another_seed_epoch_or_step_size_is_another_first_step():
     assert set(first(1, 0, (2, 4, 2))) > set(of_one)
 
 
-def test_a_limit_cuts_micro_batches_and_leaves_the_steps_before_it_alone():
+def test_a_limit_on_micro_batches_keeps_earlier_steps():
     shape = (4, 8, 1)
     lengths = lengths_for(100)
     whole, limited = (steps_of(plan_of(lengths, shape=shape, max_micro_batches=m), shape) for m in (None, 10))
@@ -173,10 +175,10 @@ def test_a_row_without_labels_is_refused():
         plan_of([5, 5], [1, 0], shape=(1, 1, 1))
 
 
-# How a step is dealt
+# How a step is distributed
 
 
-def test_longest_first_rows_of_a_kind_together_and_replicas_side_by_side():
+def test_longest_rows_come_first_side_by_side_on_replicas():
     # By length: example 1 has 10 tokens, 3 has 20, 5, 7, 6, 4, 2, and 0 has 80.
     plan = plan_of([80, 10, 70, 20, 60, 30, 50, 40], shape=(2, 2, 2))
     (first, second) = steps_of(plan, (2, 2, 2))[0]
@@ -184,7 +186,7 @@ def test_longest_first_rows_of_a_kind_together_and_replicas_side_by_side():
     assert [sorted(each.examples.tolist()) for each in second] == [[5, 7], [1, 3]]
 
 
-def test_where_rows_run_out_micro_batches_are_empty_and_come_last():
+def test_surplus_micro_batches_are_empty_and_last():
     plan = plan_of([10, 90], shape=(2, 2, 2))
     (first, second) = steps_of(plan, (2, 2, 2))[0]
     assert [each.examples.tolist() for each in first] == [[1], [0]]
@@ -201,7 +203,7 @@ def test_one_row_among_many_replicas():
 
 
 @given(st.integers(1, 60), shapes, st.integers(0, 9))
-def test_no_row_is_longer_than_a_row_of_an_earlier_micro_batch(num_examples, shape, seed):
+def test_row_lengths_never_increase_across_micro_batches(num_examples, shape, seed):
     lengths = lengths_for(num_examples, seed)
     for step in steps_of(plan_of(lengths, shape=shape), shape):
         groups = [lengths[each.examples] for position in step for each in position if len(each.examples)]
@@ -255,7 +257,7 @@ def test_rows_with_a_common_prompt_share_a_micro_batch():
     assert sorted(sorted(each.examples.tolist()) for (each,) in step) == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
 
 
-def test_a_step_is_dealt_once_for_all_its_micro_batches():
+def test_a_step_is_balanced_once_for_all_micro_batches():
     asked = []
 
     def counted(index):
@@ -361,7 +363,7 @@ def test_weights_do_not_depend_on_the_balancing(num_examples, mode):
 
 
 @pytest.mark.parametrize("mode", ["token", "sequence", "micro_batch"])
-def test_a_loss_of_one_everywhere_is_a_step_loss_of_one(mode):
+def test_label_losses_of_one_give_a_step_loss_of_one(mode):
     totals = lengths_for(50)
     plan = plan_of(totals, totals - 1, shape=(3, 2, 2), normalization=mode)
     for step in steps_of(plan, (3, 2, 2)):
@@ -387,7 +389,7 @@ def test_an_empty_micro_batch_has_no_weights(mode):
 # Validation
 
 
-def test_validation_is_dealt_longest_first():
+def test_validation_is_distributed_longest_first():
     lengths = np.array([5, 9, 7, 1, 3])
     assert [b.tolist() for b in validation_batches(lengths, 2, 1, 0)] == [[1, 2], [0, 4], [3]]
     assert [b.tolist() for b in validation_batches(lengths, 2, 2, 0)] == [[1, 2], [3]]
@@ -402,9 +404,7 @@ def test_packed_validation_keeps_the_order_of_the_file(layout):
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 6), st.sampled_from(LAYOUTS))
-def test_validation_has_each_example_once_and_as_many_batches_on_every_replica(
-    num_examples, batch_size, num_replicas, layout
-):
+def test_validation_has_each_example_once_and_equally_many_batches(num_examples, batch_size, num_replicas, layout):
     lengths = lengths_for(num_examples)
     shares = [validation_batches(lengths, batch_size, num_replicas, r, layout=layout) for r in range(num_replicas)]
     assert len({len(share) for share in shares}) == 1

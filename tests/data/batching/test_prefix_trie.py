@@ -10,18 +10,18 @@ def tokens(*parts):
     return np.repeat(np.array(parts, dtype=np.int32), 20)
 
 
-def test_rows_that_begin_alike_stand_side_by_side():
+def test_rows_with_common_prefixes_become_neighbors():
     prompts = [tokens(1, 2), tokens(9), tokens(1, 3), tokens(1, 2, 4), tokens(9)]
     order, common = sort_prefixes(prompts)
     assert sorted(order[:3]) == [0, 2, 3]
     assert sorted(order[3:]) == [1, 4]
     assert common[2:] == [0, 20]
-    # Rows 0 and 3 have 40 tokens in common and row 2 has 20 with both, so that it stands at the end of the three.
+    # Rows 0 and 3 have 40 tokens in common and row 2 has 20 with both, so it comes last of the three.
     assert order.index(2) in (0, 2)
     assert sorted(common[:2]) == [20, 40]
 
 
-def test_a_branch_holds_what_the_rows_above_it_share():
+def test_a_branch_holds_the_common_prefix_of_its_rows():
     # Rows 4 and 2 have 30 tokens in common, and row 0 has 20 with both.
     nodes, last_nodes = build_trie([4, 2, 0], [30, 20], [50, 0, 60, 0, 45])
     assert nodes == [(4, 0, 20, -1), (4, 20, 45, 0), (2, 20, 60, 0), (0, 20, 50, 0)]
@@ -33,7 +33,7 @@ def test_few_tokens_are_not_worth_a_branch(common, num_branches):
     assert len(build_trie([0, 1], [common], [50, 50])[0]) == num_branches
 
 
-def test_a_row_that_ends_where_its_prompt_is_shared_has_no_branch_of_its_own():
+def test_a_row_ending_within_its_shared_prompt_has_no_branch():
     nodes, last_nodes = build_trie([0, 1], [20], [20, 25])
     assert nodes == [(0, 0, 20, -1), (1, 20, 25, 0)]
     assert last_nodes == [0, 1]

@@ -1,4 +1,4 @@
-"""Real worker processes under a real fit of the command line, killed and stopped from outside."""
+"""Test real worker processes of a real fit that are killed or stopped from outside."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from sft_lightning.errors import RunFailedError
 
 
 class Numbers:
-    """A data set whose items say which process made them."""
+    """A data set whose items name the process that made them."""
 
     def __len__(self):
         return 60
@@ -42,7 +42,7 @@ def is_alive(pid):
         return False
 
 
-def test_a_workers_own_error_stays_what_it_is_and_torchs_handler_of_deaths_is_gone():
+def test_a_workers_error_is_kept_and_torchs_handler_removed():
     before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(ValueError, match="no such number"):
         assert [number for number, _ in watched()] == []
@@ -50,7 +50,7 @@ def test_a_workers_own_error_stays_what_it_is_and_torchs_handler_of_deaths_is_go
 
 
 @pytest.mark.slow  # torch looks every five seconds
-def test_a_worker_that_is_killed_is_named_and_the_others_end():
+def test_a_killed_worker_is_named_and_others_end():
     batches = watched()
     pids = {next(batches)[1], next(batches)[1]}
     os.kill(min(pids), signal.SIGKILL)
@@ -62,7 +62,7 @@ def test_a_worker_that_is_killed_is_named_and_the_others_end():
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_stopped_ends_in_an_error_in_time():
+def test_a_stopped_worker_causes_an_error_in_time():
     batches = watched(timeout_seconds=1)
     pids = {next(batches)[1], next(batches)[1]}
     os.kill(max(pids), signal.SIGSTOP)
@@ -73,7 +73,7 @@ def test_a_worker_that_is_stopped_ends_in_an_error_in_time():
     assert not any(map(is_alive, pids))
 
 
-def test_an_iterator_that_is_given_up_leaves_no_thread_and_no_process():
+def test_an_abandoned_iterator_leaves_no_thread_or_process():
     before = set(threading.enumerate())
     batches = watched()
     pids = {next(batches)[1], next(batches)[1]}

@@ -44,7 +44,7 @@ def test_a_glob_resolves_to_sorted_files(tmp_path):
     assert resolve_files(f"{tmp_path}/part-?.jsonl") == [tmp_path / "part-1.jsonl", tmp_path / "part-2.jsonl"]
 
 
-def test_an_existing_file_is_no_glob(tmp_path):
+def test_an_existing_file_is_not_read_as_a_glob(tmp_path):
     for name in ("part-1.jsonl", "part-[1].jsonl"):
         (tmp_path / name).touch()
     assert resolve_files(f"{tmp_path}/part-[1].jsonl") == [tmp_path / "part-[1].jsonl"]
@@ -53,7 +53,7 @@ def test_an_existing_file_is_no_glob(tmp_path):
 @pytest.mark.parametrize("name", ["missing.jsonl", "*.jsonl"])
 def test_a_path_without_files_is_an_error(tmp_path, name):
     message = error_of(resolve_files, tmp_path / name)
-    assert message.startswith(f"data path '{tmp_path / name}' is no file, no folder and matches none")
+    assert message.startswith(f"data path '{tmp_path / name}' is not a file or folder and matches no file")
 
 
 def test_a_folder_without_data_files_is_an_error(tmp_path):
@@ -116,7 +116,7 @@ def test_parquet_rows_are_numbered_across_row_groups_and_batches(tmp_path):
     assert rows[2100] == (2101, {"prompt": "a", "response": None})
 
 
-def test_a_parquet_value_that_is_not_utf8_is_one_unreadable_row(tmp_path):
+def test_a_parquet_value_with_invalid_utf8_is_one_bad_row(tmp_path):
     values = pyarrow.array([b"x", b"y\xff", b"z"]).view(pyarrow.string())
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"prompt": values, "response": ["b"] * 3}), file)
@@ -125,13 +125,13 @@ def test_a_parquet_value_that_is_not_utf8_is_one_unreadable_row(tmp_path):
     assert (first["prompt"], third["prompt"]) == ("x", "z")
 
 
-def test_a_parquet_column_name_that_is_not_utf8_is_an_error(tmp_path):
+def test_a_parquet_column_name_with_invalid_utf8_is_refused(tmp_path):
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"prompt": ["a"], "response": ["b"]}), file, store_schema=False)
     write(file, file.read_bytes().replace(b"prompt", b"prom\xffx"))
     assert f"cannot read '{file}' as Parquet: 'utf-8' codec can't decode byte 0xff" in error_of(read_rows, file)
 
 
-def test_a_file_that_is_no_parquet_is_an_error(tmp_path):
+def test_a_file_without_parquet_content_is_refused(tmp_path):
     file = write(tmp_path / "a.parquet", GOOD)
     assert error_of(read_rows, file).startswith(f"cannot read '{file}' as Parquet: ")

@@ -1,4 +1,4 @@
-"""Rows and settings for the checks, on the tiny tokenizer."""
+"""Define rows and settings for the checks, on the tiny tokenizer."""
 
 import json
 

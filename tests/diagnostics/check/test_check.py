@@ -1,4 +1,4 @@
-"""The whole check on a set that is right, and on copies of it with faults planted at known lines."""
+"""Test the whole check on a clean set, and on copies with faults planted at known lines."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Rows that are there twice, nearly twice, and in both sets."""
+"""Test rows that occur twice, nearly twice, and in both sets."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Line ends and byte-order marks, found by file and line."""
+"""Test that line ends and byte-order marks are found by file and line."""
 
 from sft_lightning.diagnostics.check.files import check_files
 
@@ -21,7 +21,7 @@ def test_crlf_lines_and_byte_order_marks_are_located(tmp_path):
     assert "2 of 4 lines" in ends.message
 
 
-def test_plain_lines_and_an_inner_bom_are_no_finding(tmp_path):
+def test_plain_lines_and_an_inner_bom_give_no_finding(tmp_path):
     file = tmp_path / "plain.jsonl"
     file.write_bytes(b'{"a": "\\r\\n"}\n{"a": "\xef\xbb\xbf"}\n')
     assert check_files("val", [file]) == []

@@ -1,4 +1,4 @@
-"""Findings as they are written, and when a share of the rows is too large."""
+"""Test findings as dicts, and the share of rows above which they are errors."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The grader's word on the data itself."""
+"""Test the grading of responses in the data set."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def r1(answer):
 
 
 class Picky(Grader):
-    """Compares text, and breaks on what it does not like. Grades in this process: each other one takes seconds."""
+    """Compares text, and raises on some answers. Grades in this process, since others take seconds to start."""
 
     def __reduce__(self):
         raise TypeError("no other process can have it")
@@ -29,7 +29,7 @@ def graded(rows_of, texts, grader=None, *, stops=False):
     return truths, {finding.name: finding for finding in truths.findings(stops_evaluation=stops)}
 
 
-def test_correct_and_ungraded_rows_are_no_finding(rows_of):
+def test_correct_and_ungraded_rows_give_no_finding(rows_of):
     truths, found = graded(rows_of, [("a", r1("72"), "72"), ("a", r1("$1,005"), 1005), ("a", "anything")])
     assert (truths.num_graded, found) == (2, {})
 

@@ -1,4 +1,4 @@
-"""Padding, sharing and the largest micro-batch, on rows whose lengths are known."""
+"""Test padding, sharing and the largest micro-batch on rows of known lengths."""
 
 import pytest
 

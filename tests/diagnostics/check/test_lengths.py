@@ -1,4 +1,4 @@
-"""Percentiles and histograms of lengths that were counted by hand."""
+"""Compare percentiles and histograms of lengths with counts by hand."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def test_percentiles_are_actual_lengths():
 
 def test_bars_are_round_and_end_at_max_length():
     bars = histogram(np.array([3, 11, 11, 24, 58]), np.array([], dtype=np.int64), max_length=58)
-    # 56 lengths in at the most twelve bars: five wide.
+    # 56 lengths in at most twelve bars: five wide.
     assert bars[:3] == [Bar(1, 5, 1, False), Bar(6, 10, 0, False), Bar(11, 15, 2, False)]
     assert bars[-1] == Bar(56, 58, 1, False)
     assert len(bars) == 12

@@ -1,4 +1,4 @@
-"""The memory formula against what PyTorch keeps, and against numbers worked out by hand."""
+"""Compare the memory formula with the tensors that PyTorch saves, and with calculations by hand."""
 
 import contextlib
 
@@ -69,7 +69,7 @@ def kept_bytes(model, layout, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_activation_bytes_equal_what_autograd_saves(folder, layout, precision):
+def test_activation_bytes_equal_those_that_autograd_saves(folder, layout, precision):
     model = load_model(folder, init="random", precision=Precision.named(precision))
     measured, num_positions = kept_bytes(model, layout, precision)
     shape = ModelShape.of(empty_model(folder))
@@ -152,7 +152,7 @@ def test_fitting_positions_leave_a_tenth_free():
     ("memory_bytes", "is_known", "severities"),
     [(2**20, True, []), (126_224, True, ["warning"]), (10_000, True, ["error"]), (10_000, False, ["warning"])],
 )
-def test_a_model_too_large_for_a_known_device_is_an_error(memory_bytes, is_known, severities):
+def test_a_model_too_large_for_the_device_is_an_error(memory_bytes, is_known, severities):
     device = Device("some device", memory_bytes, is_cuda=True, is_known=is_known)
     found = check_memory(estimate("32-true", device=device))
     assert [finding.severity for finding in found] == severities

@@ -1,4 +1,4 @@
-"""The report on a screen and in a pipe."""
+"""Test the report in a terminal and in a pipe."""
 
 import io
 import re
@@ -52,7 +52,7 @@ def test_prompt_response_and_eos_differ_in_color(report_of):
     assert re.search(r"\x1b\[36m2", text)
     assert re.search(r"\x1b\[32m\u00b7", text)
     assert re.search(r"\x1b\[1;35m<\|endoftext\|>", text)
-    assert "\x1b[2J" not in text, "what stands in the data must not steer the terminal"
+    assert "\x1b[2J" not in text, "data must not control the terminal"
 
 
 def test_an_ascii_terminal_gets_ascii(report_of):

@@ -1,4 +1,4 @@
-"""What becomes of each row: used, not used, bad, over-long, cut."""
+"""Test which rows are used, filtered, bad, over-long or truncated."""
 
 import json
 
@@ -32,7 +32,7 @@ def good(prompt=SHORT, response=" 4"):
     return {"prompt": prompt, "response": response}
 
 
-def test_every_bad_row_is_listed_whatever_max_bad_rows(tmp_path, checked_set):
+def test_every_bad_row_is_listed_beyond_max_bad_rows(tmp_path, checked_set):
     path = write(tmp_path / "rows.jsonl", *[good(), "no json", {"prompt": "a", "response": " "}] * 20)
     checked = checked_set(path)
     rows, account = read(checked)
@@ -127,7 +127,7 @@ def test_fit_reads_the_tokens_that_the_check_cached(tmp_path, checked_set, token
 
 
 def test_a_missing_path_is_an_error_that_names_the_option(tmp_path, checked_set):
-    with pytest.raises(UserError, match=r"data\.train_path: data path .* is no file"):
+    with pytest.raises(UserError, match=r"data\.train_path: data path .* is not a file"):
         checked_set(tmp_path / "none.jsonl", overlength="error").load_tokens()
 
 

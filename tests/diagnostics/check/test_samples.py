@@ -1,4 +1,4 @@
-"""Rows drawn, piece by piece."""
+"""Test the sampled rows and their token pieces."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_a_row_without_eos_has_none(store_of, tokenizer):
     assert "".join(sample.response.head) == " b"
 
 
-def test_of_several_sequences_the_last_span_is_shown_behind_what_precedes_it(tokenizer):
+def test_the_last_span_of_several_sequences_is_shown(tokenizer):
     texts = ["the quick", " fox", " 12", " again"]
     parts = [tokenizer(text)["input_ids"] for text in texts]
     ends = [sum(map(len, parts[:number])) for number in range(1, 5)]

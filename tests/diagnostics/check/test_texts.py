@@ -1,4 +1,4 @@
-"""Characters and borders, row by row."""
+"""Test the findings about characters and the boundary of prompt and response."""
 
 from sft_lightning.diagnostics.check.texts import Texts
 
@@ -32,9 +32,9 @@ def test_unusual_white_space_between_prompt_and_response_is_found(rows_of, lines
     assert found["odd_borders"].severity == "info"
 
 
-def test_mixed_white_space_between_prompt_and_response_is_no_finding(rows_of):
+def test_mixed_white_space_at_the_boundary_gives_no_finding(rows_of):
     assert findings_of(rows_of, [("a:", " b"), ("a: ", "b"), ("a:", "b")] * 3) == {}
 
 
-def test_accents_and_other_scripts_are_no_finding(rows_of):
+def test_accents_and_other_scripts_give_no_finding(rows_of):
     assert findings_of(rows_of, [("na\u00efve \u00a0 \u4e2d\u6587 \U0001f600", " \u2013 \u221a2")]) == {}

@@ -1,4 +1,4 @@
-"""BOS, EOS and merges, on tokens that real tokenizers make."""
+"""Test BOS, EOS and merges on tokens of real tokenizers."""
 
 import copy
 
@@ -56,7 +56,7 @@ def test_some_rows_without_eos_are_a_warning_with_their_lines(tokenizer, lines_o
     assert lines_of(found["inner_eos"]) == [(2,)]
 
 
-def test_eos_in_the_prompt_is_no_fault(tokenizer):
+def test_eos_in_the_prompt_is_allowed(tokenizer):
     eos = tokenizer.eos_token_id
     assert look(tokenizer, [row([eos, 6], [7, eos])])[1] == {}
 
@@ -69,7 +69,7 @@ def test_a_second_bos_is_found_at_either_place(bos_tokenizer, lines_of):
     assert found["double_bos"].severity == "error"
 
 
-def test_every_label_span_may_end_with_eos_and_none_may_hold_one(tokenizer, lines_of):
+def test_eos_is_allowed_only_at_the_end_of_label_spans(tokenizer, lines_of):
     eos = tokenizer.eos_token_id
 
     def turns(*sequences, line):
@@ -87,7 +87,7 @@ def test_every_label_span_may_end_with_eos_and_none_may_hold_one(tokenizer, line
     }
 
 
-def test_a_prompt_with_bos_in_its_text_gets_one_and_is_no_finding(rows_of, bos_tokenizer):
+def test_bos_in_the_prompt_text_is_not_doubled(rows_of, bos_tokenizer):
     rows, *_ = rows_of([("<s>the", " fox"), ("<s><s>the", " fox")], max_length=511)
     assert not look(bos_tokenizer, rows)[1].get("double_bos")
 

@@ -1,4 +1,4 @@
-"""A self-test of the tiny model on the 42 rows: steps of eight rows, the second one of two."""
+"""Define a selftest setup of the tiny model on the 42 rows: one step of eight rows and one of two."""
 
 import pytest
 

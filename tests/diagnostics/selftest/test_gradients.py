@@ -1,4 +1,4 @@
-"""The self-test of gradients sees the faults that are planted, and nothing where there is none."""
+"""Test that the gradient checks find planted faults and nothing else."""
 
 import math
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_record_weights_count(make_setup, tmp_path, train_file):
     assert failed(verdicts(make_setup({"train_path": str(path)}))) == set()
 
 
-def test_sixteen_bits_have_a_tolerance_of_their_own(make_setup):
+def test_sixteen_bits_have_a_separate_tolerance(make_setup):
     setup = make_setup(precision="bf16-mixed")
     outcomes = verdicts(setup)
     assert failed(outcomes) == set()
@@ -74,7 +74,7 @@ def test_sixteen_bits_have_a_tolerance_of_their_own(make_setup):
     assert failed(verdicts(setup, tolerance=1e-6)) >= {"gradient, packed, 4 x 2", "gradient, shared_prefix, 8 x 1"}
 
 
-def test_a_model_whose_rows_look_at_each_other_fails(make_setup, monkeypatch):
+def test_a_model_whose_rows_interact_fails(make_setup, monkeypatch):
     """In long rows only, which the guard's tiny examples are not."""
     forward = Qwen2Model.forward
 
@@ -101,7 +101,7 @@ def test_a_mean_of_means_fails_where_the_split_matters(make_setup, monkeypatch):
     assert not outcomes["gradient, padded, 8 x 1"].failed
 
 
-def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_setup, monkeypatch):
+def test_a_wrong_label_loss_fails_in_loss_and_gradient(make_setup, monkeypatch):
     def wrong(hidden, weight, bias, labels, loss_weights, **options):
         return linear_cross_entropy(hidden, weight, bias, labels.where(labels != 0, 1), loss_weights, **options)
 
@@ -110,7 +110,7 @@ def test_a_label_scored_wrong_fails_in_its_loss_and_its_gradient(make_setup, mon
     assert failed(outcomes) == set(outcomes)
 
 
-def test_rounding_is_told_from_a_fault_in_float64(make_setup, monkeypatch):
+def test_float64_separates_rounding_from_a_fault(make_setup, monkeypatch):
     setup, tolerance = make_setup(), 2e-7
     before = verdicts(setup, tolerance=tolerance)
     rounded = failed(before)
@@ -118,7 +118,7 @@ def test_rounding_is_told_from_a_fault_in_float64(make_setup, monkeypatch):
     after = {outcome.check: outcome for outcome in settled(before.values(), setup, tolerance)}
     assert after.keys() == before.keys()
     assert failed(after) == set()
-    assert "in float32 are rounding (the gradient of model." in after["gradient, packed, 4 x 2"].note
+    assert "in float32 is rounding (the gradient of model." in after["gradient, packed, 4 x 2"].note
 
     right = plan.label_weights
     # One part in 100,000 too much, where the step is split.
@@ -139,7 +139,7 @@ def test_rows_of_another_step_fail(make_setup, monkeypatch):
     )
     outcomes = verdicts(make_setup())
     wrong = outcomes["gradient, padded, 2 x 4"]
-    assert (wrong.difference, wrong.note) == (math.inf, "the steps have other rows")
+    assert (wrong.difference, wrong.note) == (math.inf, "the steps have different rows")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def mamba_folder(tmp_path_factory, tokenizer):
     return str(folder)
 
 
-def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_setup, mamba_folder):
+def test_an_unsupported_layout_is_reported_as_not_tried(make_setup, mamba_folder):
     setup = make_setup({"tokenizer_path": mamba_folder}, {"model_path": mamba_folder})
     outcomes = verdicts(setup)
     assert failed(outcomes) == set()
@@ -161,7 +161,7 @@ def test_a_layout_that_the_model_cannot_have_is_said_and_not_failed(make_setup, 
     assert "carries a state along the row" in outcomes["gradient, packed"].note
 
 
-def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_setup, monkeypatch):
+def test_a_model_with_interacting_padded_rows_fails_at_once(make_setup, monkeypatch):
     forward = Qwen2Model.forward
 
     def mixing(self, *args, **kwargs):
@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_trained_on_batches_fails_at_once(make_setup, mon
     assert "cannot be trained on batches" in outcome.note
 
 
-def test_what_does_not_fit_into_memory_is_said(make_setup, monkeypatch):
+def test_out_of_memory_is_reported_as_not_tried(make_setup, monkeypatch):
     forward = Qwen2Model.forward
 
     def of_few_rows(self, input_ids, *args, **kwargs):

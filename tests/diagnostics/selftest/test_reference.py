@@ -1,4 +1,4 @@
-"""The reference against the table of loss weights, worked out by hand."""
+"""Compare the reference with the table of loss weights, calculated by hand."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Differences against values worked out by hand, and what passes."""
+"""Compare differences with calculations by hand, and test the verdicts."""
 
 import math
 
@@ -12,14 +12,14 @@ from sft_lightning.diagnostics.selftest.result import Outcome, gradient_differen
     ("difference", "allowed", "verdict"),
     [(0.0, 0.0, "pass"), (1e-5, 1e-5, "pass"), (1.1e-5, 1e-5, "FAIL"), (1e-9, 0.0, "FAIL"), (None, 0.0, "not tried")],
 )
-def test_what_passes(difference, allowed, verdict):
+def test_outcome_verdicts(difference, allowed, verdict):
     outcome = Outcome("a check", difference, allowed, "")
     assert outcome.verdict == verdict
     assert outcome.failed == (verdict == "FAIL")
 
 
 @pytest.mark.parametrize("difference", [math.inf, math.nan])
-def test_what_is_no_number_fails(difference):
+def test_nonfinite_differences_fail(difference):
     assert Outcome("a check", difference, 1.0, "").failed
 
 
@@ -43,7 +43,7 @@ def test_a_tiny_tensor_counts_in_the_whole_only():
     assert gradient_difference(wrong, reference, each_tensor=True)[0] == pytest.approx(0.5)
 
 
-def test_a_gradient_that_is_missing_or_no_number_shows():
+def test_a_missing_or_nan_gradient_is_detected():
     reference = {"a": torch.tensor([1.0]), "b": torch.tensor([1.0])}
     assert gradient_difference({"a": reference["a"]}, reference, each_tensor=True) == (1.0, "the gradient of b")
     broken = {"a": torch.tensor([float("nan")]), "b": reference["b"]}

@@ -1,4 +1,4 @@
-"""What is tried of a config: splits of one step, few rows, and objects that leave the config's own alone."""
+"""Test the splits, rows and objects of a selftest, which do not change those of the config."""
 
 import pytest
 import torch

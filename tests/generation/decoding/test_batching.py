@@ -12,7 +12,7 @@ def answers_of(prompts, answer, **options):
 
 
 class Recorder:
-    """Answers a prompt with its own place, at the most ``capacity`` prompts at a time."""
+    """Answers a prompt with its index, at most ``capacity`` prompts at a time."""
 
     def __init__(self, capacity=100, error=None):
         self.batches = []
@@ -34,7 +34,7 @@ def test_batches_keep_the_budget_and_answers_their_order():
     assert [answer.tokens for answer in answers] == [[0], [1], [2], [3], [4]]
 
 
-def test_equal_prompts_stand_together():
+def test_equal_prompts_are_batched_together():
     recorder = Recorder()
     answers_of([[1, 2], [2, 1], [1, 2], [2, 1]], recorder, batch_tokens=14)
     assert recorder.batches == [[0, 2], [1, 3]]

@@ -1,4 +1,4 @@
-"""Two processes share one model's weights by FSDP2, and have different prompts to answer."""
+"""Test two processes that shard one model with FSDP2 and answer different prompts."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ prompts, numbers = job["prompts"][rank], job["numbers"][rank]
 try:
     answers = generator.generate(model, load_tokenizer(folder), prompts, numbers=numbers)
     result = [[answer.text, answer.num_tokens] for answer in answers]
-    # Training goes on with the same weights.
+    # Training continues with the same weights.
     loss = model(torch.tensor([[3, 4, 5, 6]]), labels=torch.tensor([[3, 4, 5, 6]]), use_cache=False).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -10,7 +10,7 @@ def states(*rows):
 
 
 def update(cache, *rows):
-    """Returns the keys of every row after an update, as lists, of all layers alike."""
+    """Returns the keys of every row after an update, as lists, which are equal in all layers."""
     results = [cache.update(*states(*rows), layer) for layer in range(len(cache.layers))]
     for keys, values in results:
         assert torch.equal(values, 10 * keys)
@@ -69,7 +69,7 @@ def test_rows_take_the_places_of_those_that_left():
         assert [row[:3] for row in kept] == [[4, 14, 0], [2, 12, 0], [5, 15, 0]]
 
 
-def test_parts_of_their_own_width_are_aligned_on_the_right():
+def test_parts_of_different_width_are_right_aligned():
     prefix = KVCache(2)
     update(prefix, [9])
     parts = []

@@ -1,4 +1,4 @@
-"""The loop against transformers' own ``generate``, and what it saves."""
+"""Compare the loop with transformers' own ``generate``, and test the computation it saves."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ GENERATE = {
     "Phi-3": ("Phi3Config", {**GROUPED, "sliding_window": None}),  # prepares its inputs itself
     "Llama, dynamic rotation": ("LlamaConfig", {**GROUPED, "rope_parameters": {**_ROTATION, "rope_type": "dynamic"}}),
     "BLOOM": ("BloomConfig", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}),  # takes no positions
-    "Falcon": ("FalconConfig", {**SMALL, "multi_query": True}),  # attention of its own
+    "Falcon": ("FalconConfig", {**SMALL, "multi_query": True}),  # implements attention itself
     "Mamba": ("MambaConfig", {**SMALL, "state_size": 8}),
     "LFM2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
     "Qwen3-Next": (

@@ -23,7 +23,7 @@ def end_of(tokenizer, stop_strings, eos_token_ids=(), max_new_tokens=1000):
 
 @pytest.fixture(scope="module")
 def spaced_tokenizer():
-    """Spaces are part of the tokens, as in SentencePiece, and a letter that is no token falls apart into bytes."""
+    """Spaces are part of the tokens, as in SentencePiece, and a letter that is not a token becomes bytes."""
     letters = ["\u2581", "a", "b", "<", ">", "\u2581a", "b>", ">\u2581"]
     tokens = ["<unk>", *letters, *(f"<0x{byte:02X}>" for byte in range(256))]
     model = models.BPE({token: index for index, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)

@@ -1,4 +1,4 @@
-"""Stand-ins for the CUDA kernels, with the signatures of the real ones: they compute on a CPU what those document."""
+"""Define CPU stand-ins for the CUDA kernels, with their signatures and documented results."""
 
 import sys
 from types import ModuleType
@@ -10,7 +10,7 @@ import torch
 def attend_to_offsets(
     query, key, value, query_offsets, key_offsets, max_queries, max_keys, *, scale, window, softcap=0
 ):
-    """Bottom-right causal attention over rows of [T, H, E] that are one behind the other."""
+    """Bottom-right causal attention over concatenated rows of [T, H, E]."""
     assert query_offsets.dtype == key_offsets.dtype == torch.int32
     left, right = window
     assert right == 0

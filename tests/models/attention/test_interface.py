@@ -1,4 +1,4 @@
-"""Each registered attention does what it is registered for, with segments and without."""
+"""Test each registered attention with and without segments."""
 
 import copy
 
@@ -63,7 +63,7 @@ def forward(config, attention):
 
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "varlen"])
 @pytest.mark.parametrize("config", [LLAMA, SOFT_CAPPED], ids=["plain", "soft-capped, windowed"])
-def test_a_model_calls_the_kernel_for_what_the_segment_loop_computes(install, kernel, config):
+def test_a_model_with_a_kernel_equals_the_segment_loop(install, kernel, config):
     if kernel == "varlen" and config is SOFT_CAPPED:
         pytest.skip("torch's varlen attention has no soft-capping; choose_attention refuses it")
     install(kernel)
@@ -73,7 +73,7 @@ def test_a_model_calls_the_kernel_for_what_the_segment_loop_computes(install, ke
 
 
 @pytest.mark.parametrize(("name", "text"), [("s_aux", "attention sinks"), ("position_bias", "a position bias")])
-def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
+def test_options_unsupported_by_packed_rows_are_refused_by_name(name, text):
     function = AttentionInterface()["sft_segments"]
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):
@@ -86,7 +86,7 @@ def test_what_packed_rows_do_not_have_is_refused_by_name(name, text):
     ("kernel", "name", "text"),
     [("varlen", "softcap", "soft-capping"), ("varlen", "dropout", "dropout"), ("fa3", "dropout", "dropout")],
 )
-def test_what_a_kernel_lacks_is_refused_in_the_call_too(kernel, name, text):
+def test_options_a_kernel_lacks_are_refused_in_the_call(kernel, name, text):
     """Where a model's config has it under a name that choose_attention does not know."""
     heads = torch.zeros(1, 2, 15, 4)
     with pytest.raises(NotImplementedError, match=f"packed rows have no {text}"):

@@ -1,4 +1,4 @@
-"""The CUDA kernels run on GPUs only: here stand-ins with their signatures, and the kernels themselves in gpu tests."""
+"""Test calls of the CUDA kernels with stand-ins of the same signatures, and the kernels themselves in gpu tests."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def heads(num_heads=4, num_key_heads=2):
 @pytest.mark.parametrize("window_tokens", [None, 3])
 @pytest.mark.parametrize("num_key_heads", [2, 4])
 @pytest.mark.parametrize("kernel", [*CUDA_KERNELS, "varlen of torch 2.11"])
-def test_kernels_are_called_for_what_the_segment_loop_computes(install, kernel, num_key_heads, window_tokens):
+def test_kernel_calls_equal_the_segment_loop(install, kernel, num_key_heads, window_tokens):
     install(kernel)
     segments, tensors = Segments.from_tree(TREE), heads(num_key_heads=num_key_heads)
     options = {"scale": 0.3, "window_tokens": window_tokens}
@@ -80,7 +80,7 @@ def test_the_trial_runs_forward_and_backward_with_the_models_heads(install):
     assert calls == [((5, 6, 16), (8, 2, 16), (8, 2, 16), torch.bfloat16), "backward"]
 
 
-def test_the_trial_raises_what_the_kernel_raises(install):
+def test_the_trial_raises_the_error_of_the_kernel(install):
     def varlen_attn(query, key, value, *args, **options):
         raise RuntimeError("no kernel image is available")
 

@@ -1,4 +1,4 @@
-"""Attention over segments against the formula, written out in float64 with a mask over the whole row."""
+"""Compare attention over segments with the formula in float64 and a mask over the whole row."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sft_lightning.data.batch import Segment, Segments
 from sft_lightning.models.attention import segments as segment_attention
 from sft_lightning.models.attention.segments import attend
 
-# A preamble with a prompt of two responses and a row of its own behind it, then a row that shares nothing.
+# A preamble, followed by a prompt with two responses and by another row; then a row that shares nothing.
 TREE = [Segment(0, 7, -1), Segment(7, 12, 0), Segment(12, 15, 1), Segment(15, 20, 1), Segment(20, 25, 0)]
 TREE += [Segment(25, 36, -1)]
 NUM_TOKENS = 36
@@ -100,7 +100,7 @@ def test_output_and_gradients_equal_the_formula(dtype, num_key_heads):
     ],
     ids=str,
 )
-def test_windows_and_soft_caps_are_honoured(options):
+def test_windows_and_soft_caps_are_honored(options):
     got = outputs_and_gradients(ours, heads(), scale=0.5, **options)
     expected = outputs_and_gradients(formula, heads(), scale=0.5, **options)
     for mine, reference in zip(got, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Which attention a model gets, and why."""
+"""Test which attention implementation a model gets, and the reported reason."""
 
 import copy
 import logging
@@ -59,7 +59,7 @@ def message_of(*args, **kwargs):
 @pytest.mark.parametrize(
     ("choice", "command"),
     [
-        ("flash_attention_2", "flash-attn is not installed: pip install 'sft-lightning[flash-attn]' --no-build"),
+        ("flash_attention_2", "flash-attn is not installed: pip install flash-attn --no-build"),
         ("flash_attention_3", "flash-attn-3 is not installed: pip install 'git+https://github.com/Dao-AILab/"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_kernel_that_cannot_run_here_is_refused(gpu, install, choice):
     assert "it does not run on a GPU" in message_of(choice)
 
 
-def test_what_a_kernel_lacks_is_refused_by_name(gpu, install):
+def test_options_a_kernel_lacks_are_refused_by_name(gpu, install):
     for kernel in PACKAGED:
         install(kernel)
     assert "it has no soft-capping" in message_of("varlen", config=SOFT_CAPPED)
@@ -140,7 +140,7 @@ def test_a_model_without_sdpa_falls_back_on_its_eager_attention():
     assert "'sdpa' is not supported by this model" in message_of("sdpa", "cpu", config=SOFT_CAPPED)
 
 
-def test_a_model_that_looks_its_attention_up_nowhere_keeps_its_own():
+def test_a_model_without_registered_attention_keeps_its_implementation():
     assert choose("auto", "cpu", config=MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1)) == "eager"
 
 

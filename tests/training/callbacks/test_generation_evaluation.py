@@ -20,7 +20,7 @@ KEYS = ("val/format_accuracy", "val/answer_accuracy")
 
 
 class Scripted(Generator):
-    """Answers right as often as the script says, call by call; the answers after these have no tag."""
+    """Gives the scripted number of right answers in each call; the other answers have no tag."""
 
     def __init__(self, *num_right):
         self.num_right = list(num_right)
@@ -162,7 +162,7 @@ def table_row(out, label):
 def test_a_validation_that_is_not_due_repeats_the_last_value(
     make_trainer, make_data, model_folder, train_file, prompts_file, run
 ):
-    """Validations after steps 2, 4, 6, 8; answers at 2, because there is no value yet, and 6; and at the end, 8."""
+    """Validations after steps 2, 4, 6, 8; answers at 2, which has no earlier value, at 6, and at the end, 8."""
     generator = Scripted(0, 1, 3, 4)
     seen = []
 

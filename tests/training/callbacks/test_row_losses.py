@@ -79,7 +79,7 @@ def reference(model_folder, train_file):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (1, 8)])
-def test_each_row_has_the_loss_at_the_weights_of_its_step(fit, tmp_path, reference, layout, batch_size, accumulate):
+def test_row_losses_use_the_weights_of_their_step(fit, tmp_path, reference, layout, batch_size, accumulate):
     """At learning rate 0 those are the untrained ones. With batch size 1 the last step has six empty micro-batches."""
     sees = Sees()
     fit(
@@ -186,7 +186,7 @@ def test_rows_are_recorded_once_after_a_crash_before_the_checkpoint(fit, tmp_pat
 
 
 def test_a_file_is_cut_at_the_resumed_step(fit, tmp_path, whole):
-    """When a run goes on from a checkpoint that an earlier attempt has left behind."""
+    """When a run resumes from a checkpoint of an earlier attempt."""
     run = {"callbacks": (RowLossRecorder(),)}
     fit(tmp_path, checkpoint={"every_n_train_steps": 2}, max_steps=6, **run)
     again = {"checkpoint": {"every_n_train_steps": 100}, **run}
@@ -227,7 +227,7 @@ def test_a_dry_run_leaves_nothing(fit, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_says_what_training_step_must_return(tmp_path):
+def test_an_error_names_the_required_training_step_output(tmp_path):
     class Other(LightningModule):
         def __init__(self):
             super().__init__()

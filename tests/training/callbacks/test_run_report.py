@@ -90,7 +90,7 @@ def test_reports_are_skipped_until_the_next_is_due(fit, page, monkeypatch):
     pages = Pages(page)
     fit(pages)
     assert len(set(pages.seen)) == 1
-    assert "State <b>finished</b>" in page.read_text(), "the last one is written whatever it takes"
+    assert "State <b>finished</b>" in page.read_text(), "the last report is always written"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("something broke")])

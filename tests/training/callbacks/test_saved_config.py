@@ -154,7 +154,7 @@ def test_a_python_run_saves_its_arguments(tmp_path, model_folder, train_file):
     }
 
 
-def test_the_file_lists_what_fit_does_not_repeat(tmp_path, model_folder, train_file):
+def test_the_file_lists_parts_that_fit_cannot_repeat(tmp_path, model_folder, train_file):
     class Local(MaximumLength):
         pass
 

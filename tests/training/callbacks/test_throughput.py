@@ -15,7 +15,7 @@ from sft_lightning.training.module import SFTModule
 
 
 class Clock:
-    """Stands still but for what the callbacks below take."""
+    """A clock that only the callbacks below advance."""
 
     now = 100.0
 
@@ -72,7 +72,7 @@ def peaks(monkeypatch):
 
 @pytest.fixture
 def run(model_folder, rows, peaks, make_trainer, make_data):
-    """Trains on the two rows and returns the logger. Padded, because what is computed is then easy to say."""
+    """Trains on the two rows and returns the logger. Padded, so that the computed tokens are easy to count."""
 
     def fit(*callbacks, batch_size, **options):
         path, _ = rows
@@ -163,7 +163,7 @@ def test_a_model_without_a_formula_has_no_utilization(run, peaks, clock, monkeyp
     ("precision", "dtype"),
     [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16-true", torch.bfloat16)],
 )
-def test_the_peak_of_the_training_dtype_is_read_once_per_fit(run, peaks, caplog, precision, dtype):
+def test_peak_flops_are_read_once_per_fit(run, peaks, caplog, precision, dtype):
     callback = Throughput()
     assert not peaks
     with caplog.at_level("INFO", logger="sft_lightning"):

@@ -32,14 +32,14 @@ def test_a_row_for_each_set_of_metrics(logger, file):
     assert lines(file) == ["step,train/loss,train/lr", "1,2.5,0.001", "2,2.25,0.002"]
 
 
-def test_a_new_metric_makes_a_new_column_and_keeps_the_rows(logger, file):
+def test_a_new_metric_adds_a_column_and_keeps_rows(logger, file):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     logger.log_metrics({"val/loss": 3.0}, step=1)
     logger.log_metrics({"train/loss": 2.0}, step=2)
     assert lines(file) == ["step,train/loss,val/loss", "1,2.5,", "1,,3.0", "2,2.0,"]
 
 
-def test_the_epoch_is_no_metric_and_no_step_is_step_zero(logger, file):
+def test_epoch_is_not_a_metric_and_missing_step_is_zero(logger, file):
     logger.log_metrics({"val/loss": 3.0, "epoch": 0}, step=None)
     assert lines(file) == ["step,val/loss", "0,3.0"]
 
@@ -100,7 +100,7 @@ def test_a_fresh_run_without_a_file_starts_one(logger, file):
 
 
 @pytest.mark.parametrize("tail", ["2,2.", "2", ",2.0,", "\r\n"])
-def test_a_file_whose_last_row_is_cut_or_has_no_step_is_read(file, tmp_path, tail):
+def test_a_truncated_last_row_is_tolerated(file, tmp_path, tail):
     file.write_text(f"step,train/loss,val/loss\r\n1,2.5,\r\n{tail}")
     again = MetricsCSVLogger(tmp_path)
     again.start_after(1, validates_again=False)
@@ -115,7 +115,7 @@ def test_a_file_deleted_during_a_run_is_recreated(logger, file):
     assert lines(file) == ["step,train/loss", "2,2.0"]
 
 
-def test_a_crash_while_the_file_is_rewritten_leaves_the_old_one(logger, file, monkeypatch):
+def test_a_crash_during_the_rewrite_keeps_the_old_file(logger, file, monkeypatch):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     monkeypatch.setattr(csv.DictWriter, "writerows", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""The tables, and what a run's loggers are given: read back from TensorBoard's and W&B's own files."""
+"""Test the sample tables, and read back what a run logs from the files of TensorBoard and W&B."""
 
 import csv
 import json
@@ -197,7 +197,7 @@ def run_python(*arguments):
     assert done.returncode == 0, done.stderr[-2000:]
     deadline = time.monotonic() + 60
     while len(processes_named("wandb-core")) > before:
-        assert time.monotonic() < deadline, "W&B's own process goes on"
+        assert time.monotonic() < deadline, "W&B's own process did not end"
         time.sleep(0.2)
     return done
 
@@ -215,7 +215,7 @@ for step in (0, 8):
 
 
 @pytest.mark.slow
-def test_wandb_gets_a_table_of_all_samples_up_to_its_limit(tmp_path):
+def test_wandb_gets_all_samples_up_to_its_limit(tmp_path):
     pytest.importorskip("wandb")
     samples = [sample(i, prompt=text, ground_truth=i) for i, text in enumerate(HOSTILE)]
     samples += [sample(i, ground_truth=[str(i), i]) for i in range(len(HOSTILE), 1500)]
