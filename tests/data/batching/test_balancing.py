@@ -57,7 +57,7 @@ def test_rows_of_a_sharing_group_follow_their_prefix_order():
     rows = [
         example([*PREAMBLE, *[question] * 16], [1] * num_labels) for question, num_labels in ((9, 9), (3, 2), (5, 4))
     ]
-    (group,) = dealt(rows, 1)
+    (group,) = balance_sharing_groups([one.prefixes for one in rows], 1)
     assert group.tolist() == [1, 2, 0]
 
 
