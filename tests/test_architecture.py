@@ -164,7 +164,7 @@ def test_every_module_is_in_a_room():
     assert len(entries) <= MAX_ROOT_ENTRIES
 
 
-def test_every_room_names_what_it_may_import_and_a_file_to_start_with():
+def test_every_room_names_its_imports_and_a_first_file():
     wrong = []
     for folder in {path.parent for path in PATHS.values()} - {PACKAGE}:
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""

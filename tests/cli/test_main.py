@@ -28,7 +28,7 @@ def test_help_lists_every_command(capsys):
         assert f"\n  {command} " in printed
 
 
-def test_help_of_a_trainer_command_names_it_as_users_type_it(capsys):
+def test_help_of_a_trainer_command_shows_the_typed_name(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
     assert capsys.readouterr().out.startswith("usage: sft-lightning fit [")

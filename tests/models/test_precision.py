@@ -33,7 +33,7 @@ def test_short_names_are_those_of_lightning(short, full):
     assert _convert_precision_to_unified_args(short) == full
 
 
-def test_a_precision_that_is_not_set_is_that_of_the_trainer():
+def test_an_unset_precision_is_the_trainers_default():
     from lightning.pytorch import Trainer
 
     trainer = Trainer(accelerator="cpu", precision=None, logger=False, enable_checkpointing=False)

@@ -48,7 +48,7 @@ def test_every_layout_and_split_passes(make_setup, normalization):
     assert all(0 < outcome.difference < 1e-5 for outcome in outcomes.values())
 
 
-def test_a_loss_by_class_path_is_compared_with_itself_on_logits(make_setup):
+def test_a_custom_loss_is_compared_with_its_own_logits(make_setup):
     assert failed(verdicts(make_setup(model={"loss": DoubledLoss()}))) == set()
     outcomes = verdicts(make_setup(model={"loss": DoubledFromHidden()}))
     assert failed(outcomes) == outcomes.keys() - {"loss, in chunks"}
