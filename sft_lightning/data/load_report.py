@@ -61,12 +61,12 @@ class LoadReport:
         """Returns the report that ``dataclasses.asdict`` turned into a dictionary.
 
         Args:
-            saved: The dictionary. A reason that it lacks has no rows.
+            saved: The dictionary.
             names: The name of each file when the report was saved -> its name now.
         """
 
         def rows(reason: str) -> SkippedRows:
-            kept = saved.get(reason, {"count": 0, "first": []})
+            kept = saved[reason]
             places = [(source.rpartition(":"), why) for source, why in kept["first"]]
             return SkippedRows(kept["count"], [(f"{names[file]}:{line}", why) for (file, _, line), why in places])
 

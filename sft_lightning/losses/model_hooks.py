@@ -116,18 +116,20 @@ def label_losses(
         loss: By default :class:`TokenLoss`.
         with_entropy: Whether to compute the entropy at each label position.
     """
-    # Padded rows need no mask: padding is on the right, where causal attention does not look.
-    inputs: dict[str, Any] = {"attention_mask": None}
-    if batch.segments is None and (model.config._attn_implementation or "").startswith("sft_"):
-        # Without a mask, transformers reads the position ids on the host in every forward, to find packed rows. Our
-        # implementations recognize this one, a single expanded element, without reading it, and attend without it.
-        mask = torch.ones((1, 1), dtype=torch.bool, device=batch.input_ids.device)
-        inputs = {"attention_mask": mask.expand(batch.input_ids.shape)}
+    inputs: dict[str, Any]
     if batch.segments is not None:
         # transformers passes on a mask of four dimensions unchanged, instead of building one of T x T from the position
         # ids. Our attention uses the segments and reads no mask.
         mask = torch.zeros((1, 1, 1, 1), device=batch.input_ids.device)
         inputs = {"attention_mask": mask, "position_ids": batch.position_ids, "segments": batch.segments}
+    elif (model.config._attn_implementation or "").startswith("sft_"):
+        # Without a mask, transformers reads the position ids on the host in every forward, to find packed rows. Our
+        # implementations recognize this one, a single expanded element, without reading it, and attend without it.
+        mask = torch.ones((1, 1), dtype=torch.bool, device=batch.input_ids.device)
+        inputs = {"attention_mask": mask.expand(batch.input_ids.shape)}
+    else:
+        # Padded rows need no mask: padding is on the right, where causal attention does not look.
+        inputs = {"attention_mask": None}
     inputs |= {"score_labels_of": batch, "label_loss": loss or TokenLoss(), "with_entropy": with_entropy}
     return model(input_ids=batch.input_ids, use_cache=False, **inputs)
 
