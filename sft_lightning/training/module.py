@@ -1,5 +1,6 @@
 """Define SFTModule: the training and validation steps, the optimizer and the logged metrics."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from math import isfinite
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Options of the default optimizer, AdamW; another optimizer has its own.
-_ADAMW_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+_ADAMW_OPTIONS = ("weight_decay", "betas", "eps")
 
 
 class SFTModule(LightningModule):
@@ -113,8 +114,8 @@ class SFTModule(LightningModule):
         self.optimizer, self.loss = optimizer, loss
         # Checkpoints hold plain values only, so they name these two.
         self.identities = {"optimizer": optimizer_identity(optimizer), "loss": loss_identity(loss)}
-        for name, default in _ADAMW_DEFAULTS.items() if optimizer is not None else ():
-            value = self.hparams[name]
+        for name in _ADAMW_OPTIONS if optimizer is not None else ():
+            value, default = self.hparams[name], inspect.signature(SFTModule).parameters[name].default
             if (tuple(value) if name == "betas" else value) != default:
                 raise UserError(
                     f"model.{name} {value} is an option of the default AdamW and has no effect beside "
