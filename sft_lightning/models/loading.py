@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -67,6 +68,7 @@ def load_model(
         config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
     )
     missing: Iterable[str] = ()
+    unused: Iterable[str] = ()
     try:
         if init == "random":
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -74,7 +76,7 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model_path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
-            model, missing = loaded[0], loaded[1]["missing_keys"]
+            model, missing, unused = loaded[0], loaded[1]["missing_keys"], loaded[1]["unexpected_keys"]
     except UnpicklingError as error:
         # torch's own text proposes weights_only=False, which would run any code in the file.
         raise UserError(
@@ -86,6 +88,7 @@ def load_model(
             raise
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     _require_all_weights(model_path, missing)
+    _refuse_cut_model(model_path, unused, model)
     wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
@@ -222,6 +225,20 @@ def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
         raise UserError(
             f"model.model_path '{model_path}' lacks {len(missing)} weights that its config.json defines, "
             f"{missing[0]} first, which would start random; use a config.json that fits the weights"
+        )
+
+
+def _refuse_cut_model(model_path: str, unused: Iterable[str], model: PreTrainedModel) -> None:
+    """Raises UserError if the weights have more layers than the model: those would be dropped without a word."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "N", name)
+
+    kinds = {kind(name) for name, _ in model.named_parameters()}
+    if dropped := sorted(name for name in unused if kind(name) in kinds):
+        raise UserError(
+            f"model.model_path '{model_path}' holds {len(dropped)} weights of layers that its config.json does not "
+            f"define, {dropped[0]} first; use a config.json that fits the weights"
         )
 
 

@@ -33,7 +33,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grader, R1ZeroGrader
 from sft_lightning.lightning_compat.loops import fit_position
 from sft_lightning.lightning_compat.trainer import micro_batch_limit, repeats_one_epoch, replicas, usable_layout
-from sft_lightning.training.resume import check_same_steps
+from sft_lightning.training.resume import check_resumable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +209,7 @@ class SFTDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._running_trainer.state.fn != "fit":
             return
-        check_same_steps(self._step_fingerprint(), state_dict["decides_steps"])
+        check_resumable(self._step_fingerprint(), state_dict["decides_steps"])
 
     def _step_fingerprint(self) -> dict[str, Any]:
         """Returns everything that decides the tokens and the steps of a run, by name."""

@@ -41,7 +41,7 @@ from sft_lightning.optim.schedules import Schedule, learning_rate_factor, resolv
 from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
-from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
+from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity, trajectory
 from sft_lightning.training.spikes import NormSpikes, log_spike
 from sft_lightning.training.step import StepAccumulator, StepStats
 
@@ -79,8 +79,8 @@ class SFTModule(LightningModule):
         on_nonfinite: stop ends the run at a step whose loss or gradient is NaN or infinite; skip skips the step.
         max_nonfinite_steps: With on_nonfinite skip, how many steps of a run may be skipped; one more stops it.
         generator: Writes the answers of predict, by default TransformersGenerator.
-        resume_override: Resume with another learning rate, schedule, loss or other optimizer options than the
-            checkpoint was trained with. On the command line --resume_override sets it.
+        resume_override: Resume with another learning rate, schedule, clipping, precision or other optimizer options
+            than the checkpoint was trained with. On the command line --resume_override sets it.
     """
 
     def __init__(
@@ -281,21 +281,18 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["identities"] = self.identities
+        checkpoint["trajectory"] = self._trajectory()
         checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        if "identities" not in checkpoint:
+        if "trajectory" not in checkpoint:
             raise UserError(
                 "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
                 "--model.model_path"
             )
-        saved, current = checkpoint["hyper_parameters"], self.hparams
-        check_resumable(
-            {**saved, **checkpoint["identities"]}, {**current, **self.identities}, override=self.resume_override
-        )
+        check_resumable(self._trajectory(), checkpoint["trajectory"], override=self.resume_override)
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         set_loop_position(
@@ -310,6 +307,11 @@ class SFTModule(LightningModule):
             factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
             peak = self.hparams["learning_rate"]
             adopt_settings(checkpoint, self.model, self._optimizer_factory(), learning_rate=peak, factor=factor)
+
+    def _trajectory(self) -> dict[str, Any]:
+        assert self.model is not None
+        identities = {f"model.{name}": text for name, text in self.identities.items()}
+        return {**identities, **trajectory(self, self.model.config, self.trainer)}
 
     @property
     def _precision(self) -> Precision:

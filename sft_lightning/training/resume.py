@@ -1,7 +1,8 @@
 """Compare the settings and the steps of a run with those of the checkpoint that it resumes from."""
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import AdamW
 
@@ -11,18 +12,32 @@ from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.optim.factory import OptimizerFactory, arguments_of, target_of
 from sft_lightning.system.identity import identity, public_name
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from transformers import PretrainedConfig
+
+# Hyperparameters of SFTModule that a resumed run may change: they decide how a result is computed, not which one, or
+# what a run does about steps that cannot be taken.
+_FREE = frozenset(
+    {
+        *("model_path", "attn_implementation", "gradient_checkpointing", "compile"),
+        *("log_token_statistics", "on_nonfinite", "max_nonfinite_steps"),
+    }
+)
 # What may differ between a checkpoint and a run that resumes from it only if resume_override is set.
-_SETTINGS = (
-    "loss",
-    "optimizer",
-    "learning_rate",
-    "weight_decay",
-    "betas",
-    "eps",
-    "lr_schedule",
-    "warmup_steps",
-    "warmup_ratio",
-    "min_lr_factor",
+_NEEDS_OVERRIDE = frozenset(
+    {
+        *("model.optimizer", "model.learning_rate", "model.weight_decay", "model.betas", "model.eps"),
+        *("model.lr_schedule", "model.warmup_steps", "model.warmup_ratio", "model.min_lr_factor"),
+        *("trainer.precision", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
+    }
+)
+# Entries of a model's config that do not decide what it computes.
+_BOOKKEEPING = frozenset(
+    {
+        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+        *("id2label", "label2id", "problem_type", "tokenizer_class", "output_attentions", "output_hidden_states"),
+    }
 )
 _DEFAULT_OPTIMIZER = public_name(AdamW)
 
@@ -47,50 +62,64 @@ def loss_identity(loss: Loss | None) -> str | None:
     return None if text == default else text
 
 
-def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], *, override: bool) -> None:
+def model_identity(config: "PretrainedConfig") -> dict[str, Any]:
+    """Returns the entries of a model's config that decide what the model computes, as plain values."""
+    entries = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in entries.items() if name not in _BOOKKEEPING}
+
+
+def trajectory(module: "LightningModule", config: "PretrainedConfig", trainer: "Trainer") -> dict[str, Any]:
+    """Returns everything, beside the data, that decides how a run's weights change, by name.
+
+    Args:
+        module: Its hyperparameters count, except for those that a resumed run may change.
+        config: The model's.
+        trainer: Its precision and its clipping count.
+    """
+    clips, algorithm = trainer.gradient_clip_val or None, trainer.gradient_clip_algorithm
+    return {
+        **{f"model.{name}": _plain(value) for name, value in module.hparams.items() if name not in _FREE},
+        **{f"{name} in the model's config.json": value for name, value in model_identity(config).items()},
+        "trainer.precision": trainer.precision,
+        "trainer.gradient_clip_val": clips,
+        "trainer.gradient_clip_algorithm": None if clips is None else getattr(algorithm, "value", "norm"),
+        "trainer.overfit_batches": getattr(trainer, "overfit_batches", 0),
+    }
+
+
+def check_resumable(own: Mapping[str, Any], saved: Mapping[str, Any], *, override: bool = False) -> None:
     """Checks that a run may resume from a checkpoint.
 
     Args:
-        saved: Hyperparameters in the checkpoint, with the identities of ``optimizer`` and ``loss``.
-        current: Those of the run.
-        override: Whether settings may differ. The class of the optimizer may not, since its state would not fit.
+        own: What decides the tokens, the steps and the weights of the run, by name.
+        saved: The same of the checkpoint. A name that one of the two lacks counts as None.
+        override: Whether options of the optimizer, clipping and precision may differ. The class of the optimizer may
+            not, since its state would not fit.
 
     Raises:
-        UserError: For the first setting that differs.
+        UserError: For the first difference.
     """
-    old_class, new_class = (_optimizer_class(settings.get("optimizer")) for settings in (saved, current))
-    if old_class != new_class:
+    new_class, old_class = (_optimizer_class(each.get("model.optimizer")) for each in (own, saved))
+    if new_class != old_class:
         raise UserError(
-            f"model.optimizer is {new_class}, but the checkpoint holds the state of {old_class}: set it back, "
-            "or start a new run from the checkpoint's weights with --model.model_path"
+            f"cannot resume: model.optimizer is {new_class}, the checkpoint holds the state of {old_class}; set it "
+            "back, or start from the checkpoint's weights with --model.model_path"
         )
-    for name in () if override else _SETTINGS:
-        old, new = saved.get(name), current[name]
-        if _as_list(old) != _as_list(new):
-            raise UserError(
-                f"model.{name} is {new}, but the checkpoint was trained with {old}: set it back, "
-                "or pass --resume_override to continue with the new one"
-            )
-
-
-def check_same_steps(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises UserError that names the first difference in what decides the tokens and the steps of two runs.
-
-    Args:
-        own: Of the run that is to continue.
-        saved: Of the checkpoint. A name that one of the two lacks counts as None.
-    """
     for name in {**own, **saved}:
-        if own.get(name) != saved.get(name):
-            raise UserError(
-                f"cannot resume: {name} is {own.get(name)!r}, the checkpoint was trained with {saved.get(name)!r}; "
-                "set it back, or start from the checkpoint's weights with --model.model_path"
-            )
+        if own.get(name) == saved.get(name) or (override and name in _NEEDS_OVERRIDE):
+            continue
+        instead = "start from the checkpoint's weights with --model.model_path"
+        if name in _NEEDS_OVERRIDE:
+            instead = "pass --resume_override to continue with the new one"
+        raise UserError(
+            f"cannot resume: {name} is {own.get(name)!r}, the checkpoint was trained with {saved.get(name)!r}; set it "
+            f"back, or {instead}"
+        )
 
 
 def _optimizer_class(text: str | None) -> str:
     return _DEFAULT_OPTIMIZER if text is None else text.partition("(")[0]
 
 
-def _as_list(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value  # YAML has no tuples

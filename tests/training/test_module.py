@@ -483,7 +483,7 @@ def test_a_longer_run_resumes_with_its_own_schedule(make_trainer, make_data, che
     ("name", "value", "old"),
     [
         ("learning_rate", 2e-3, "0.001"),
-        ("lr_schedule", "constant", "cosine"),
+        ("lr_schedule", "constant", "'cosine'"),
         ("weight_decay", 0.0, "0.1"),
         ("warmup_steps", 1, "0"),
         ("betas", (0.9, 0.95), r"[\[(]0.9, 0.999[\])]"),
@@ -493,7 +493,7 @@ def test_another_optimizer_setting_is_refused_by_name(
     make_trainer, make_data, checkpoint, model_folder, train_file, name, value, old
 ):
     with pytest.raises(
-        UserError, match=rf"^model\.{name} is .*, but the checkpoint was trained with {old}: .*resume_ov"
+        UserError, match=rf"^cannot resume: model\.{name} is .*, the checkpoint was trained with {old}; .*resume_ov"
     ):
         resume(make_trainer, make_data(train_file), model_folder, checkpoint, **{name: value})
 
@@ -517,11 +517,11 @@ def test_a_checkpoint_of_another_version_is_refused(
 ):
     read = checkpoint_io._read_state
 
-    def without_identities(path):
+    def without_trajectory(path):
         state = read(path)
-        del state["identities"]
+        del state["trajectory"]
         return state
 
-    monkeypatch.setattr(checkpoint_io, "_read_state", without_identities)
+    monkeypatch.setattr(checkpoint_io, "_read_state", without_trajectory)
     with pytest.raises(UserError, match="another version of sft-lightning wrote this checkpoint; start from its weig"):
         resume(make_trainer, make_data(train_file), model_folder, checkpoint)

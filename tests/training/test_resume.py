@@ -1,5 +1,8 @@
 """Test the settings that decide whether a run resumes, and optimizers that resume bit-equal, from Python and YAML."""
 
+import json
+import re
+import shutil
 from functools import partial
 
 import pytest
@@ -10,19 +13,16 @@ from sft_lightning.cli.main import main
 from sft_lightning.errors import UserError
 from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.training.module import SFTModule
-from sft_lightning.training.resume import check_resumable, check_same_steps, loss_identity, optimizer_identity
+from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity
 
 SETTINGS = {
-    "loss": None,
-    "optimizer": None,
-    "learning_rate": 0.1,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "lr_schedule": "cosine",
-    "warmup_steps": 0,
-    "warmup_ratio": 0.0,
-    "min_lr_factor": 0.0,
+    "model.loss": None,
+    "model.optimizer": None,
+    "model.learning_rate": 0.1,
+    "model.betas": [0.9, 0.999],
+    "model.lr_schedule": "cosine",
+    "trainer.gradient_clip_val": 1.0,
+    "data.seed": 7,
 }
 OPTIMIZERS = {
     "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
@@ -65,54 +65,54 @@ def test_an_identity_names_the_class_and_all_settings():
 # What may differ
 
 
-def test_equal_settings_resume_also_as_lists():
-    check_resumable({**SETTINGS, "betas": [0.9, 0.999]}, SETTINGS, override=False)
+def test_equal_settings_resume():
+    check_resumable(SETTINGS, dict(SETTINGS))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("loss", "SmoothedLoss(smoothing=0.2)"), ("betas", (0.9, 0.9)), ("lr_schedule", "linear"), ("eps", 1e-6)],
+    [("model.betas", [0.9, 0.9]), ("model.lr_schedule", "linear"), ("trainer.gradient_clip_val", None)],
 )
-def test_another_setting_is_refused_without_an_override(name, value):
-    current = {**SETTINGS, name: value}
+def test_another_optimizer_option_needs_an_override(name, value):
+    own = {**SETTINGS, name: value}
+    with pytest.raises(UserError, match=rf"^cannot resume: {name} is .*, the checkpoint was trained with .*_override"):
+        check_resumable(own, SETTINGS)
+    check_resumable(own, SETTINGS, override=True)
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize(("name", "value"), [("model.loss", "Smoothed(0.2)"), ("data.seed", 8), ("new.option", 1)])
+def test_all_else_is_refused_also_with_an_override(name, value, override):
+    old = SETTINGS.get(name)
     with pytest.raises(
-        UserError, match=rf"^model\.{name} is .*, but the checkpoint was trained with .*resume_override"
+        UserError,
+        match=rf"^cannot resume: {name} is {re.escape(repr(value))}, the checkpoint was trained with {old}; set it "
+        "back, or start from the checkpoint's weights with --model.model_path$",
     ):
-        check_resumable(SETTINGS, current, override=False)
-    check_resumable(SETTINGS, current, override=True)
+        check_resumable({**SETTINGS, name: value}, SETTINGS, override=override)
 
 
 @pytest.mark.parametrize("override", [False, True])
 @pytest.mark.parametrize(
-    ("saved", "current"),
+    ("saved", "own"),
     [(None, "torch.optim.sgd.SGD(momentum=0)"), ("torch.optim.sgd.SGD(momentum=0)", "torch.optim.adagrad.Adagrad()")],
 )
-def test_another_class_of_optimizer_is_always_refused(saved, current, override):
-    settings = ({**SETTINGS, "optimizer": optimizer} for optimizer in (saved, current))
-    with pytest.raises(UserError, match=r"model\.optimizer is .*, but the checkpoint holds the state of .*"):
-        check_resumable(*settings, override=override)
+def test_another_class_of_optimizer_is_always_refused(saved, own, override):
+    own, saved = ({**SETTINGS, "model.optimizer": optimizer} for optimizer in (own, saved))
+    with pytest.raises(UserError, match=r"model\.optimizer is .*, the checkpoint holds the state of .*"):
+        check_resumable(own, saved, override=override)
 
 
 def test_other_arguments_of_an_optimizer_need_an_override():
-    saved, current = ({**SETTINGS, "optimizer": f"SGD(momentum={momentum})"} for momentum in (0.5, 0.9))
-    with pytest.raises(
-        UserError, match=r"model\.optimizer is SGD\(momentum=0\.9\), .* trained with SGD\(momentum=0\.5\)"
-    ):
-        check_resumable(saved, current, override=False)
-    check_resumable(saved, current, override=True)
-
-
-def test_a_difference_in_steps_is_named():
-    check_same_steps({"data.seed": 7}, {"data.seed": 7})
-    with pytest.raises(UserError, match=r"^cannot resume: data\.seed is 8, the checkpoint was trained with 7; set it"):
-        check_same_steps({"a": 1, "data.seed": 8}, {"a": 1, "data.seed": 7})
+    own, saved = ({**SETTINGS, "model.optimizer": f"SGD(momentum={momentum})"} for momentum in (0.9, 0.5))
+    with pytest.raises(UserError, match=r"model\.optimizer is 'SGD\(momentum=0\.9\)', .* 'SGD\(momentum=0\.5\)'"):
+        check_resumable(own, saved)
+    check_resumable(own, saved, override=True)
 
 
 def test_a_missing_name_is_a_difference():
-    with pytest.raises(UserError, match="the filter is 'x', the checkpoint was trained with None"):
-        check_same_steps({"the filter": "x"}, {})
-    with pytest.raises(UserError, match="the filter is None, the checkpoint was trained with 'x'"):
-        check_same_steps({}, {"the filter": "x"})
+    with pytest.raises(UserError, match=r"data\.seed is None, the checkpoint was trained with 7"):
+        check_resumable({}, {"data.seed": 7})
 
 
 # Whole runs
@@ -159,11 +159,11 @@ def test_an_override_continues_with_other_arguments_of_the_same_optimizer(fit, t
     resumed = {"ckpt_path": str(tmp_path / "checkpoint-2"), "max_steps": 3}
     other = {"optimizer": partial(sgd, momentum=0.5, weight_decay=0.2)}
     with pytest.raises(
-        UserError, match=r"model\.optimizer is torch\.optim\.sgd\.SGD\(.*momentum=0\.5.*resume_override"
+        UserError, match=r"model\.optimizer is 'torch\.optim\.sgd\.SGD\(.*momentum=0\.5.*resume_override"
     ):
         fit(tmp_path, model=other, **resumed)
     with pytest.raises(
-        UserError, match=r"model\.optimizer is torch\.optim\.adamw\.AdamW, but .* state of torch\.optim\.sgd\.SGD"
+        UserError, match=r"model\.optimizer is torch\.optim\.adamw\.AdamW, .* state of torch\.optim\.sgd\.SGD"
     ):
         fit(tmp_path, model={"resume_override": True}, **resumed)
     run = fit(tmp_path, model={**other, "resume_override": True}, **resumed)
@@ -171,12 +171,38 @@ def test_an_override_continues_with_other_arguments_of_the_same_optimizer(fit, t
     assert [(group["momentum"], group["weight_decay"]) for group in groups] == [(0.5, 0.2), (0.5, 0.0)]
 
 
-def test_another_loss_needs_an_override_to_resume(fit, tmp_path):
-    fit(tmp_path, model={"loss": SmoothedLoss(0.1)}, max_steps=1)
-    with pytest.raises(
-        UserError, match=r"model\.loss is .*SmoothedLoss\(smoothing=0\.2\), .*SmoothedLoss\(smoothing=0\.1\)"
-    ):
-        fit(tmp_path, model={"loss": SmoothedLoss(0.2)}, ckpt_path=str(tmp_path / "checkpoint-1"), max_steps=2)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"loss": SmoothedLoss(0.2)}}, r"model\.loss is .*SmoothedLoss\(smoothing=0\.2\)', .*=0\.1\)'; set"),
+        ({"model": {"init": "random"}}, r"model\.init is 'random', .* 'pretrained'; set .* --model\.model_path"),
+        ({"gradient_clip_val": 0.5}, r"trainer\.gradient_clip_val is 0\.5, .* 1\.0; set .* --resume_override"),
+        ({"gradient_clip_algorithm": "value"}, r"clip_algorithm is 'value', .* 'norm'; .* --resume_override"),
+        ({"precision": "bf16-mixed"}, r"trainer\.precision is 'bf16-mixed', .* '32-true'; .* --resume_override"),
+        ({"config": {"rms_norm_eps": 1e-3}}, r"rms_norm_eps in the model's config\.json is 0\.001, .* 1e-06; set"),
+        ({"config": {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}}, r"rope_parameters in .*5\.0"),
+        ({"config": {"hidden_act": "gelu"}}, r"hidden_act in the model's config\.json is 'gelu', .* 'silu'"),
+        ({"config": {"attention_dropout": 0.1}}, r"attention_dropout in the model's config\.json is 0\.1, .* 0\.0"),
+    ],
+)
+def test_whatever_changes_the_trajectory_is_refused(fit, tmp_path, model_folder, change, message):
+    options = {"gradient_clip_val": 1.0, "max_steps": 2}
+    fit(tmp_path / "run", model={"loss": SmoothedLoss(0.1)}, checkpoint={"every_n_train_steps": 1}, **options)
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change.pop("config", {})}))
+    model = {"loss": SmoothedLoss(0.1), "model_path": str(base), **change.pop("model", {})}
+    with pytest.raises(UserError, match=f"^cannot resume: {message}"):
+        fit(tmp_path / "run", model=model, ckpt_path=str(tmp_path / "run" / "checkpoint-1"), **{**options, **change})
+
+
+def test_options_that_change_no_result_may_differ(fit, tmp_path):
+    straight = fit(tmp_path / "a", max_steps=2)
+    fit(tmp_path / "b", max_steps=1)
+    free = {"gradient_checkpointing": True, "on_nonfinite": "skip", "log_token_statistics": False}
+    resumed = fit(tmp_path / "b", model=free, ckpt_path=str(tmp_path / "b" / "checkpoint-1"), max_steps=2)
+    assert resumed.losses == straight.losses[1:]
 
 
 # Mistakes in a config
@@ -216,4 +242,4 @@ def test_a_config_names_the_loss_by_short_class_path(command, tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["loss"]
     assert saved["class_path"].endswith("TokenLoss")
     state = torch.load(tmp_path / "run" / "checkpoint-1" / "trainer_state.ckpt", weights_only=True)
-    assert state["identities"] == {"optimizer": None, "loss": None}
+    assert (state["trajectory"]["model.optimizer"], state["trajectory"]["model.loss"]) == (None, None)

@@ -54,7 +54,7 @@ def test_out_of_memory_is_reported_as_not_tried(make_setup, monkeypatch):
 
 def test_a_checkpoint_that_is_refused_fails_with_the_reason(make_setup, monkeypatch):
     monkeypatch.setattr(
-        "sft_lightning.training.datamodule.check_same_steps", lambda now, saved: (_ for _ in ()).throw(refusal)
+        "sft_lightning.training.datamodule.check_resumable", lambda now, saved: (_ for _ in ()).throw(refusal)
     )
     from sft_lightning.errors import UserError
 
