@@ -1,23 +1,38 @@
 """Save checkpoints that plain transformers loads and that resume bit-equal."""
 
 import logging
+from collections.abc import Mapping
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from sft_lightning.checkpointing import folder as folders
 from sft_lightning.checkpointing.io import HFCheckpointIO, write_model
-from sft_lightning.checkpointing.run_folder import prepare_run_folder, starts_new_run
+from sft_lightning.checkpointing.run_folder import (
+    begin_new_run,
+    delete_replaced,
+    open_run_folder,
+    put_back,
+    starts_new_run,
+)
+from sft_lightning.checkpointing.run_state import Lineage, RunState, scheduler_job
 from sft_lightning.errors import StoppedError, UserError
 from sft_lightning.lightning_compat.fsdp_strategy import use_full_state_dicts
-from sft_lightning.lightning_compat.loops import is_optimizer_step, run_validation, set_reruns_end, validation_is_due
+from sft_lightning.lightning_compat.loops import (
+    FitLoopKind,
+    is_optimizer_step,
+    run_validation,
+    set_fit_loop,
+    validation_is_due,
+)
 from sft_lightning.lightning_compat.signals import end_other_ranks, install_signal_handlers, is_watched_by_rank_zero
 from sft_lightning.lightning_compat.trainer import (
     TrainedModule,
+    callbacks_of,
     datamodule_of,
     is_dry_run,
     logs_this_step,
@@ -25,6 +40,7 @@ from sft_lightning.lightning_compat.trainer import (
     total_optimizer_steps,
 )
 from sft_lightning.system.disk_space import describe_shortage, require_space, size_bytes
+from sft_lightning.system.lock import unlock_folders
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +96,8 @@ class HFCheckpoint(ModelCheckpoint):
         self._last_step_saved = 0
         self._validation_pending = False
         self._step_metrics: dict[str, float] = {}
+        self._patience: list[tuple[EarlyStopping, int]] = []
+        self._lineage = Lineage.new()
 
     @staticmethod
     def find(run: str | Path, word: Literal["auto", "last", "best"] = "auto") -> str | None:
@@ -107,14 +125,17 @@ class HFCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         use_full_state_dicts(trainer)
         trainer.strategy.checkpoint_io = HFCheckpointIO(trainer)
+        stoppers = [each for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
+        self._patience = [(each, each.patience) for each in stoppers]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resumed = resume_path(trainer)
         if resumed is None:
             self._last_step_saved, self._validation_pending, self._step_metrics = 0, False, {}
-            self.best_model_score, self.best_model_path, self.last_model_path = None, "", ""
+        for stopper, patience in self._patience:
+            stopper.patience = patience  # Lightning restores that of the checkpoint
         # On every rank, since all ranks run the end of training.
-        set_reruns_end(trainer, resumed is not None and not self._is_final(Path(resumed)))
+        set_fit_loop(trainer, self._fit_loop_kind(trainer, resumed))
         if is_dry_run(trainer):
             return
         if isinstance(pl_module, TrainedModule):
@@ -125,14 +146,10 @@ class HFCheckpoint(ModelCheckpoint):
             raise UserError(
                 f"checkpoint.monitor '{self.monitor}' needs validations: set data.val_path, or monitor null"
             )
-        if starts_new_run(resumed, self.run):
-            prepare_run_folder(self.run, overwrite=self.overwrite)
-        elif resumed is not None:
-            folders.point(self.run / "last", Path(resumed).resolve())
+        self._start_attempt(resumed)
         for each in trainer.loggers if resumed is None else ():
             if isinstance(each, ResumableLogger):
                 each.start_afresh()
-        folders.remove_unfinished(self.run)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
@@ -177,20 +194,21 @@ class HFCheckpoint(ModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit" or is_dry_run(trainer):
             return
         self._validation_pending = False
-        if self.monitor is None:
-            return
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise UserError(f"checkpoint.monitor '{self.monitor}' was not logged; logged metrics: {logged}")
-        if self._improves(value):
-            self.best_model_score = value.detach().cpu()
-            self.best_model_path = str(self.run / f"checkpoint-{trainer.global_step}")
-            is_saved = self._last_step_saved == trainer.global_step and Path(self.best_model_path).is_dir()
-            if not trainer.strategy.broadcast(is_saved):
-                self._save_step(trainer)
-            if trainer.is_global_zero:
-                folders.point(self.run / "best", Path(self.best_model_path))
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self.monitor is not None and self.monitor not in logged:
+            raise UserError(
+                f"checkpoint.monitor '{self.monitor}' was not logged; logged metrics: {', '.join(sorted(logged))}"
+            )
+        metrics = {name: value for name, value in logged.items() if name.startswith("val/") or name == self.monitor}
+        folder = self.run / f"checkpoint-{trainer.global_step}"
+        is_saved = self._last_step_saved == trainer.global_step and folder.is_dir()
+        is_saved, improves = trainer.strategy.broadcast((is_saved, self._improves(metrics)))
+        if improves and not is_saved:
+            self._save_step(trainer, metrics)
+        elif is_saved and trainer.is_global_zero:
+            folders.add_metrics(folder, metrics)
+        if trainer.is_global_zero:
+            self._link_best_and_prune()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_dry_run(trainer):
@@ -199,11 +217,12 @@ class HFCheckpoint(ModelCheckpoint):
             self._save_step(trainer)
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
+            stopped_early = trainer.should_stop and trainer.global_step < total_optimizer_steps(trainer)
             require_space(self.run / "final", size_bytes(weights))
             folders.publish(
                 self.run / "final",
                 lambda folder: write_model(trainer, folder, weights),
-                {"step": trainer.global_step},
+                {**self._about(trainer), "stopped_by": _stoppers(trainer) if stopped_early else None},
             )
         trainer.strategy.barrier("HFCheckpoint.on_train_end")
 
@@ -211,17 +230,46 @@ class HFCheckpoint(ModelCheckpoint):
         """Saves nothing: the state may be that of half a step, and the last checkpoint is good."""
         if not isinstance(exception, KeyboardInterrupt):  # Lightning handles that one
             end_other_ranks(trainer)
+        self._close(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best_model_score": self.best_model_score,
-            "best_model_name": Path(self.best_model_path).name if self.best_model_path else "",
-        }
+        """Returns nothing: which checkpoint is best follows from the manifests on disk."""
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_model_score = state_dict["best_model_score"]
-        name = state_dict["best_model_name"]
-        self.best_model_path = str(self.run / name) if name else ""
+        """Loads nothing."""
+
+    def _start_attempt(self, resumed: str | None) -> None:
+        """Claims the folder and makes this process the current attempt of its run. On rank 0."""
+        open_run_folder(self.run)
+        if starts_new_run(resumed, self.run):
+            begin_new_run(self.run, overwrite=self.overwrite)
+        self._lineage = Lineage.new()
+        if resumed is not None and (Path(resumed) / folders.MANIFEST).is_file():
+            manifest = folders.read_manifest(Path(resumed))
+            self._lineage = Lineage.of(manifest).continued(manifest.get("step", 0))
+        RunState(self._lineage, self.monitor, self.mode, scheduler_job()).write(self.run)
+        if resumed is not None and not starts_new_run(resumed, self.run):
+            folders.point(self.run / "last", Path(resumed).resolve())
+        self._link_best_and_prune()
+
+    def _close(self, trainer: Trainer) -> None:
+        """Gives the folder of the run back to other processes."""
+        if trainer.is_global_zero and not is_dry_run(trainer) and self.run.is_dir():
+            put_back(self.run)
+            unlock_folders()
+
+    def _link_best_and_prune(self) -> None:
+        best = folders.best(self.run)
+        self.best_model_path = "" if best is None else str(best)
+        if best is not None:
+            folders.point(self.run / "best", best)
+        if self.keep_last is not None:
+            folders.prune(self.run, self.keep_last)
 
     def _leave(self, trainer: Trainer) -> NoReturn:
         if trainer.is_global_zero:
@@ -247,36 +295,56 @@ class HFCheckpoint(ModelCheckpoint):
         if (shortage := describe_shortage(self.run, size, min(left, self.keep_last or left) + 1)) is not None:
             logger.warning("%s", shortage)
 
-    def _is_final(self, resumed: Path) -> bool:
-        """Returns whether the run ended at this checkpoint: ``final``, which is written last, has the same step."""
-        manifests = [folder / folders.MANIFEST for folder in (self.run / "final", resumed)]
-        if not all(manifest.is_file() for manifest in manifests):
-            return False
-        final, last = (folders.read_manifest(manifest.parent).get("step") for manifest in manifests)
-        return final == last
+    def _fit_loop_kind(self, trainer: Trainer, resumed: str | None) -> FitLoopKind:
+        """Returns how much of the fit is left to run: if it resumes where the run ended, nothing or only more steps."""
+        if resumed is None:
+            return "whole"
+        if not folders.holds_state_of(self.run / "final", Path(resumed)):
+            return "with_end"  # the run that wrote the checkpoint may have died before its end hooks ran
+        stopped_by = folders.read_manifest(self.run / "final").get("stopped_by")
+        if stopped_by is not None and getattr(trainer.lightning_module, "resume_override", False):
+            for stopper, _ in self._patience:
+                stopper.wait_count = 0
+            return "whole"
+        return "whole" if stopped_by is None or stopped_by != _stoppers(trainer) else "nothing"
 
-    def _improves(self, value: Tensor) -> bool:
-        if value.isnan():
+    def _improves(self, metrics: Mapping[str, float]) -> bool:
+        value = metrics.get(self.monitor or "", nan)
+        if isnan(value):
             return False
-        best = self.best_model_score
-        return best is None or bool(value.cpu() > best if self.mode == "max" else value.cpu() < best)
+        best = folders.best(self.run)
+        score = None if best is None else folders.score(best, str(self.monitor))
+        return score is None or (value > score if self.mode == "max" else value < score)
 
-    def _save_step(self, trainer: Trainer) -> None:
+    def _save_step(self, trainer: Trainer, metrics: Mapping[str, float] | None = None) -> None:
         if is_dry_run(trainer):
             return
         step = trainer.global_step
         folder = self.run / f"checkpoint-{step}"
-        about = {**self._about(trainer), "previous": folders.identity(self.run / "last")}
         self._last_step_saved = step
         self.last_model_path = str(folder)
-        if self.best_model_path == str(folder) and self.monitor is not None and self.best_model_score is not None:
-            about[self.monitor] = float(self.best_model_score)
-        trainer.save_checkpoint(folder, storage_options=about)
+        validated = {} if metrics is None else {"metrics": metrics}
+        trainer.save_checkpoint(folder, storage_options={**self._about(trainer), **validated})
         if trainer.is_global_zero:
             folders.point(self.run / "last", folder)
-            if self.keep_last is not None:
-                folders.prune(self.run, self.keep_last)
+            delete_replaced(self.run)
+            self._link_best_and_prune()
 
     def _about(self, trainer: Trainer) -> dict[str, Any]:
         decides_steps = datamodule_of(trainer).state_dict().get("decides_steps", {})
-        return {"step": trainer.global_step, "epoch": trainer.current_epoch, "digest": decides_steps}
+        return {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "digest": decides_steps,
+            "lineage": self._lineage.attempts,
+        }
+
+
+def _stoppers(trainer: Trainer) -> dict[str, Any]:
+    """Returns the settings of the callbacks that may end a run before its last step, by their names."""
+    names = ("patience", "min_delta", "stopping_threshold", "divergence_threshold", "_duration")
+    return {
+        each.state_key: {name: getattr(each, name) for name in names if hasattr(each, name)}
+        for each in callbacks_of(trainer)
+        if isinstance(each, EarlyStopping | Timer)
+    }

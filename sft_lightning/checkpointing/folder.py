@@ -4,19 +4,22 @@ checkpoints/sft/
   checkpoint-500/    a Hugging Face model folder, trainer_state.ckpt, manifest.json (written last)
   last -> checkpoint-1500    best -> checkpoint-1000
   final/             a model folder
+  run_state.json     the current attempt: run_state.py
   run_files.json     the other files of the run: run_folder.py
 """
 
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from sft_lightning.checkpointing.run_state import Lineage, read_run_state
 from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.system.files import (
     atomic_folder,
@@ -25,6 +28,7 @@ from sft_lightning.system.files import (
     symlink_atomically,
     sync,
     unfinished,
+    write_atomically,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,8 @@ _REPLACED = ".replaced"
 # What safetensors and torch report when a file cannot be written.
 _DISK_ERRORS = re.compile(r"IoError|I/O error|failed writing file|unexpected pos")
 _WRITTEN_ATOMICALLY = (
-    *("checkpoint-*", "final", "last", "best", "config*.yaml", "metrics.csv", "predictions.jsonl", "run_files.json"),
+    *("checkpoint-*", "checkpoint-*/manifest.json", "final", "last", "best", "run_files.json", "run_state.json"),
+    *(".replaced-run", "config*.yaml", "metrics.csv", "predictions.jsonl"),
     *("evaluation/*/predictions.jsonl", "evaluation/*/metrics.json", "nonfinite/*/*", "report/*"),
 )
 
@@ -78,10 +83,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _before(folder: Path) -> str:
-    last = folder.parent / "last"
-    if not (last / MANIFEST).is_file():
+    earlier = branch(folder.parent)
+    if not earlier:
         return "there is no checkpoint before it"
-    return f"'{last.resolve()}' is the last good checkpoint; resume with --ckpt_path auto"
+    return f"'{earlier[-1].resolve()}' is the last good checkpoint; resume with --ckpt_path auto"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -91,6 +96,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, expected in manifest["files"].items():
             if not {"size", "sha256"} <= expected.keys() or escapes_folder(name):
                 raise ValueError(name)
+        if not isinstance(manifest.get("step", 0), int) or not isinstance(manifest.get("metrics", {}), dict):
+            raise ValueError(manifest)
+        Lineage.of(manifest)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint '{folder}' has no readable {MANIFEST}: {type(error).__name__}") from None
@@ -128,11 +136,28 @@ def is_run(run: Path) -> bool:
     return (run / "config.yaml").exists() or (run / "final").exists() or bool(checkpoints(run))
 
 
+def branch(run: Path) -> list[Path]:
+    """Returns the checkpoints of the run's current attempt and of those that it continues, oldest first.
+
+    A checkpoint whose manifest cannot be read is among them, since its attempt is unknown.
+    """
+    state = read_run_state(run)
+    return [folder for folder in checkpoints(run) if state is None or _may_belong_to(state.lineage, folder)]
+
+
+def _may_belong_to(lineage: Lineage, folder: Path) -> bool:
+    try:
+        return lineage.includes(read_manifest(folder))
+    except UserError:
+        return True
+
+
 def find(run: Path, word: str) -> Path | None:
     """Returns the checkpoint that ``auto``, ``last`` or ``best`` refers to; None if ``auto`` finds none.
 
-    ``auto`` takes the newest whose manifest verifies, and warns about each newer one that does not. It skips
-    checkpoints that the run left behind when it was resumed from an earlier one.
+    ``auto`` takes the newest of the current branch whose manifest verifies, and warns about each newer one that does
+    not. The links ``last`` and ``best`` are for readers: a process that dies may leave them behind, so they count only
+    where nothing else tells.
 
     Raises:
         UserError: If the word is unknown, ``last`` or ``best`` has no checkpoint, or ``auto`` finds only damaged ones.
@@ -140,58 +165,90 @@ def find(run: Path, word: str) -> Path | None:
     if word not in ("auto", "last", "best"):
         raise UserError(f"'{word}' does not name a checkpoint; choose auto, last or best")
     run = run.resolve()
-    found = checkpoints(run)
     if word == "auto":
-        return _newest_good(run, found)
-    link = run / word
-    if not link.exists():
-        raise UserError(f"--ckpt_path {word}: there is no '{link}'; use auto to start fresh where there is none")
-    return link.resolve()
+        return _newest_good(run)
+    found = best(run) if word == "best" else next(reversed(branch(run)), None)
+    if found is None:
+        raise UserError(f"--ckpt_path {word}: '{run}' has no such checkpoint; use auto to start fresh where none is")
+    return found.resolve()
 
 
-def identity(folder: Path) -> str:
-    """Returns a hash that is unique to a checkpoint, also among those of one step; empty if there is none."""
-    manifest = folder / MANIFEST
-    return file_digest(manifest) if manifest.is_file() else ""
+def best(run: Path) -> Path | None:
+    """Returns the checkpoint with the best value of the run's monitored metric, the earliest of equal ones.
+
+    All checkpoints on disk count, also those of an abandoned branch. Without a monitor the link ``best`` decides.
+    """
+    state = read_run_state(run)
+    if state is None or state.monitor is None:
+        link = run / "best"
+        return run / link.readlink() if link.is_symlink() and (link / MANIFEST).is_file() else None
+    scores = {folder: value for folder in checkpoints(run) if (value := score(folder, state.monitor)) is not None}
+    choose = max if state.mode == "max" else min
+    return choose(scores, key=lambda folder: scores[folder], default=None)
 
 
-def _newest_good(run: Path, found: list[Path]) -> Path | None:
-    last = (run / "last").resolve()
+def score(folder: Path, monitor: str) -> float | None:
+    """Returns the value of a validation metric of a checkpoint, None if it has none or it is NaN."""
+    try:
+        value = read_manifest(folder).get("metrics", {}).get(monitor)
+    except UserError:
+        return None
+    return value if isinstance(value, int | float) and value == value else None
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of a validation of a checkpoint to its manifest."""
+    manifest = {**read_manifest(folder), "metrics": dict(metrics)}
+    with write_atomically(folder / MANIFEST) as file:
+        json.dump(manifest, file, indent=2)
+
+
+def holds_state_of(folder: Path, checkpoint: Path) -> bool:
+    """Returns whether a model folder, such as ``final``, was written at the state of a checkpoint."""
+    try:
+        ours, theirs = read_manifest(folder), read_manifest(checkpoint)
+    except UserError:
+        return False
+    return ours.get("step") == theirs.get("step") and Lineage.of(ours).includes(theirs)
+
+
+def _newest_good(run: Path) -> Path | None:
+    found = branch(run)
     for folder in reversed(found):
         try:
             verify(folder)
+            return folder
         except UserError as error:
             logger.warning("%s; trying the one before it", error)
-            continue
-        # A run that dies between writing a checkpoint and moving `last` leaves one that follows `last` directly. Any
-        # other one beyond `last` belongs to an abandoned branch.
-        is_beyond = last in found and _step(folder) > _step(last)
-        if is_beyond and read_manifest(folder).get("previous") != identity(last):
-            logger.warning("checkpoint '%s' was left behind when the run resumed from an earlier one", folder)
-            continue
-        return folder
     if found:
         raise UserError(
             f"--ckpt_path auto: none of the {len(found)} checkpoints in '{run}' is good; name another folder as "
             "output_dir, or pass --overwrite without --ckpt_path to replace the run"
         )
+    if others := checkpoints(run):
+        raise UserError(
+            f"--ckpt_path auto: the run in '{run}' has left the branch of its {len(others)} checkpoints; name the one "
+            f"to resume from, such as --ckpt_path {others[-1]}"
+        )
     return None
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def point(link: Path, target: Path) -> None:
     """Makes a link in a run folder point at one of its checkpoints. At every moment it points at one."""
+    if os.path.lexists(link) and not link.is_symlink():
+        logger.warning("'%s' is not a link and stays as it is; move it away to have one", link)
+        return
     symlink_atomically(link, target.name)
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Deletes all but the newest checkpoints of a run. It keeps those that ``last`` and ``best`` point at."""
-    protected = {(run / name).resolve() for name in ("last", "best")}
-    for folder in checkpoints(run)[:-keep_last]:
-        if folder.resolve() not in protected:
+    """Deletes all checkpoints but the newest of the current branch, and the best one.
+
+    Keeps links, and folders without a manifest, which no run wrote.
+    """
+    kept = {*branch(run)[-keep_last:], best(run)}
+    for folder in checkpoints(run):
+        if folder not in kept and not folder.is_symlink() and (folder / MANIFEST).is_file():
             remove_atomically(folder)
 
 
@@ -219,7 +276,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _make_way(folder: Path) -> bool:
     """Moves the folder in the place of a new one aside: a checkpoint until the new one is there, others for good."""
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not folder.is_symlink():
         shutil.rmtree(_set_aside(folder), ignore_errors=True)
         folder.rename(_set_aside(folder))
     else:

@@ -60,7 +60,8 @@ class HFCheckpointIO(CheckpointIO):
         return {**state, "state_dict": _read_weights(self._trainer, folder)}
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        remove_atomically(Path(path))
+        if Path(path).is_dir():  # Lightning also asks to remove what was never written
+            remove_atomically(Path(path))
 
 
 def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> None:

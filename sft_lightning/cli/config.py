@@ -7,9 +7,15 @@ from typing import Any, NamedTuple
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 from sft_lightning.checkpointing import folder as folders
-from sft_lightning.checkpointing.run_folder import prepare_run_folder, starts_new_run
+from sft_lightning.checkpointing.run_folder import (
+    open_run_folder,
+    refuse_other_run,
+    starts_new_run,
+)
+from sft_lightning.checkpointing.run_state import read_run_state, scheduler_job
 from sft_lightning.errors import UserError
 
 # Argument of a class -> the option of the command that sets it. On the command line it has no other spelling.
@@ -59,7 +65,7 @@ def add_options(parser: LightningArgumentParser) -> None:
     parser.add_argument(
         "--resume_override",
         action="store_true",
-        help="Resume with another learning rate, schedule, loss or other optimizer options than the checkpoint had.",
+        help="Resume with another learning rate, schedule, clipping, precision or optimizer options than before.",
     )
 
 
@@ -106,21 +112,31 @@ def check_checkpoint_path(path: str | None) -> None:
 
 
 def resolve_start(config: Any, *, is_fit: bool) -> None:
-    """Replaces the value of ``--ckpt_path`` by a folder, and prepares the folder of a new run.
+    """Replaces the value of ``--ckpt_path`` by a folder, and locks the folder of the run.
 
     Raises:
-        UserError: If last or best names no checkpoint, or ``output_dir`` holds another run or cannot be written.
+        UserError: If last or best names no checkpoint, or ``output_dir`` holds another run, is in use by another
+            process or cannot be written.
     """
     run = Path(config.output_dir)
+    writes = is_fit and not config.trainer.fast_dev_run
+    # Other ranks of this fit only read: rank 0 holds the lock.
+    if writes and getattr(rank_zero_only, "rank", 0) == 0:
+        open_run_folder(run)
     scheduler = _restarted_by() if is_fit else None
-    if scheduler is not None and (config.ckpt_path is None or folders.checkpoints(run)):
+    if scheduler is not None and _is_of_this_job(run) and (config.ckpt_path is None or folders.checkpoints(run)):
         print(f"restarted by {scheduler}: continues as with --ckpt_path auto")
         config.ckpt_path, config.checkpoint.overwrite = "auto", False
     if config.ckpt_path in _CHECKPOINT_WORDS:
         _resolve_checkpoint_word(config, run)
-    begins = is_fit and starts_new_run(config.ckpt_path, run)
-    if begins and not config.checkpoint.overwrite and not config.trainer.fast_dev_run:
-        prepare_run_folder(run, overwrite=False)
+    if writes and starts_new_run(config.ckpt_path, run) and not config.checkpoint.overwrite:
+        refuse_other_run(run)
+
+
+def _is_of_this_job(run: Path) -> bool:
+    """Returns whether this scheduler's job started the run in a folder, rather than being about to replace it."""
+    state = read_run_state(run)
+    return state is None or state.job == scheduler_job()
 
 
 def _resolve_checkpoint_word(config: Any, run: Path) -> None:

@@ -20,7 +20,8 @@ from sft_lightning.cli.config import (
 )
 from sft_lightning.cli.console import set_up_logging, shorten
 from sft_lightning.errors import UserError
-from sft_lightning.lightning_compat.loops import reruns_end
+from sft_lightning.lightning_compat.loops import fit_loop_kind
+from sft_lightning.system.lock import unlock_folders
 from sft_lightning.system.out_of_memory import translate_out_of_memory
 from sft_lightning.training.callbacks.defaults import run_defaults
 from sft_lightning.training.callbacks.generation_evaluation import GenerationEvaluation
@@ -100,11 +101,19 @@ class SFTCLI(LightningCLI):
             return
         if folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
             return
-        steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
-        if reruns_end(self.trainer):
-            print(f"{steps}, but had stopped before its end, which is now complete")
+        num_steps, kind = self.trainer.global_step, fit_loop_kind(self.trainer)
+        if kind == "with_end":
+            print(f"the run has finished its {num_steps} optimizer steps, but had stopped before its end, now complete")
+        elif kind == "nothing":
+            print(
+                f"nothing to do: the run was stopped early, after optimizer step {num_steps}; change what stopped it, "
+                "such as EarlyStopping's patience, or pass --resume_override to train further"
+            )
         else:
-            print(f"nothing to do: {steps}; raise --trainer.max_epochs or --trainer.max_steps to train further")
+            print(
+                f"nothing to do: the run has finished its {num_steps} optimizer steps; raise --trainer.max_epochs or "
+                "--trainer.max_steps to train further"
+            )
 
 
 def run_trainer_command(args: list[str]) -> None:
@@ -113,7 +122,10 @@ def run_trainer_command(args: list[str]) -> None:
     Raises:
         UserError: For a mistake in the command, the config or the data, also one that Lightning reports.
     """
-    _start(_cli_for(args[0]), args)
+    try:
+        _start(_cli_for(args[0]), args)
+    finally:
+        unlock_folders()
 
 
 def parse_fit(args: list[str]) -> ParsedFit:

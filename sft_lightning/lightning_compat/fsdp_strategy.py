@@ -29,6 +29,11 @@ class _FullStateDictStrategy(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        # The model is sharded before. As with other strategies, on_fit_start then knows what the run resumes from.
+        return False
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         whole = unsharded(self.lightning_module.state_dict(keep_vars=True), keep=self.is_global_zero)

@@ -1,6 +1,6 @@
 """Read and steer the Trainer's loops: the position of a fit, validations inside it, and counters on resume."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -40,17 +40,30 @@ class _RerunEndLoop(_FitLoop):
         return self.trainer.limit_train_batches == 0
 
 
-def set_reruns_end(trainer: Trainer, reruns_end: bool) -> None:
-    """Sets whether a run that resumes with no step left runs its start and end hooks, which Lightning skips.
+class _SkippedLoop(_FitLoop):
+    @property
+    def skip(self) -> bool:
+        return True
 
-    Call it in ``on_fit_start``. The run that wrote the last checkpoint may have died before its end hooks ran.
+
+FitLoopKind: TypeAlias = Literal["whole", "with_end", "nothing"]
+_LOOPS: dict[FitLoopKind, type[_FitLoop]] = {"whole": _FitLoop, "with_end": _RerunEndLoop, "nothing": _SkippedLoop}
+
+
+def set_fit_loop(trainer: Trainer, kind: FitLoopKind) -> None:
+    """Sets what a fit runs. Call it in ``on_fit_start``.
+
+    Args:
+        trainer: The Trainer, whose loop changes its class.
+        kind: ``whole`` runs what Lightning runs: without a step left, no start and end hooks. ``with_end`` runs these
+            hooks in any case. ``nothing`` also leaves out the steps that are left.
     """
-    trainer.fit_loop.__class__ = _RerunEndLoop if reruns_end else _FitLoop
+    trainer.fit_loop.__class__ = _LOOPS[kind]
 
 
-def reruns_end(trainer: Trainer) -> bool:
-    """Returns what ``set_reruns_end`` set."""
-    return isinstance(trainer.fit_loop, _RerunEndLoop)
+def fit_loop_kind(trainer: Trainer) -> FitLoopKind:
+    """Returns what ``set_fit_loop`` set."""
+    return next(kind for kind, loop in _LOOPS.items() if type(trainer.fit_loop) is loop)
 
 
 def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:

@@ -37,8 +37,9 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Returns the free bytes, available to this user, on the file system of an existing folder."""
-    return shutil.disk_usage(folder).free
+    """Returns the free bytes, available to this user, on the file system that a folder is on, or would be on."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return shutil.disk_usage(existing).free
 
 
 def describe_shortage(run: Path, checkpoint_bytes: int, num_checkpoints: int) -> str | None:

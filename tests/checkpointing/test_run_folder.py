@@ -22,7 +22,8 @@ def test_stale_files_and_their_empty_folders_are_deleted(tmp_path):
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     theirs = {"evaluation/step-10/notes.txt", "evaluation/step-15/mine.txt"}
     assert left == {*ours[:2], *theirs, run_folders.RUN_FILES}
-    run_folders.clear(tmp_path)
+    run_folders.begin_new_run(tmp_path, overwrite=True)
+    run_folders.delete_replaced(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == theirs
 
 
