@@ -25,8 +25,8 @@ test: $(INSTALLED)  ## run the fast tests
 test-all: $(INSTALLED)  ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
 
-soak: $(INSTALLED)  ## kill 220 runs at random and compare what comes of them: up to half an hour
-	SFT_SOAK="200 20" $(BIN)/python -m pytest -s tests/test_soak.py
+soak: $(INSTALLED)  ## kill 300 runs at random and compare what comes of them: about an hour
+	SFT_SOAK="260 30 10" $(BIN)/python -m pytest -s tests/test_soak.py
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .

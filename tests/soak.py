@@ -1,11 +1,15 @@
-"""Kill a run with SIGKILL and resume it, many times: `python tests/soak.py [FORKED] [WHOLE]`.
+"""Kill a run with SIGKILL and resume it, many times: `python tests/soak.py [FORKED] [WHOLE] [SHARDED]`.
 
-FORKED children (200) are forked from this process, which has only done the imports, and call the function behind
-`sft-lightning fit`; WHOLE runs (20) are separate processes. Half of each are killed while a checkpoint is being
-written, and count only if they left an unfinished folder, which proves it. The others die at any moment after the start
-of the process. After each kill the newest good checkpoint must be at least as far as before,
-and the targets of `last` and `best` must be whole. A run that reaches its end is compared with one that was never
-interrupted, in weights, optimizer state, metrics, answers and training rows, and the next run begins.
+FORKED children (260) are forked from this process, which has only done the imports, and call the function behind
+`sft-lightning fit`; WHOLE runs (30) are separate processes, and SHARDED ones (10) two processes under FSDP2. Half of
+each are killed while a checkpoint is being written, and count only if they left an unfinished folder, which proves it.
+The others die at any moment after the start of the process. After each kill the newest good checkpoint must be at least
+as far as before, and the targets of `last` and `best` must be whole. A run that reaches its end is compared with one
+that was never interrupted, in weights, optimizer state, metrics, answers and training rows, and the next run begins.
+
+The runs take turns: a plain one; one that goes back to an earlier checkpoint after some kills; one that overwrites
+another run, which must still be there until the new one has a checkpoint; one that early stopping ends; and one with
+an exponential moving average of its weights.
 
 The last line is JSON, with the counts. Exit code 1 if anything was lost.
 """
@@ -32,8 +36,10 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
 import sft_lightning.cli.lightning_cli  # noqa: F401
 from sft_lightning.checkpointing import folder as folders
+from sft_lightning.checkpointing.run_folder import open_run_folder
 from sft_lightning.cli.main import main as sft_lightning_main
 from sft_lightning.errors import UserError
+from sft_lightning.system.lock import unlock_folders
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 # 36 steps of two micro-batches, 18 checkpoints of which three and the best stay, and 7 evaluations.
@@ -52,17 +58,59 @@ OPTIONS = {
 }
 
 
-class Run:
-    """The run that is killed: where it is, and how to start it once more."""
+STOPS_EARLY = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "min_delta": 10, "patience": 2}}
+AVERAGES = {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}
+FSDP2 = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "branches": {},
+    "overwrites": {},
+    "stops early": {"trainer.callbacks": json.dumps([STOPS_EARLY])},
+    "averages": {"trainer.callbacks": json.dumps([AVERAGES])},
+    "sharded": {"trainer.strategy": json.dumps(FSDP2), "trainer.devices": 2, "data.batch_size": 2},
+}
 
-    def __init__(self, work: Path, name: str) -> None:
+
+class Run:
+    """The run that is killed: where it is, and how to start it once more.
+
+    Args:
+        work: The folder for all runs, with the data.
+        name: Of this run.
+        kind: One of ``KINDS``.
+    """
+
+    def __init__(self, work: Path, name: str, kind: str) -> None:
         self.folder = work / name
         self.log = work / f"{name}.log"
+        self.kind = kind
+        self.start = "auto"
         data = work / "data"
         paths = {"data.train_path": data / "train.jsonl", "data.val_path": data / "heldout.jsonl"}
-        where = {"model.model_path": data / "model", "output_dir": self.folder, "ckpt_path": "auto"}
-        options = [f"--{name}={value}" for name, value in {**OPTIONS, **paths, **where}.items()]
-        self.arguments = ["fit", "--config", str(CONFIG), *options]
+        where = {"model.model_path": data / "model", "output_dir": self.folder}
+        options = {**OPTIONS, **KINDS[kind], **paths, **where}
+        self.options = ["fit", "--config", str(CONFIG), *[f"--{name}={value}" for name, value in options.items()]]
+        if kind == "overwrites":
+            shutil.copytree(work / "old", self.folder, symlinks=True)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command of its next start."""
+        replaces = self.kind == "overwrites" and not self.newest() and (self.folder / "checkpoint-1").is_dir()
+        return [*self.options, "--overwrite"] if replaces else [*self.options, "--ckpt_path", self.start]
+
+    def choose_start(self) -> int:
+        """Decides where its next start resumes from. Returns that step."""
+        self.start = "auto"
+        earlier = [path for path in folders.branch(self.folder) if self.kind == "branches" and random.random() < 0.3]
+        if earlier:
+            chosen = random.choice(earlier)
+            self.start = str(chosen)
+            return int(chosen.name.removeprefix("checkpoint-"))
+        return self.newest()
 
     def fork(self) -> int:
         """Starts it in a child of this process."""
@@ -91,9 +139,10 @@ class Run:
         return found | {path.name for path in self.folder.glob(".final.tmp-*")}
 
     def newest(self) -> int:
-        """Returns the step of the checkpoint that it would resume from, 0 if it has none."""
+        """Returns the step of the checkpoint that it would resume from, 0 if it has none of its own."""
         found = folders.find(self.folder, "auto") if self.folder.is_dir() else None
-        return int(found.name.removeprefix("checkpoint-")) if found else 0
+        step = int(found.name.removeprefix("checkpoint-")) if found else 0
+        return step if step > 1 else 0  # the run that another one overwrites has checkpoint-1 only
 
 
 @dataclass
@@ -176,7 +225,13 @@ def first_difference(ours: Any, theirs: Any) -> str:
 def check(run: Run, before: int) -> list[str]:
     """Returns the faults of the checkpoints after a kill."""
     try:
+        open_run_folder(run.folder)  # as the next start does, which undoes half an overwrite
+        unlock_folders()
         now = run.newest()
+        if run.kind == "overwrites" and now == 0:
+            kept = next(folder for folder in (run.folder / ".replaced-run", run.folder) if folder.is_dir())
+            for name in ("checkpoint-1", "final"):
+                folders.verify(kept / name)
         for word in ("last", "best"):
             if (run.folder / word).is_symlink():
                 folders.verify(folders.find(run.folder, word))
@@ -192,67 +247,86 @@ def reap(run: Run, process: int) -> list[str]:
     return [f"{run.folder.name}: exit code {code}\n{run.log.read_text()[-3000:]}"] if code else []
 
 
-def tries(work: Path, kind: str, number: int, reference: dict[str, Any], seconds: float, counts: Counts) -> None:
-    """Kills processes of a kind, ``fork`` or ``spawn``, half of them while they write."""
-    runs = writes = 0
-    run = Run(work, f"{kind}-0")
-    tried = before = 0
+@dataclass
+class Reference:
+    """An uninterrupted run of a kind: how long it took, in seconds, and all that it left."""
+
+    seconds: float
+    outcome: dict[str, Any]
+
+
+def tries(work: Path, way: str, kinds: list[str], number: int, counts: Counts) -> None:
+    """Kills processes that start in a way, ``fork`` or ``spawn``, half of them while they write."""
+    references = {kind: refer(work, way, kind) for kind in kinds}
+    runs = writes = tried = before = 0
+    run = Run(work, f"{way}-0", kinds[0])
     while tried < number:
         while_writing = writes <= tried - writes
-        process = getattr(run, kind)()
-        if kill(run, process, while_writing=while_writing, longest=seconds, write_seconds=0.015):
+        process = getattr(run, way)()
+        if kill(run, process, while_writing=while_writing, longest=references[run.kind].seconds, write_seconds=0.015):
             tried += 1
             writes += bool(run.unfinished())
             counts.losses += check(run, before)
-            before = run.newest()
-            print(f"\r{kind}: {tried} of {number} killed, {writes} while writing", end="", flush=True)
+            before = run.choose_start()
+            print(f"\r{way}: {tried} of {number} killed, {writes} while writing", end="", flush=True)
             continue
         counts.losses += [] if (run.folder / "final").is_dir() else [f"{run.folder.name}: ended early"]
-        finish(run, kind, reference, counts)
+        finish(run, way, references[run.kind], counts)
         runs, before = runs + 1, 0
-        run = Run(work, f"{kind}-{runs}")
-    finish(run, kind, reference, counts)
+        run = Run(work, f"{way}-{runs}", kinds[runs % len(kinds)])
+    finish(run, way, references[run.kind], counts)
     print()
     counts.tries += tried
     counts.killed_while_writing += writes
 
 
-def finish(run: Run, kind: str, reference: dict[str, Any], counts: Counts) -> None:
+def refer(work: Path, way: str, kind: str) -> Reference:
+    """Runs a run of a kind without an interruption."""
+    whole = Run(work, "whole", kind)
+    started = time.monotonic()
+    assert not (failed := reap(whole, getattr(whole, way)())), failed
+    reference = Reference(time.monotonic() - started, outcome(whole.folder))
+    print(f"uninterrupted, {kind}, by {way}: {reference.seconds:.1f} s")
+    shutil.rmtree(whole.folder)
+    return reference
+
+
+def finish(run: Run, way: str, reference: Reference, counts: Counts) -> None:
     """Has a run come to its end, and compares."""
-    found = reap(run, getattr(run, kind)()) or differences(run.folder, reference)
-    counts.losses += found
+    found = reap(run, getattr(run, way)()) or differences(run.folder, reference.outcome)
+    counts.losses += [f"{run.kind}: {each}" for each in found]
     counts.survivors += not found
     shutil.rmtree(run.folder)
 
 
-def soak(work: Path, num_forked: int, num_whole: int) -> Counts:
+def soak(work: Path, num_forked: int, num_whole: int, num_sharded: int) -> Counts:
     """Runs all of it in a folder that is empty."""
     os.environ["SFT_CACHE_DIR"] = str(work / "cache")
     prepare = [sys.executable, "-m", "sft_lightning", "prepare", "quickstart", "--output", str(work / "data")]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-    whole = Run(work, "whole")
+    old = Run(work, "old", "plain")
+    old.options += ["--trainer.max_steps=1", "--checkpoint.every_n_train_steps=1"]
+    assert not (failed := reap(old, old.spawn())), failed
     counts = Counts()
-    durations = {}
-    for kind in ("spawn", "fork"):  # the first one makes the tokens, too
-        shutil.rmtree(whole.folder, ignore_errors=True)
-        started = time.monotonic()
-        assert not (failed := reap(whole, getattr(whole, kind)())), failed
-        durations[kind] = time.monotonic() - started
-    reference = outcome(whole.folder)
-    print(f"uninterrupted: {durations['fork']:.1f} s forked, {durations['spawn']:.1f} s as a separate process")
-    for kind, number in (("fork", num_forked), ("spawn", num_whole)):
-        tries(work, kind, number, reference, durations[kind], counts)
+    kinds = [kind for kind in KINDS if kind != "sharded"]
+    for way, chosen, number in (
+        ("fork", kinds, num_forked),
+        ("spawn", kinds, num_whole),
+        ("spawn", ["sharded"], num_sharded),
+    ):
+        if number:
+            tries(work, way, chosen, number, counts)
     return counts
 
 
 def main() -> int:
-    num_forked, num_whole = (int(argument) for argument in (sys.argv[1:] + ["200", "20"][len(sys.argv) - 1 :]))
+    numbers = [int(argument) for argument in (sys.argv[1:] + ["260", "30", "10"][len(sys.argv) - 1 :])]
     seed = int(os.environ.get("SFT_SOAK_SEED", time.time_ns() % 10**6))
     random.seed(seed)
     print(f"seed {seed}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
-        counts = soak(Path(work), num_forked, num_whole)
+        counts = soak(Path(work), *numbers)
     print(*counts.losses, sep="\n")
     print(
         f"{counts.tries} tries, {counts.killed_while_writing} of them while a checkpoint was written; "

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -330,6 +331,38 @@ def test_sharded_training_resumes_bit_equal_and_across_strategies(run, tmp_path,
         outcome="the same steps, losses and gradients; FSDP2 to itself is bit-equal",
         tries=4,
     )
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_in_its_own_folder(command, tmp_path):
+    sharded = tmp_path / "sharded.yaml"
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    }
+    trainer = {"strategy": strategy, "devices": 2}
+    data = {"batch_size": 2}
+    sharded.write_text(yaml.safe_dump({"trainer": trainer, "data": data, "evaluation": {"num_examples": 0}}))
+    program = [sys.executable, "-m", "sft_lightning", *command, "--config", str(sharded), "--trainer.max_epochs", "2"]
+
+    def fit(name, *options):
+        ended = subprocess.run(
+            [*program, "--output_dir", str(tmp_path / name), *options],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return weights(tmp_path / name / "final")
+
+    straight = fit("straight")
+    for options in (("--ckpt_path", "auto"), ("--ckpt_path", "last", "--overwrite")):
+        fit("run", "--trainer.max_steps", "4", "--overwrite")
+        resumed = fit("run", *options)
+        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+        steps = [path.name for path in checkpoint_folder.checkpoints(tmp_path / "run")]
+        assert steps == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10, 12)]
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_a_damaged_run_state_is_told_and_ignored(tmp_path, text, caplog):
 # Branches
 
 
-def test_auto_does_not_return_to_a_branch_that_was_left(fit, tmp_path, in_child):
+def test_auto_does_not_return_to_a_branch_that_was_left(fit, tmp_path, in_child, note_fault):
     fit(tmp_path, max_steps=8, checkpoint=EVERY_2)
     left = {"max_steps": 8, "checkpoint": EVERY_2, "ckpt_path": str(tmp_path / "checkpoint-4")}
     code = in_child(lambda: fit(tmp_path, callbacks=(Kill(5),), log_every_n_steps=3, **left))
@@ -83,6 +83,12 @@ def test_auto_does_not_return_to_a_branch_that_was_left(fit, tmp_path, in_child)
     left["ckpt_path"] = HFCheckpoint.find(tmp_path, "auto")
     assert in_child(lambda: fit(tmp_path, callbacks=(Kill(4),), **left)) == -signal.SIGKILL
     assert HFCheckpoint.find(tmp_path, "auto") == str(tmp_path / "checkpoint-4")
+    note_fault(
+        "resumed from an earlier checkpoint, and killed before the first save",
+        provoked="SIGKILL, twice, in a run of four checkpoints that resumes from the second",
+        outcome="`auto` continues from where that resume started, not from the later checkpoints of the old branch",
+        tries=2,
+    )
 
 
 def test_auto_takes_a_checkpoint_that_last_does_not_point_at_yet(fit, tmp_path):

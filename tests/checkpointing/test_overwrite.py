@@ -71,9 +71,9 @@ def test_a_new_run_that_fails_brings_the_old_one_back(tmp_path):
     assert content(tmp_path) == before
 
 
-def test_a_death_at_any_moment_of_an_overwrite_loses_nothing(tmp_path, deaths):
-    expected = None
-    for run in deaths(tmp_path, start_new_run, old_run):
+def test_a_death_at_any_moment_of_an_overwrite_loses_nothing(tmp_path, deaths, note_fault):
+    expected, tries = None, 0
+    for tries, run in enumerate(deaths(tmp_path, start_new_run, old_run), 1):  # noqa: B007
         begin(run, overwrite=True)
         run_folders.put_back(run)
         unlock_folders()
@@ -82,6 +82,12 @@ def test_a_death_at_any_moment_of_an_overwrite_loses_nothing(tmp_path, deaths):
         assert found == expected
         assert found["notes.txt"] == b"mine"
         assert folders.find(run, "auto") == run / "checkpoint-2"
+    note_fault(
+        "killed while --overwrite replaces a run",
+        provoked="a death before each change on disk, until the new run's first checkpoint",
+        outcome="the old run comes back with its next start, or is moved aside again with --overwrite",
+        tries=tries,
+    )
 
 
 def test_a_death_after_the_first_checkpoint_keeps_the_new_run(tmp_path):
@@ -129,7 +135,7 @@ def test_a_checkpoint_that_is_a_link_is_left_alone(tmp_path, outside):
     assert content(tmp_path / "moved") == before
 
 
-def test_a_folder_behind_a_link_is_left_alone(tmp_path, outside):
+def test_a_folder_behind_a_link_is_left_alone(tmp_path, outside, note_fault):
     run = tmp_path / "run"
     old_run(run)
     (run / "evaluation").rename(tmp_path / "evaluation")
@@ -141,6 +147,12 @@ def test_a_folder_behind_a_link_is_left_alone(tmp_path, outside):
     run_folders.remove_registered(run, lambda name: name.startswith("evaluation"))
     begin(run)
     run_folders.delete_replaced(run)
+    note_fault(
+        "links in the folder of a run, or a hostile run_files.json or manifest, with --overwrite",
+        provoked="a checkpoint, its subfolder or the evaluations behind a link; names that lead outside",
+        outcome="nothing outside of the folder is touched; what lies behind a link stays",
+        tries=9,
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +185,7 @@ class Fails(Callback):
 
 
 @pytest.mark.parametrize("mistake", ["monitor", "raises", "interrupt", "no steps"])
-def test_a_run_that_fails_early_leaves_the_old_run(fit, tmp_path, val_file, mistake, interrupts):
+def test_a_run_that_fails_early_leaves_the_old_run(fit, tmp_path, val_file, mistake, interrupts, note_fault):
     fit(tmp_path, max_steps=2)
     before = content(tmp_path)
     options = {"max_steps": 4, "data": {"val_path": val_file}, "checkpoint": {"overwrite": True}}
@@ -188,6 +200,12 @@ def test_a_run_that_fails_early_leaves_the_old_run(fit, tmp_path, val_file, mist
         with pytest.raises((UserError, ValueError, SystemExit)):
             fit(tmp_path, **options)
     assert content(tmp_path) == before
+    note_fault(
+        "--overwrite, and the new run fails before its first checkpoint",
+        provoked="a mistyped monitor, an exception, Ctrl-C and max_steps 0",
+        outcome="the old run is back, to the last byte",
+        tries=4,
+    )
 
 
 def test_a_run_that_succeeds_replaces_the_old_run(fit, tmp_path):

@@ -84,6 +84,20 @@ def test_a_file_as_ckpt_path_is_refused(tmp_path):
         check_checkpoint_path(str(tmp_path / "file"))
 
 
+def test_a_restart_replaces_a_run_of_another_job(fit_options, tmp_path, monkeypatch):
+    """The job died while it was loading, before it could replace the run that --overwrite names."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert main(["fit", *fit_options, "--trainer.max_steps", "1"]) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    config = parse_fit([*fit_options, "--overwrite"]).config
+    resolve_start(config, is_fit=True)
+    assert config.ckpt_path == str(tmp_path / "run" / "checkpoint-1")
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    config = parse_fit([*fit_options, "--overwrite"]).config
+    resolve_start(config, is_fit=True)
+    assert (config.ckpt_path, config.checkpoint.overwrite) == (None, True)
+
+
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 def test_a_restarted_fit_never_overwrites(fit_options, tmp_path, monkeypatch, capsys, variable):
     monkeypatch.setenv(variable, "0")
