@@ -101,19 +101,17 @@ class SFTCLI(LightningCLI):
             return
         if folders.read_manifest(Path(path)).get("step") != self.trainer.global_step:
             return
-        num_steps, kind = self.trainer.global_step, fit_loop_kind(self.trainer)
+        kind = fit_loop_kind(self.trainer)
+        steps = f"the run has finished its {self.trainer.global_step} optimizer steps"
         if kind == "with_end":
-            print(f"the run has finished its {num_steps} optimizer steps, but had stopped before its end, now complete")
+            print(f"{steps}, but had stopped before its end, which is now complete")
         elif kind == "nothing":
             print(
-                f"nothing to do: the run was stopped early, after optimizer step {num_steps}; change what stopped it, "
-                "such as EarlyStopping's patience, or pass --resume_override to train further"
+                f"nothing to do: the run was stopped early, after optimizer step {self.trainer.global_step}; change "
+                "what stopped it, such as EarlyStopping's patience, or pass --resume_override to train further"
             )
         else:
-            print(
-                f"nothing to do: the run has finished its {num_steps} optimizer steps; raise --trainer.max_epochs or "
-                "--trainer.max_steps to train further"
-            )
+            print(f"nothing to do: {steps}; raise --trainer.max_epochs or --trainer.max_steps to train further")
 
 
 def run_trainer_command(args: list[str]) -> None:

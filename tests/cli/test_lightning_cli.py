@@ -37,7 +37,12 @@ def test_fit_writes_the_run_folder(command, tmp_path, capsys):
     assert main(command) == 0
     run = tmp_path / "run"
     expected = {"checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "final", "last", "metrics.csv"}
-    assert {path.name for path in run.iterdir()} == expected | {"row_losses", "report", "run_files.json"}
+    assert {path.name for path in run.iterdir()} == expected | {
+        "row_losses",
+        "report",
+        "run_files.json",
+        "run_state.json",
+    }
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
     assert len(recorded_losses(run)) == 42
     assert "step 6/6  loss" in capsys.readouterr().err
@@ -283,8 +288,8 @@ def mistakes():
     yield ["--trainer.precision", "12"], "'12' is not accepted"
     yield ["--trainer.callbacks", "nope"], "Parser key \"trainer.callbacks\": 'nope' is not accepted"
     yield ["--ckpt_path", "nope"], "--ckpt_path 'nope' is not a folder"
-    yield ["--ckpt_path", "last"], "--ckpt_path last: there is no"
-    yield ["--ckpt_path", "best"], "--ckpt_path best: there is no"
+    yield ["--ckpt_path", "last"], "has no such checkpoint; use auto"
+    yield ["--ckpt_path", "best"], "has no such checkpoint; use auto"
     yield ["--config", "nope.yaml"], "nope.yaml"
     yield ["--validate_every_n_steps", "0"], "validate_every_n_steps must be at least 1, got 0"
     yield ["--checkpoint.monitor", "val/loss"], "checkpoint.monitor 'val/loss' needs validations: set data.val_path"

@@ -177,7 +177,10 @@ def test_an_override_continues_with_other_arguments_of_the_same_optimizer(fit, t
         ({"model": {"loss": SmoothedLoss(0.2)}}, r"model\.loss is .*SmoothedLoss\(smoothing=0\.2\)', .*=0\.1\)'; set"),
         ({"model": {"init": "random"}}, r"model\.init is 'random', .* 'pretrained'; set .* --model\.model_path"),
         ({"gradient_clip_val": 0.5}, r"trainer\.gradient_clip_val is 0\.5, .* 1\.0; set .* --resume_override"),
-        ({"gradient_clip_algorithm": "value"}, r"clip_algorithm is 'value', .* 'norm'; .* --resume_override"),
+        (
+            {"gradient_clip_algorithm": "value"},
+            r"trainer\.gradient_clip_algorithm is 'value', .* 'norm'; .* --resume_override",
+        ),
         ({"precision": "bf16-mixed"}, r"trainer\.precision is 'bf16-mixed', .* '32-true'; .* --resume_override"),
         ({"config": {"rms_norm_eps": 1e-3}}, r"rms_norm_eps in the model's config\.json is 0\.001, .* 1e-06; set"),
         ({"config": {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}}, r"rope_parameters in .*5\.0"),
