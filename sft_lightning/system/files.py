@@ -18,10 +18,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from sft_lightning.errors import UserError
+
 _LOCK = "lock"
 _CONTENT = "content"
 # How the system reports that a folder cannot take a name because something else has it.
 _NAME_IS_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+def user_path(path: str | Path) -> str:
+    """Returns a path that a user gave, with a leading ``~`` replaced by the home folder.
+
+    Raises:
+        UserError: If there is no such user, or no file system can hold the path.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"path {str(path)!r} cannot be used: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"path '{str(path)[:60]}...' is too long: it has {len(str(path))} characters") from None
+    return str(expanded) if str(path).startswith("~") else str(path)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import user_path
 
 _PARQUET_ROWS_AT_ONCE = 1024
 
@@ -24,7 +25,7 @@ def resolve_files(path: str | Path) -> list[Path]:
     Raises:
         UserError: If there is no such file.
     """
-    named = Path(path).expanduser()
+    named = Path(user_path(path))
     if named.is_file():
         return [named]
     if named.is_dir():
