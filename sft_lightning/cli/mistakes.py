@@ -69,6 +69,10 @@ def check_values(config: Any) -> None:
     for section in ("trainer", "model", "data", "checkpoint", "evaluation"):
         if not isinstance(config[section], Namespace):
             raise UserError(f"{section} is {config[section]!r}; give its options, as in {section}: {{option: value}}")
+    for name in ("train_path", "val_path", "test_path"):
+        value = config.data[name]
+        if not isinstance(value, str | None):
+            raise UserError(f"data.{name} is a {type(value).__name__}; give a path: only Python can pass rows")
     seed = config.get("seed_everything")
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
@@ -78,7 +82,8 @@ def check_values(config: Any) -> None:
             raise UserError(f"trainer.{name} must be above 0, got {value}")
     if config.trainer.barebones:
         raise UserError(
-            "trainer.barebones true turns off checkpoints, logging and callbacks, which make the run folder: leave it out"
+            "trainer.barebones true turns off checkpoints, logging and callbacks, which a run folder consists of: "
+            "leave it out"
         )
 
 

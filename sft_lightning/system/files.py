@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -139,11 +139,6 @@ def file_digest(file: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def files_digest(files: Sequence[Path]) -> str:
-    """Returns one SHA-256 for the bytes of several files in order, in hexadecimal."""
-    return hashlib.sha256(b"".join(bytes.fromhex(file_digest(file)) for file in files)).hexdigest()
 
 
 def value_digest(value: Any) -> str:

@@ -15,7 +15,7 @@ from sft_lightning.cli.mistakes import shorten
 
 @pytest.fixture
 def error_of(command, tmp_path, capsys):
-    """Runs fit with an overlay of the config and options; returns its error, which must be one line with exit code 2."""
+    """Runs fit with an overlay of the config and options; returns its error, one line with exit code 2."""
 
     def run(overlay, *options):
         (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
@@ -79,7 +79,8 @@ def test_what_a_class_refuses_is_told_with_its_field(error_of, field, value, mes
 
 def test_a_class_that_breaks_is_told_with_the_place(error_of, tmp_path, monkeypatch):
     (tmp_path / "callbacks_of_a_user.py").write_text(
-        "from lightning.pytorch import Callback\n\n\nclass Broken(Callback):\n    def __init__(self):\n        {}['key']\n"
+        "from lightning.pytorch import Callback\n\n\n"
+        "class Broken(Callback):\n    def __init__(self):\n        {}['key']\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     error = error_of({"trainer": {"callbacks": [{"class_path": "callbacks_of_a_user.Broken"}]}})
@@ -108,6 +109,11 @@ def test_values_of_the_trainer_are_told_with_their_field(error_of, option, messa
 
 def test_a_section_that_holds_no_options_is_named(error_of):
     assert error_of({"trainer": 3}) == "trainer is 3; give its options, as in trainer: {option: value}"
+
+
+def test_rows_in_a_config_are_refused(error_of):
+    error = error_of({"data": {"train_path": [{"prompt": "a", "response": "b"}]}})
+    assert error == "data.train_path is a list; give a path: only Python can pass rows"
 
 
 @pytest.mark.parametrize("option", ["output_dir", "ckpt_path", "data.train_path", "model.model_path", "data.cache_dir"])
@@ -198,7 +204,8 @@ GIVEN = "  Given value type: <class 'x.Y'>\n  Given value: {}"
             'Parser key "model.loss":\n\n  - Expected a path but Nope either not accessible or invalid\n  - '
             + UNION.format("Expected a dot import path string: Nope\n    - Expected a <class 'NoneType'>")
             + GIVEN.format("Nope"),
-            "Parser key \"model.loss\": 'Nope' is not accepted. There is no class Nope; name one by package.module.Class",
+            "Parser key \"model.loss\": 'Nope' is not accepted. "
+            "There is no class Nope; name one by package.module.Class",
         ),
     ],
 )
