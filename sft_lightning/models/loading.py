@@ -92,6 +92,7 @@ def load_model(
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _freeze_other_modalities(model)
     install_label_loss(model)
     return model.train()
 
@@ -213,6 +214,20 @@ def save_model(
 def hide_progress_bars() -> None:
     """Turns off transformers' progress bars, for programs that show their own progress."""
     hf_logging.disable_progress_bar()
+
+
+def _freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Freezes what text does not reach, such as a vision tower.
+
+    It gets no gradient either way, but DDP waits for the gradient of each parameter that is not frozen.
+    """
+    parts = getattr(model.config, "sub_configs", {}).keys()
+    if "text_config" not in parts or parts.isdisjoint({"vision_config", "audio_config"}):
+        return
+    reached = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    trained = {id(parameter) for part in reached if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def _require_full_precision(model_path: str, config: PretrainedConfig) -> None:

@@ -111,7 +111,6 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        # Checkpoints hold the hyperparameters, which must be plain values there.
         train_path, val_path, test_path = map(_as_text, (train_path, val_path, test_path))
         of_sets = {"train_path": train_path, "val_path": val_path, "test_path": test_path}
         in_memory = [name for name, given in of_sets.items() if not isinstance(given, str | None)]
@@ -139,9 +138,8 @@ class SFTDataModule(LightningDataModule):
         self.max_length, self.append_eos = max_length, append_eos
         self.tokenizer_path, self.batch_size = tokenizer_path, batch_size
         self.loss_normalization: LossNormalization = loss_normalization
-        self.normalize_constant = normalize_constant
+        self.normalize_constant, self.pad_to_multiple_of = normalize_constant, pad_to_multiple_of
         self.layout: Literal["auto"] | Layout = layout
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -328,6 +326,7 @@ def _settings_of_sets(
 
 
 def _as_text(given: DataPath) -> DataPath:
+    # Checkpoints hold the hyperparameters, and only plain values are loaded from there.
     return str(given) if isinstance(given, Path) else given
 
 
