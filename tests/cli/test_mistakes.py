@@ -72,9 +72,16 @@ CALLBACKS = "lightning.pytorch.callbacks"
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
-def test_what_a_class_refuses_is_told_with_its_field(error_of, field, value, message):
+def test_what_a_class_refuses_is_told_with_its_field(error_of, note_fault, field, value, message):
     section, name = field.split(".")
     assert error_of({section: {name: value}}) == f"{field} {message}"
+    note_fault(
+        "argument that a class of the config refuses",
+        provoked="a generator's temperature -1 and max_new_tokens 0, a template without its file, a grader's time "
+        "limit, the mode of EarlyStopping, the duration of Timer",
+        outcome="exit 2 with the field, the class and its reason",
+        tries=6,
+    )
 
 
 def test_a_class_that_breaks_is_told_with_the_place(error_of, tmp_path, monkeypatch):
@@ -103,8 +110,15 @@ def test_a_class_that_breaks_is_told_with_the_place(error_of, tmp_path, monkeypa
         ("trainer.strategy=ddp_notebook", "trainer.strategy would train in processes that do not hand back the weight"),
     ],
 )
-def test_values_of_the_trainer_are_told_with_their_field(error_of, option, message):
+def test_values_of_the_trainer_are_told_with_their_field(error_of, note_fault, option, message):
     assert error_of({}, f"--{option}").startswith(message)
+    note_fault(
+        "option of the Trainer out of range, mistyped or not for the command line",
+        provoked="accumulate_grad_batches, check_val_every_n_epoch and val_check_interval 0, seeds out of range, a "
+        "mistyped strategy, accelerator and devices, barebones, ddp_spawn, ddp_notebook",
+        outcome="exit 2 with the field and the value",
+        tries=11,
+    )
 
 
 def test_a_section_that_holds_no_options_is_named(error_of):
@@ -117,10 +131,17 @@ def test_rows_in_a_config_are_refused(error_of):
 
 
 @pytest.mark.parametrize("option", ["output_dir", "ckpt_path", "data.train_path", "model.model_path", "data.cache_dir"])
-def test_a_path_that_no_file_system_holds_names_its_option(error_of, option):
+def test_a_path_that_no_file_system_holds_names_its_option(error_of, note_fault, option):
     error = error_of({}, f"--{option}=/tmp/{'a' * 300}")
     assert option in error
     assert "/tmp/aaaaa" in error
+    note_fault(
+        "path that is too long",
+        provoked="a name of 300 characters as output_dir, ckpt_path, data.train_path, data.cache_dir and "
+        "model.model_path",
+        outcome="exit 2 with the option and the beginning of the path",
+        tries=5,
+    )
 
 
 def test_options_that_do_not_fit_the_data_are_one_line(command, val_file, capsys):
@@ -137,7 +158,7 @@ def test_a_metric_that_early_stopping_does_not_find_is_one_line(command, capsys)
 
 
 @pytest.mark.parametrize("name", ["WandbLogger", "TensorBoardLogger", "MLFlowLogger"])
-def test_a_logger_without_its_package_names_the_install_command(error_of, tmp_path, monkeypatch, name):
+def test_a_logger_without_its_package_names_the_install_command(error_of, note_fault, tmp_path, monkeypatch, name):
     missing = RequirementCache("a-package-that-nobody-has>=1")
     for module, flag in [
         ("pytorch.loggers.wandb", "_WANDB_AVAILABLE"),
@@ -149,6 +170,12 @@ def test_a_logger_without_its_package_names_the_install_command(error_of, tmp_pa
     error = error_of({"trainer": {"logger": [instance(name, save_dir=str(tmp_path))]}})
     assert error.startswith(f"trainer.logger {name}: ")
     assert "pip install" in error
+    note_fault(
+        "package of a logger missing",
+        provoked="WandbLogger, TensorBoardLogger and MLFlowLogger where their packages are not installed",
+        outcome="exit 2 with the field, the class and the command that installs the package",
+        tries=3,
+    )
 
 
 @pytest.mark.parametrize("raised", [ValueError("a bug"), TypeError("a bug"), ZeroDivisionError("a bug")])

@@ -353,13 +353,19 @@ def test_an_empty_model_needs_a_config(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-def test_quantized_weights_are_refused_before_they_are_read(folder, method):
+def test_quantized_weights_are_refused_before_they_are_read(folder, note_fault, method):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config))
     for load in (load_model, empty_model):
         message = message_of(load, str(folder))
         assert message.startswith(f"model.model_path '{folder}' holds quantized weights ({method}), ")
+    note_fault(
+        "model folder with quantized weights",
+        provoked="a config.json that names GPTQ, AWQ and bitsandbytes",
+        outcome="exit 2 before weights are read, also in `check`, with the method",
+        tries=3,
+    )
 
 
 def test_a_home_folder_is_expanded(folder, monkeypatch):
