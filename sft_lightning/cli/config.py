@@ -1,7 +1,7 @@
 """Define the options of the Trainer commands and resolve the values that depend on them."""
 
-import importlib.util
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from sft_lightning.checkpointing.run_folder import (
 )
 from sft_lightning.checkpointing.run_state import read_run_state, scheduler_job
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import user_path
 
 # Argument of a class -> the option of the command that sets it. On the command line it has no other spelling.
 _SET_BY = {
@@ -34,8 +35,9 @@ _DEFAULTS_TO = {
 # How this one start differs from the next one with the same config.
 _OF_ONE_START = {"ckpt_path": None, "overwrite": False, "resume_override": False}
 _CHECKPOINT_WORDS = ("auto", "last", "best")
-# Any one of the packages is enough; the error names the first one.
-_LOGGER_PACKAGES = {"TensorBoardLogger": ("tensorboard", "tensorboardX"), "WandbLogger": ("wandb",)}
+
+# jsonargparse passes defaults such as the interval of Lightning's Timer to yaml as they are.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class ParsedFit(NamedTuple):
@@ -88,7 +90,10 @@ def resolve_options(config: Any) -> None:
     Raises:
         UserError: If an argument is set that an option of the command sets, or an option is invalid.
     """
-    config.output_dir = str(Path(config.output_dir).expanduser())
+    try:
+        config.output_dir = str(Path(user_path(config.output_dir)))
+    except UserError as error:
+        raise UserError(f"output_dir: {error}") from None
     for argument, option in _SET_BY.items():
         if config[argument]:
             raise UserError(f"{argument} cannot be set: remove it and use --{option}, which sets it")
@@ -101,13 +106,12 @@ def resolve_options(config: Any) -> None:
             raise UserError(f"validate_every_n_steps must be at least 1, got {config.validate_every_n_steps}")
         config.trainer.val_check_interval = config.validate_every_n_steps * config.trainer.accumulate_grad_batches
         config.trainer.check_val_every_n_epoch = None
-    _check_logger_packages(config.trainer.logger)
 
 
 def check_checkpoint_path(path: str | None) -> None:
     """Raises UserError unless the value of ``--ckpt_path`` is a folder, auto, last or best."""
-    if path and path not in _CHECKPOINT_WORDS and not Path(path).is_dir():
-        # For a file, Lightning would also let the checkpoint's hyperparameters override the command line's.
+    # For a file, Lightning would also let the checkpoint's hyperparameters override the command line's.
+    if path and path not in _CHECKPOINT_WORDS and not os.path.isdir(path):  # noqa: PTH112 - false for a long path, too
         raise UserError(f"--ckpt_path '{path}' is not a folder; name a checkpoint-<step>, last, best or auto")
 
 
@@ -156,12 +160,3 @@ def _restarted_by() -> str | None:
     """Returns the name of the scheduler that restarted this command, None on its first start."""
     counts = {"SLURM": "SLURM_RESTART_COUNT", "torchrun": "TORCHELASTIC_RESTART_COUNT"}
     return next((name for name, variable in counts.items() if os.environ.get(variable, "0") != "0"), None)
-
-
-def _check_logger_packages(loggers: Any) -> None:
-    """Raises UserError for a logger whose package is missing, which jsonargparse would bury in a union's errors."""
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-        packages = _LOGGER_PACKAGES.get(name, ())
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise UserError(f"trainer.logger {name} needs a package: pip install {packages[0]}")

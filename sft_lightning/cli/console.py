@@ -1,7 +1,6 @@
-"""Filter log lines and warnings, and shorten parser errors to one line."""
+"""Filter log lines and warnings."""
 
 import logging
-import re
 import sys
 import warnings
 
@@ -37,20 +36,3 @@ def set_up_logging() -> None:
     for message in _NOISY_WARNINGS:
         warnings.filterwarnings("ignore", message)
     hide_progress_bars()
-
-
-def shorten(message: str) -> str:
-    r"""Returns a jsonargparse message as one line: the key, the value and what was expected.
-
-    Example:
-        >>> shorten("Value  <class 'pathlib.Path'> is\n not a number")
-        'Value Path is not a number'
-    """
-    line = re.sub(r"\s+", " ", message).strip()
-    union = re.fullmatch(
-        r"(.*?):(?: -.*?)? ?-? ?Does not validate against .*? Errors: (.*) Given value type: .* Given value: (.*)", line
-    )
-    if union:
-        key, errors, value = union.groups()
-        line = f"{key}: '{value}' is not accepted. {errors}"
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line).replace("typing.Literal", "one of ")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -18,9 +17,11 @@ from sft_lightning.cli.config import (
     resolve_options,
     resolve_start,
 )
-from sft_lightning.cli.console import set_up_logging, shorten
+from sft_lightning.cli.console import set_up_logging
+from sft_lightning.cli.mistakes import Builder, check_values, is_refused_by_lightning, shorten
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.loops import fit_loop_kind
+from sft_lightning.lightning_compat.trainer import loses_weights
 from sft_lightning.system.lock import unlock_folders
 from sft_lightning.system.out_of_memory import translate_out_of_memory
 from sft_lightning.training.callbacks.defaults import run_defaults
@@ -58,12 +59,15 @@ class SFTCLI(LightningCLI):
     """LightningCLI with one run folder: ``output_dir`` holds checkpoints, config, metrics and evaluations."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self.builder = Builder()
+        parser.add_instantiator(self.builder, object)
         add_options(parser)
         parser.add_lightning_class_args(HFCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GenerationEvaluation, "evaluation")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
+        check_values(self.config[self.config.subcommand])
         check_checkpoint_path(self.config[self.config.subcommand].get("ckpt_path"))
 
     def before_instantiate_classes(self) -> None:
@@ -75,6 +79,13 @@ class SFTCLI(LightningCLI):
         """Keeps the config that is saved, then fills in what follows from other options."""
         self.config_to_save = config_to_save(self.parser, self.config, str(self.subcommand))
         resolve_options(self.config[self.subcommand])
+
+    def instantiate_classes(self) -> None:
+        """Builds the objects of the config and the Trainer. What they refuse becomes one line."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise self.builder.explain(error, self.config_to_save) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         built = self.config_init[self.subcommand]
@@ -92,7 +103,13 @@ class SFTCLI(LightningCLI):
         if self.subcommand != "fit" or loggers is False:
             arguments["logger"] = _as_list(loggers) or False  # without metrics.csv
         arguments["default_root_dir"] = arguments["default_root_dir"] or built.output_dir
-        return Trainer(**arguments)
+        trainer = Trainer(**arguments)
+        if loses_weights(trainer):
+            raise UserError(
+                "trainer.strategy would train in processes that do not hand back the weights: set ddp instead of "
+                "ddp_spawn, ddp_fork or ddp_notebook"
+            )
+        return trainer
 
     def after_fit(self) -> None:
         """Reports when no step was left to run."""
@@ -153,14 +170,12 @@ def _start(cli: type[SFTCLI], args: list[str]) -> SFTCLI:
     try:
         with translate_out_of_memory(lambda: _OUTSIDE_STEPS, lambda: _OUTSIDE_STEPS_ADVICE, lambda: device):
             return cli(SFTModule, SFTDataModule, args=args, **options)
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if "multiplied should equal the world size" not in str(error):
+    except Exception as error:
+        if not is_refused_by_lightning(error):
             raise
-        raise UserError(
-            f"trainer.strategy: {error} Set data_parallel_size to the number of devices and tensor_parallel_size to 1"
-        ) from error
+        advice = " Set data_parallel_size to the number of devices and tensor_parallel_size to 1"
+        is_about_sizes = "multiplied should equal the world size" in str(error)
+        raise UserError(f"trainer.strategy: {error}{advice}" if is_about_sizes else str(error)) from error
     except SystemExit as error:
         # Lightning exits like this after Ctrl-C, with the exit code of a failure.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -196,8 +211,7 @@ def _fit_without_run() -> type[SFTCLI]:
             trainer = self.config[self.subcommand].trainer
             trainer.logger = trainer.callbacks = None  # some write files when they are instantiated
 
-        def instantiate_classes(self) -> None:
-            self.config_init = self.parser.instantiate_classes(self.config)
+        def instantiate_trainer(self, **kwargs: Any) -> None:
             self.subcommand = None  # LightningCLI would run it now
 
     return ParsedCLI

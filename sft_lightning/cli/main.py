@@ -1,5 +1,6 @@
 """Dispatch commands. Import heavy packages only after --help, --version and unknown commands are handled."""
 
+import errno
 import importlib
 import os
 import sys
@@ -58,6 +59,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1 if error.everywhere and _is_reported_elsewhere() else _fail(error, exit_code=1)
     except StoppedError as error:
         return error.code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(UserError(f"path '{str(error.filename)[:60]}...' is too long"), exit_code=2)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted"), exit_code=INTERRUPTED)
 

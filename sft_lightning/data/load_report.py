@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft_lightning.data.sources.rows import MemoryRows
 from sft_lightning.errors import UserError
 
 
@@ -57,7 +58,7 @@ class LoadReport:
     rejected_rows: SkippedRows = field(default_factory=SkippedRows)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any], names: Mapping[str, Path]) -> "LoadReport":
+    def from_dict(cls, saved: Mapping[str, Any], names: Mapping[str, Path | MemoryRows]) -> "LoadReport":
         """Returns the report that ``dataclasses.asdict`` turned into a dictionary.
 
         Args:

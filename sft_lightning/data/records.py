@@ -16,7 +16,8 @@ from sft_lightning.data.formats.detect import template_for
 from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.data.load_report import SkippedRows, check_bad_rows
 from sft_lightning.data.settings import DataSettings
-from sft_lightning.data.sources.files import Row, read_rows, resolve_files
+from sft_lightning.data.sources.files import DataFile, read_rows, resolve_files
+from sft_lightning.data.sources.rows import Row
 from sft_lightning.errors import NoRowsError, UserError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def read_records(settings: DataSettings, bad_rows: SkippedRows | None = None) ->
         logger.warning("bad rows skipped (%d): %s", found.count, found)
 
 
-def template_of(file: Path, columns: Mapping[str, str]) -> Template:
+def template_of(file: DataFile, columns: Mapping[str, str]) -> Template:
     """Returns the template for a file: the one for the keys of the first row that any template fits.
 
     Raises:

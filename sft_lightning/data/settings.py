@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from sft_lightning.data.filters import RowFilter
 from sft_lightning.data.formats.base import Template
 from sft_lightning.data.formats.prompt_response import Plain
+from sft_lightning.data.sources.files import DataFile
 from sft_lightning.errors import UserError
 
 Overlength: TypeAlias = Literal["drop", "error", "truncate_prompt"]
@@ -20,7 +21,7 @@ class DataSettings:
     """How one data set is read and tokenized. The fields have the names of the options of ``data``.
 
     Attributes:
-        path: A JSONL or Parquet file, a folder of them, or a glob.
+        path: A JSONL or Parquet file, a folder of them, a glob, or rows in memory.
         columns: Our name for a field -> the file's name for it.
         template: Turns a row into prompt and response; None chooses by the keys of each file's rows.
         max_length: The most tokens that prompt, response and EOS may have together; at least 2.
@@ -37,7 +38,7 @@ class DataSettings:
         UserError: If an option is out of range.
     """
 
-    path: str | Path = field(kw_only=False)
+    path: str | DataFile = field(kw_only=False)
     columns: Mapping[str, str] = field(default_factory=dict)
     template: Template | None = None
     max_length: int = 2048

@@ -33,10 +33,10 @@ from sft_lightning.data.formats.base import Record, template_identity
 from sft_lightning.data.load_report import LoadReport, check_bad_rows
 from sft_lightning.data.records import read_records, template_of
 from sft_lightning.data.settings import DataSettings
-from sft_lightning.data.sources.files import resolve_files
+from sft_lightning.data.sources.files import DataFile, digest, resolve_files
 from sft_lightning.data.tokenization import tokenize_records, tokenizer_fingerprint
 from sft_lightning.errors import NoRowsError, UserError
-from sft_lightning.system.files import atomic_folder, file_digest, files_digest, sync, value_digest, write_atomically
+from sft_lightning.system.files import atomic_folder, file_digest, sync, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class TokenStore:
         longest_sequence: Tokens of the longest sequence.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], num_rows: int | None = None) -> None:
+    def __init__(self, folder: Path, files: Sequence[DataFile], num_rows: int | None = None) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: dict[str, str | int | bool] = meta["fingerprint"]
         # A store is found by the bytes of the data, wherever they lie: its places get the names of today's files.
@@ -185,11 +185,11 @@ def load_or_build_tokens(settings: DataSettings, tokenizer: "PreTrainedTokenizer
 
 
 def _fingerprint(
-    settings: DataSettings, files: Sequence[Path], tokenizer: "PreTrainedTokenizerBase"
+    settings: DataSettings, files: Sequence[DataFile], tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, str | int | bool]:
     templates = [settings.template or template_of(file, settings.columns) for file in files]
     return {
-        "data": files_digest(files),
+        "data": digest(files),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": ", ".join(sorted({template_identity(template) for template in templates})),
         "columns": json.dumps(dict(settings.columns), sort_keys=True),
@@ -216,7 +216,7 @@ def _build(
     load_report: LoadReport,
     settings: DataSettings,
     *,
-    files: Sequence[Path],
+    files: Sequence[DataFile],
     fingerprint: Mapping[str, str | int | bool],
 ) -> None:
     def make_way() -> bool:
@@ -231,12 +231,12 @@ def _build(
         check_bad_rows(load_report.bad_rows, settings.max_bad_rows)
         if not num_rows:
             raise NoRowsError(f"no row is left. {load_report}. {load_report.advice(settings.max_length)}")
-        if files_digest(files) != fingerprint["data"]:
+        if digest(files) != fingerprint["data"]:
             raise UserError(f"data file '{files[0]}' or one beside it changed while it was read; start again")
         _write_meta(temporary, files, fingerprint, load_report)
 
 
-def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Sequence[Path]) -> int:
+def _write_rows(folder: Path, rows: Iterator[tuple[Record, Example]], files: Sequence[DataFile]) -> int:
     file_numbers = {str(file): number for number, file in enumerate(files)}
     num_rows = start = first_span = 0
     with contextlib.ExitStack() as stack:
@@ -273,7 +273,7 @@ def _sums(values: np.ndarray, firsts: np.ndarray | slice) -> np.ndarray:
 
 
 def _write_meta(
-    folder: Path, files: Sequence[Path], fingerprint: Mapping[str, str | int | bool], load_report: LoadReport
+    folder: Path, files: Sequence[DataFile], fingerprint: Mapping[str, str | int | bool], load_report: LoadReport
 ) -> None:
     account = dataclasses.asdict(load_report)
     meta = {
@@ -288,7 +288,7 @@ def _write_meta(
         json.dump(meta, file, indent=1)
 
 
-def _open_whole(folder: Path, files: Sequence[Path], fingerprint: Mapping[str, Any]) -> TokenStore | None:
+def _open_whole(folder: Path, files: Sequence[DataFile], fingerprint: Mapping[str, Any]) -> TokenStore | None:
     """Returns the store in a folder, or None if it is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.settings import DataSettings
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer  # takes seconds to import
 
+    path = user_path(path)
     if Path(path).is_file():
         raise UserError(f"tokenizer path '{path}' is a file; give the folder that holds it")
     local = Path(path).is_dir()

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sft_lightning.distributed.fsdp import as_shard_like, load_sharded, unsharded
+from sft_lightning.distributed.fsdp import as_shard_like, is_sharded, load_sharded, unsharded
 from sft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,3 +98,12 @@ def load_for_strategy(
             f"set tensor_parallel_size to 1 and data_parallel_size to {mesh.size()}"
         )
     return load_sharded(load, load_without_weights, mesh["data_parallel"], strategy.root_device)
+
+
+def check_sharded(trainer: Trainer, model: "PreTrainedModel") -> None:
+    """Raises UserError if a ModelParallelStrategy gets a whole model, whose copies would train apart."""
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not is_sharded(model):
+        raise UserError(
+            "trainer.strategy ModelParallelStrategy shards a model while it loads, and this module has loaded its "
+            "model: make a new SFTModule, with the checkpoint's folder as its model_path"
+        )

@@ -27,6 +27,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.losses.model_hooks import install_label_loss
 from sft_lightning.models.attention.selection import AttentionChoice, choose_attention
 from sft_lightning.models.precision import Precision
+from sft_lightning.system.files import user_path
 from sft_lightning.system.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def load_model(
         UserError: If the path does not hold a model and its weights, or the attention cannot run here.
     """
     config = load_config(model_path)
+    model_path = user_path(model_path)
     if init == "pretrained":
         _require_weights(model_path)
     precision = precision or Precision.named("32-true")
@@ -93,6 +95,7 @@ def load_model(
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _freeze_other_modalities(model)
     install_label_loss(model)
     return model.train()
 
@@ -103,6 +106,10 @@ def load_config(model_path: str) -> PretrainedConfig:
     Raises:
         UserError: If the path does not hold such a config.
     """
+    try:
+        model_path = user_path(model_path)
+    except UserError as error:
+        raise UserError(f"model.model_path: {error}") from None
     folder = Path(model_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"model.model_path '{model_path}' is not a model: the folder has no config.json")
@@ -115,6 +122,7 @@ def load_config(model_path: str) -> PretrainedConfig:
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.model_path '{model_path}' is a {config.model_type} model, not a causal language model")
+    _require_full_precision(model_path, config)
     # A name such as owner/repository makes transformers fetch a kernel from the hub and run it, and in config.json it
     # overrides the argument of from_pretrained. The assignment also reaches sub-configs.
     config._attn_implementation = config._experts_implementation = None
@@ -209,6 +217,31 @@ def save_model(
 def hide_progress_bars() -> None:
     """Turns off transformers' progress bars, for programs that show their own progress."""
     hf_logging.disable_progress_bar()
+
+
+def _freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Freezes what text does not reach, such as a vision tower.
+
+    It gets no gradient either way, but DDP waits for the gradient of each parameter that is not frozen.
+    """
+    parts = getattr(model.config, "sub_configs", {}).keys()
+    if "text_config" not in parts or parts.isdisjoint({"vision_config", "audio_config"}):
+        return
+    reached = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    trained = {id(parameter) for part in reached if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def _require_full_precision(model_path: str, config: PretrainedConfig) -> None:
+    for each in (config, config.get_text_config()):
+        quantization = getattr(each, "quantization_config", None)
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise UserError(
+                f"model.model_path '{model_path}' holds quantized weights ({method}), which are not supported: "
+                "name the model that they were made from"
+            )
 
 
 def _require_weights(model_path: str) -> None:

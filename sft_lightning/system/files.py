@@ -13,15 +13,34 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from sft_lightning.errors import UserError
 
 _LOCK = "lock"
 _CONTENT = "content"
 # How the system reports that a folder cannot take a name because something else has it.
 _NAME_IS_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+def user_path(path: str | Path) -> str:
+    """Returns a path that a user gave, with a leading ``~`` replaced by the home folder.
+
+    Raises:
+        UserError: If there is no such user, or no file system can hold the path.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"path {str(path)!r} cannot be used: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"path '{str(path)[:60]}...' is too long: it has {len(str(path))} characters") from None
+    return str(expanded) if str(path).startswith("~") else str(path)
 
 
 @contextmanager
@@ -120,11 +139,6 @@ def file_digest(file: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def files_digest(files: Sequence[Path]) -> str:
-    """Returns one SHA-256 for the bytes of several files in order, in hexadecimal."""
-    return hashlib.sha256(b"".join(bytes.fromhex(file_digest(file)) for file in files)).hexdigest()
 
 
 def value_digest(value: Any) -> str:

@@ -1,8 +1,9 @@
 """Connect the data rooms to Lightning: files become records, tokens, planned steps and micro-batches."""
 
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -27,6 +28,8 @@ from sft_lightning.data.filters import CorrectResponses
 from sft_lightning.data.formats.base import Record, Template
 from sft_lightning.data.records import read_records
 from sft_lightning.data.settings import DataSettings, Overlength, check_at_least
+from sft_lightning.data.sources.files import DataFile
+from sft_lightning.data.sources.rows import MemoryRows
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SetName: TypeAlias = Literal["train", "val", "test"]
+DataPath: TypeAlias = str | Path | Iterable[Mapping[str, Any]] | None
 
 _DEFAULT_SEED = 42
 # Entries of the token store's fingerprint that are not named after an option.
@@ -54,6 +58,7 @@ class SFTDataModule(LightningDataModule):
 
     Args:
         train_path: JSONL or Parquet: a file, a folder or a glob. Rows have prompt and response, or question and answer.
+            From Python also the rows themselves, as an iterable of dictionaries.
         val_path: The same, for validation.
         test_path: The same, for test and predict; defaults to val_path.
         tokenizer_path: Folder or hub name of the tokenizer; on the command line it defaults to the model's.
@@ -82,9 +87,9 @@ class SFTDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train_path: str | None = None,
-        val_path: str | None = None,
-        test_path: str | None = None,
+        train_path: DataPath = None,
+        val_path: DataPath = None,
+        test_path: DataPath = None,
         tokenizer_path: str | None = None,
         template: Literal["auto"] | Template = "auto",
         columns: dict[str, str] | None = None,
@@ -106,7 +111,10 @@ class SFTDataModule(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["template", "grader"], logger=False)
+        train_path, val_path, test_path = map(_as_text, (train_path, val_path, test_path))
+        of_sets = {"train_path": train_path, "val_path": val_path, "test_path": test_path}
+        in_memory = [name for name, given in of_sets.items() if not isinstance(given, str | None)]
+        self.save_hyperparameters(ignore=["template", "grader", *in_memory], logger=False)
         check_at_least(1, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
         check_at_least(1, worker_timeout_seconds=worker_timeout_seconds)
         check_at_least(0, num_workers=num_workers, seed=seed)
@@ -125,13 +133,13 @@ class SFTDataModule(LightningDataModule):
             max_examples=max_train_examples,
             cache_dir=cache_dir,
         )
-        self.sets = _settings_of_sets(options, {"train": train_path, "val": val_path, "test": test_path or val_path})
+        train, val, test = (_data_file(name, given) for name, given in of_sets.items())
+        self.sets = _settings_of_sets(options, {"train": train, "val": val, "test": test or val})
         self.max_length, self.append_eos = max_length, append_eos
         self.tokenizer_path, self.batch_size = tokenizer_path, batch_size
         self.loss_normalization: LossNormalization = loss_normalization
-        self.normalize_constant = normalize_constant
+        self.normalize_constant, self.pad_to_multiple_of = normalize_constant, pad_to_multiple_of
         self.layout: Literal["auto"] | Layout = layout
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers, self.worker_timeout_seconds = num_workers, worker_timeout_seconds
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", _DEFAULT_SEED)) if seed is None else seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -305,7 +313,9 @@ class SFTDataModule(LightningDataModule):
         )
 
 
-def _settings_of_sets(train: DataSettings, paths: Mapping[SetName, str | None]) -> dict[SetName, DataSettings]:
+def _settings_of_sets(
+    train: DataSettings, paths: Mapping[SetName, str | DataFile | None]
+) -> dict[SetName, DataSettings]:
     """Returns the settings of each set that has a path. Only the training set is filtered and cut to its first rows."""
     evaluation = replace(train, filter=None, max_examples=None)
     return {
@@ -313,6 +323,15 @@ def _settings_of_sets(train: DataSettings, paths: Mapping[SetName, str | None]) 
         for name, path in paths.items()
         if path is not None
     }
+
+
+def _as_text(given: DataPath) -> DataPath:
+    # Checkpoints hold the hyperparameters, and only plain values are loaded from there.
+    return str(given) if isinstance(given, Path) else given
+
+
+def _data_file(name: str, given: DataPath) -> str | DataFile | None:
+    return given if isinstance(given, str | Path | None) else MemoryRows(given, name)
 
 
 def sets_of_run(function: str | None, available: Container[SetName]) -> list[SetName]:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,7 +19,7 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
-from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
+from sft_lightning.lightning_compat.fsdp_strategy import check_sharded, load_for_strategy
 from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
 from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.trainer import (
@@ -42,6 +42,7 @@ from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
 from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity, trajectory
+from sft_lightning.training.saved_module import load_saved_model, read_module
 from sft_lightning.training.spikes import NormSpikes, log_spike
 from sft_lightning.training.step import StepAccumulator, StepStats
 
@@ -130,6 +131,36 @@ class SFTModule(LightningModule):
         self.spikes = NormSpikes()
         self.stop_request = StopRequest()
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Returns a module whose ``model`` has the weights of a checkpoint, in float32.
+
+        Args:
+            checkpoint_path: A folder: ``checkpoint-<step>``, ``final`` or any model; or a ``.ckpt`` file that
+                Lightning's ModelCheckpoint wrote, whose ``model_path`` must still hold the model's config.
+            map_location: Device of the weights, by default the CPU.
+            hparams_file: Not used: the checkpoint has the arguments.
+            strict: Whether a ``.ckpt`` file must have exactly the model's weights, which is the default.
+            weights_only: Not used: nothing but tensors and plain values is ever loaded.
+            **kwargs: Arguments of the module that replace saved ones; ``loss``, ``optimizer`` and ``generator`` are
+                never saved.
+
+        Raises:
+            UserError: If the checkpoint is missing or damaged, or holds another model.
+        """
+        saved, weights = read_module(checkpoint_path)
+        module = cls(**{**saved, **kwargs})
+        module.model = load_saved_model(module.hparams, weights, strict=strict is not False)
+        return module if map_location is None else module.to(map_location)
+
     def setup(self, stage: str) -> None:
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
             raise UserError(
@@ -142,6 +173,7 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.model is not None:
+            check_sharded(self.trainer, self.model)
             return
         if self._precision.parameter_dtype == torch.bfloat16:
             rank_zero_warn(
@@ -197,6 +229,7 @@ class SFTModule(LightningModule):
         self.step.clear()  # an earlier fit may have stopped in mid-step
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
+        _require_micro_batch(batch)
         # Dropout then depends on the plan alone: validation and generation may draw random numbers, and a resumed run
         # draws the same ones as an uninterrupted one.
         torch.manual_seed(batch.rng_seed)
@@ -244,6 +277,7 @@ class SFTModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        _require_micro_batch(batch)
         assert self.model is not None
         with step_oom_advice(self, "validation", batch):
             losses = label_losses(self.model, batch)
@@ -356,3 +390,11 @@ class SFTModule(LightningModule):
             "warmup_steps": resolve_warmup_steps(total, **warmup),
             "min_factor": self.hparams["min_lr_factor"],
         }
+
+
+def _require_micro_batch(batch: Any) -> None:
+    if not isinstance(batch, MicroBatch):
+        raise UserError(
+            f"SFTModule takes the micro-batches of an SFTDataModule, and this batch is a {type(batch).__name__}: "
+            "pass an SFTDataModule, which takes a file or your rows, instead of a DataLoader"
+        )

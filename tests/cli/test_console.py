@@ -1,27 +1,7 @@
-"""Test which log lines are shown, and how jsonargparse's messages become one line."""
+"""Test which log lines are shown."""
 
 import subprocess
 import sys
-
-import pytest
-
-from sft_lightning.cli.console import shorten
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ("Expected a\n  number", "Expected a number"),
-        ("Problem: expected type <class 'sft_lightning.data.formats.r1_zero.R1Zero'>", "Problem: expected type R1Zero"),
-        (
-            "data.seed: - Does not validate against any of the Union subtypes Errors: Expected an int "
-            "Given value type: <class 'str'> Given value: x",
-            "data.seed: 'x' is not accepted. Expected an int",
-        ),
-    ],
-)
-def test_messages_become_one_line(message, line):
-    assert shorten(message) == line
 
 
 def test_noise_of_lightning_is_hidden_and_our_lines_are_shown():

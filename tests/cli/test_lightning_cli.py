@@ -1,7 +1,6 @@
 """Test fit, validate, test and predict. Every mistake is one line with exit code 2, and overwrites nothing."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -308,17 +307,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, option
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(("name", "package"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")])
-def test_a_logger_without_its_package_names_the_install_command(command, tmp_path, monkeypatch, capsys, name, package):
-    find_spec = importlib.util.find_spec
-    hidden = ("wandb", "tensorboard", "tensorboardX")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find_spec(name))
-    logger = json.dumps([{"class_path": name, "init_args": {"save_dir": str(tmp_path)}}])
-    assert main([*command, "--trainer.logger", logger]) == 2
-    expected = f"sft-lightning: error: trainer.logger {name} needs a package: pip install {package}"
-    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, args, message):
     assert capsys.readouterr().err == f"sft-lightning: error: {message}\n"
 
 
+@pytest.mark.parametrize("command", [["report"], ["compare", "b"]])
+def test_a_path_that_is_too_long_is_one_line(capsys, command):
+    assert cli.main([*command, "a" * 300]) == 2
+    assert capsys.readouterr().err == f"sft-lightning: error: path '{'a' * 60}...' is too long\n"
+
+
 @pytest.mark.parametrize(
     ("error", "local_rank", "printed"),
     [

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import socket
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from transformers import (
     AutoTokenizer,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -347,3 +350,65 @@ def test_an_empty_model_has_the_configs_shapes_without_memory(name, tmp_path):
 def test_an_empty_model_needs_a_config(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         empty_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantized_weights_are_refused_before_they_are_read(folder, note_fault, method):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    for load in (load_model, empty_model):
+        message = message_of(load, str(folder))
+        assert message.startswith(f"model.model_path '{folder}' holds quantized weights ({method}), ")
+    note_fault(
+        "model folder with quantized weights",
+        provoked="a config.json that names GPTQ, AWQ and bitsandbytes",
+        outcome="exit 2 before weights are read, also in `check`, with the method",
+        tries=3,
+    )
+
+
+def test_a_home_folder_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load_model(f"~/{folder.name}").num_parameters() == load_model(str(folder)).num_parameters()
+
+
+@pytest.fixture
+def vision_model_folder(tmp_path, tokenizer):
+    text = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 64},
+    }
+    vision = {
+        **{"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"image_size": 28, "patch_size": 14},
+    }
+    tokens = {"image_token_index": 3, "boi_token_index": 4, "eoi_token_index": 5, "mm_tokens_per_image": 1}
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens)).save_pretrained(
+        tmp_path
+    )
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_what_text_does_not_reach_is_frozen(vision_model_folder):
+    model = load_model(vision_model_folder)
+    frozen = {name.split(".")[1] for name, weight in model.named_parameters() if not weight.requires_grad}
+    trained = {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert (frozen, trained) == ({"vision_tower", "multi_modal_projector"}, {"language_model"})
+    model(input_ids=torch.arange(6, 12)[None]).logits.sum().backward()
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None} == set()
+
+
+def test_a_vision_model_trains_on_text_under_ddp(fit, vision_model_folder):
+    before = dict(os.environ)  # to which Lightning adds a port, a rank and a number of processes
+    options = {"model": {"model_path": vision_model_folder}, "data": {"tokenizer_path": vision_model_folder}}
+    try:
+        ours = fit(max_steps=3, strategy="ddp", devices=1, **options)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
+    assert ours.losses == pytest.approx(fit(max_steps=3, **options).losses, rel=1e-6)

@@ -11,7 +11,6 @@ import pytest
 from sft_lightning.system.files import (
     atomic_folder,
     file_digest,
-    files_digest,
     remove_atomically,
     symlink_atomically,
     unfinished,
@@ -225,13 +224,6 @@ def test_a_removed_folder_loses_its_name_before_its_files(tmp_path, monkeypatch)
 def test_digest_of_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == OF_ABC
-
-
-def test_digest_of_files_depends_on_their_order_and_ends(tmp_path):
-    for name, content in {"a": b"abc", "b": b"", "c": b"ab", "d": b"c"}.items():
-        (tmp_path / name).write_bytes(content)
-    orders = ("a", "ab", "ba", "cd")
-    assert len({files_digest([tmp_path / name for name in order]) for order in orders}) == len(orders)
 
 
 def test_digest_of_a_value_ignores_the_order_of_keys():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.checkpointing import io as checkpoint_io
@@ -331,6 +332,16 @@ def test_validation_metrics_are_exact_over_the_set(make_trainer, make_data, mode
     }
     for stage, metrics in (("val", validated), ("test", tested)):
         assert {name: metrics[f"{stage}/{name}"] for name in expected} == expected
+
+
+def test_batches_of_a_users_own_loader_are_refused_in_one_line(make_trainer, model_folder):
+    loader = DataLoader([{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}])
+    for run in (
+        lambda: make_trainer().validate(SFTModule(model_folder), loader, verbose=False),
+        lambda: make_trainer(max_epochs=-1, max_steps=1).fit(SFTModule(model_folder), loader),
+    ):
+        with pytest.raises(UserError, match="this batch is a dict: pass an SFTDataModule, which takes a file or your "):
+            run()
 
 
 def test_each_validation_starts_from_zero(make_trainer, make_data, model_folder, train_file, val_file):

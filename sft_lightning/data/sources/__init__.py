@@ -1,4 +1,4 @@
-"""Sources that yield the rows of data files.
+"""Sources that yield the rows of data files, or rows in memory.
 
-They may import only errors; start with files.py.
+They may import system and errors; start with files.py.
 """

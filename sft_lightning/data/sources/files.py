@@ -2,29 +2,33 @@
 
 import codecs
 import glob
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sft_lightning.data.sources.rows import MemoryRows, Row
 from sft_lightning.errors import UserError
+from sft_lightning.system.files import file_digest, user_path
 
 _PARQUET_ROWS_AT_ONCE = 1024
 
-# A row's fields, or the reason why the row cannot be read.
-Row: TypeAlias = Mapping[str, Any] | ValueError
+DataFile: TypeAlias = Path | MemoryRows
 
 
-def resolve_files(path: str | Path) -> list[Path]:
+def resolve_files(path: str | DataFile) -> Sequence[DataFile]:
     """Returns the data files that ``path`` names, sorted by name.
 
     Args:
-        path: A file (Parquet by its suffix, else JSONL), a folder of ``*.jsonl`` and ``*.parquet``, or a glob.
+        path: A file (Parquet by its suffix, else JSONL), a folder of ``*.jsonl`` and ``*.parquet``, a glob, or rows.
 
     Raises:
         UserError: If there is no such file.
     """
-    named = Path(path).expanduser()
+    if isinstance(path, MemoryRows):
+        return [path]
+    named = Path(user_path(path))
     if named.is_file():
         return [named]
     if named.is_dir():
@@ -39,7 +43,13 @@ def resolve_files(path: str | Path) -> list[Path]:
     return sorted(files)
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def digest(files: Sequence[DataFile]) -> str:
+    """Returns one SHA-256 for the content of several files in order, in hexadecimal."""
+    digests = (file.digest if isinstance(file, MemoryRows) else file_digest(file) for file in files)
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def read_rows(file: DataFile) -> Iterator[tuple[str, Row]]:
     """Yields ``(file:line, row)`` in file order, with few rows in memory at a time.
 
     Blank lines of JSONL are skipped, but counted. A row that cannot be read is yielded as a ``ValueError`` that holds
@@ -48,12 +58,17 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: If the file cannot be read at all.
     """
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
     try:
-        for line, row in rows:
+        for line, row in _numbered_rows(file):
             yield f"{file}:{line}", row
     except OSError as error:
         raise UserError(f"cannot read data file '{file}': {' '.join(str(error).split())}") from None
+
+
+def _numbered_rows(file: DataFile) -> Iterable[tuple[int, Row]]:
+    if isinstance(file, MemoryRows):
+        return file
+    return _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Row]]:

@@ -4,10 +4,11 @@ import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
+from sft_lightning.data.sources.files import DataFile
 from sft_lightning.diagnostics.check.findings import Finding, Place, counted
 
 
-def check_files(set_name: str, files: Sequence[Path]) -> list[Finding]:
+def check_files(set_name: str, files: Sequence[DataFile]) -> list[Finding]:
     """Returns findings about the JSONL files of a set; Parquet files have no lines.
 
     Args:
@@ -16,7 +17,7 @@ def check_files(set_name: str, files: Sequence[Path]) -> list[Finding]:
     """
     marks, line_ends, num_lines = [], [], 0
     for file in files:
-        if file.suffix == ".parquet":
+        if not isinstance(file, Path) or file.suffix == ".parquet":
             continue
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):

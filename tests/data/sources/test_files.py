@@ -4,7 +4,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sft_lightning.data.sources.files import read_rows, resolve_files
+from sft_lightning.data.sources.files import digest, read_rows, resolve_files
 from sft_lightning.errors import UserError
 
 GOOD = b'{"prompt": "a", "response": "b"}\n'
@@ -135,3 +135,10 @@ def test_a_parquet_column_name_with_invalid_utf8_is_refused(tmp_path):
 def test_a_file_without_parquet_content_is_refused(tmp_path):
     file = write(tmp_path / "a.parquet", GOOD)
     assert error_of(read_rows, file).startswith(f"cannot read '{file}' as Parquet: ")
+
+
+def test_digest_of_files_depends_on_their_order_and_ends(tmp_path):
+    for name, content in {"a": b"abc", "b": b"", "c": b"ab", "d": b"c"}.items():
+        (tmp_path / name).write_bytes(content)
+    orders = ("a", "ab", "ba", "cd")
+    assert len({digest([tmp_path / name for name in order]) for order in orders}) == len(orders)
