@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,11 +18,12 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
+from sft_lightning.lightning_compat.averaging import check_averaging
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
 from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
 from sft_lightning.lightning_compat.signals import StopRequest
+from sft_lightning.lightning_compat.support import check_parameter_groups
 from sft_lightning.lightning_compat.trainer import (
-    callbacks_of,
     datamodule_of,
     replicas,
     steps_per_epoch,
@@ -131,11 +131,6 @@ class SFTModule(LightningModule):
         self.stop_request = StopRequest()
 
     def setup(self, stage: str) -> None:
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
-            raise UserError(
-                "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
-                "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
-            )
         # A module may be trained more than once. A checkpoint, if any, is loaded after this.
         self.nonfinite.num_skipped, self.spikes = 0, NormSpikes()
         self.stop_request.clear()
@@ -195,6 +190,9 @@ class SFTModule(LightningModule):
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
         self.step.clear()  # an earlier fit may have stopped in mid-step
+
+    def on_train_epoch_start(self) -> None:
+        check_parameter_groups(self.trainer)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         # Dropout then depends on the plan alone: validation and generation may draw random numbers, and a resumed run
@@ -292,6 +290,7 @@ class SFTModule(LightningModule):
                 "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
                 "--model.model_path"
             )
+        check_averaging(self.trainer, checkpoint)
         saved, current = checkpoint["hyper_parameters"], self.hparams
         check_resumable(
             {**saved, **checkpoint["identities"]}, {**current, **self.identities}, override=self.resume_override
