@@ -121,11 +121,22 @@ def test_a_finished_run_goes_on_from_its_current_weights(fit, tmp_path, averagin
     assert_equal_weights(saved(tmp_path / "parts" / "final"), saved(tmp_path / "whole" / "final"))
 
 
-def test_a_run_shorter_than_the_first_update_keeps_what_it_learned(fit, tmp_path):
+def test_a_run_shorter_than_the_first_update_keeps_what_it_learned(fit, tmp_path, note_fault):
     fit(tmp_path / "plain")
     fit(tmp_path / "late", ema(update_starting_at_step=1000))
     for folder in ("checkpoint-4", "final"):
         assert_equal_weights(saved(tmp_path / "late" / folder), saved(tmp_path / "plain" / folder))
+    note_fault(
+        "run that ends before its weights are averaged",
+        provoked="EMAWeightAveraging with update_starting_at_step 1000 in a run of 12 steps",
+        outcome="checkpoints and final have the current weights",
+    )
+
+
+def test_rotary_frequencies_are_not_averaged(fit, tmp_path):
+    run = fit(tmp_path, EMAWeightAveraging(decay=0.999))
+    exact = 1 / 10_000 ** (torch.arange(0, 8, 2).float() / 8)  # four heads of eight dimensions
+    assert torch.equal(run.module.model.model.rotary_emb.inv_freq, exact)
 
 
 def test_a_callback_averages_in_a_second_fit_as_in_the_first(fit, tmp_path):
@@ -137,7 +148,7 @@ def test_a_callback_averages_in_a_second_fit_as_in_the_first(fit, tmp_path):
 
 def test_a_resume_without_the_averaging_is_refused(fit, tmp_path):
     fit(tmp_path, ema(), max_epochs=1)
-    with pytest.raises(UserError, match="the checkpoint's run averaged its weights .* holds no WeightAveraging: add"):
+    with pytest.raises(UserError, match=r"the checkpoint's run averaged its weights .* holds no WeightAveraging: add"):
         fit(tmp_path, ckpt_path=str(tmp_path / "last"))
 
 
@@ -145,7 +156,7 @@ def test_two_averages_or_a_sharded_model_are_refused():
     def trainer(strategy, *callbacks):
         return SimpleNamespace(strategy=strategy, callbacks=callbacks)
 
-    with pytest.raises(UserError, match="holds 2 WeightAveraging callbacks: keep one of them"):
+    with pytest.raises(UserError, match=r"holds 2 WeightAveraging callbacks: keep one of them"):
         average_exactly(trainer(None, ema(), AtEpochEnds()))
-    with pytest.raises(UserError, match="holds a AtEpochEnds, which cannot average a model that trainer.strategy Mod"):
+    with pytest.raises(UserError, match=r"holds a AtEpochEnds, which cannot average a model that trainer.strategy M"):
         average_exactly(trainer(ModelParallelStrategy(), AtEpochEnds()))

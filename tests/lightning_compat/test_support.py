@@ -67,7 +67,7 @@ def test_a_frozen_layer_stays_frozen_and_the_run_resumes_bit_equal(fit, tmp_path
 
 
 def test_parameters_without_a_learning_rate_are_refused(fit):
-    with pytest.raises(UserError, match="adds parameters to the optimizer in epoch 1, .* set trainer.max_epochs 1"):
+    with pytest.raises(UserError, match=r"adds parameters to the optimizer in epoch 1, .* set trainer.max_epochs 1"):
         fit(callbacks=(FrozenFirstLayer(until_epoch=1),))
 
 
@@ -91,7 +91,7 @@ def test_the_rate_that_a_tuner_finds_holds_in_every_step(make_trainer, make_data
 
 @pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_strategies_that_lose_the_weights_are_refused(make_trainer, name):
-    with pytest.raises(UserError, match="trainer.strategy DDPStrategy with start_method (spawn|fork) trains copies"):
+    with pytest.raises(UserError, match=r"trainer.strategy DDPStrategy with start_method (spawn|fork) trains copies"):
         check_strategy(make_trainer(strategy=name, devices=2))
     check_strategy(make_trainer(strategy="ddp", devices=2))
 
