@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 
 class StopRequest:
@@ -73,8 +72,7 @@ def end_other_ranks(trainer: Trainer, grace_seconds: float = 10.0) -> None:
     Lightning leaves a rank that hangs behind. It also kills this process when another rank ends first, possibly before
     this process has reported why.
     """
-    launcher = trainer.strategy.launcher
-    started: list[subprocess.Popen] = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+    started: list[subprocess.Popen] = getattr(trainer.strategy.launcher, "procs", [])
     processes = list(started)
     started.clear()  # Lightning's observer reads this list
     deadline = time.monotonic() + grace_seconds
