@@ -22,6 +22,7 @@ import json, os, signal, sys
 from datetime import timedelta
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from sft_lightning import GenerationEvaluation, HFCheckpoint, SFTDataModule, SFTModule
 from sft_lightning.training.callbacks.row_losses import RowLossRecorder
@@ -99,6 +100,7 @@ trainer = Trainer(
     callbacks=[
         recorder,
         *([Fails()] if job["fault"] else []),
+        *([EMAWeightAveraging(decay=0.5)] if job["averages"] else []),
         GenerationEvaluation(
             num_examples=job["num_examples"], num_samples=2, generator=Generator(max_new_tokens=6)
         ),
@@ -127,7 +129,7 @@ def start(tmp_path, model_folder, train_file, val_file):
         job = {
             **{"strategy": strategy or ("ddp" if devices > 1 else "auto"), "precision": "64-true", "layout": "auto"},
             **{"max_epochs": 2, "max_steps": -1, "clip": 1.0, "init": "pretrained", "ckpt": None, "fault": None},
-            **{"timeout_seconds": 120, "num_examples": 5, **files, **shape, **options},
+            **{"timeout_seconds": 120, "num_examples": 5, "averages": False, **files, **shape, **options},
         }
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(
@@ -268,6 +270,19 @@ def test_a_run_of_two_processes_resumes_in_one_and_four(run, tmp_path, reference
         outcome="the same steps, losses and gradients",
         tries=2,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_average_weights_as_one_and_resume(run, tmp_path):
+    (one,) = run("one", 1, 4, 2, averages=True)
+    two = run("two", 2, 2, 2, averages=True)
+    for rank in two:
+        for ours, theirs in zip(rank["metrics"], one["metrics"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+    run("resumed", 2, 2, 2, averages=True, ckpt=str(tmp_path / "two" / "checkpoint-5"))
+    finals = {name: weights(tmp_path / name / "final") for name in ("one", "two", "resumed")}
+    assert_same_weights(finals["two"], finals["one"], 1e-7)
+    assert all(torch.equal(finals["resumed"][name], weight) for name, weight in finals["two"].items())
 
 
 @pytest.mark.slow

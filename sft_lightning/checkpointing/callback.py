@@ -30,6 +30,7 @@ from sft_lightning.lightning_compat.loops import (
     validation_is_due,
 )
 from sft_lightning.lightning_compat.signals import end_other_ranks, install_signal_handlers, is_watched_by_rank_zero
+from sft_lightning.lightning_compat.support import check_strategy
 from sft_lightning.lightning_compat.trainer import (
     TrainedModule,
     callbacks_of,
@@ -229,6 +230,7 @@ class HFCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves nothing: the state may be that of half a step, and the last checkpoint is good."""
         if not isinstance(exception, KeyboardInterrupt):  # Lightning handles that one
+            check_strategy(trainer)  # says why copies of the module failed in other processes
             end_other_ranks(trainer)
         self._close(trainer)
 

@@ -21,7 +21,7 @@ from sft_lightning.cli.console import set_up_logging
 from sft_lightning.cli.mistakes import Builder, check_values, is_refused_by_lightning, shorten
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.loops import fit_loop_kind
-from sft_lightning.lightning_compat.trainer import loses_weights
+from sft_lightning.lightning_compat.support import check_strategy
 from sft_lightning.system.lock import unlock_folders
 from sft_lightning.system.out_of_memory import translate_out_of_memory
 from sft_lightning.training.callbacks.defaults import run_defaults
@@ -104,11 +104,7 @@ class SFTCLI(LightningCLI):
             arguments["logger"] = _as_list(loggers) or False  # without metrics.csv
         arguments["default_root_dir"] = arguments["default_root_dir"] or built.output_dir
         trainer = Trainer(**arguments)
-        if loses_weights(trainer):
-            raise UserError(
-                "trainer.strategy would train in processes that do not hand back the weights: set ddp instead of "
-                "ddp_spawn, ddp_fork or ddp_notebook"
-            )
+        check_strategy(trainer)
         return trainer
 
     def after_fit(self) -> None:

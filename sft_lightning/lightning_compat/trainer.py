@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from sft_lightning.errors import UserError
 from sft_lightning.lightning_compat.signals import StopRequest
@@ -76,14 +75,6 @@ def datamodule_of(trainer: Trainer) -> Any:
 def is_dry_run(trainer: Trainer) -> bool:
     """Returns whether this is a ``fast_dev_run``, which leaves nothing on disk."""
     return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def loses_weights(trainer: Trainer) -> bool:
-    """Returns whether a run trains in processes that end with it, so that the caller's module stays untrained.
-
-    Their launcher hands weights back through a file of the checkpoint format, which here is a folder.
-    """
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def logs_this_step(trainer: Trainer, step: int | None = None) -> bool:

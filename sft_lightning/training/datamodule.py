@@ -35,6 +35,7 @@ from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
 from sft_lightning.errors import UserError
 from sft_lightning.grading.graders import Grader, R1ZeroGrader
 from sft_lightning.lightning_compat.loops import fit_position
+from sft_lightning.lightning_compat.support import build_model, check_support
 from sft_lightning.lightning_compat.trainer import micro_batch_limit, repeats_one_epoch, replicas, usable_layout
 from sft_lightning.training.resume import check_resumable
 
@@ -164,13 +165,12 @@ class SFTDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         # Called on one rank before the others set up: it builds the token cache, and they read it.
-        self.setup("")
+        check_support(self._running_trainer)
+        self._load_sets()
 
     def setup(self, stage: str) -> None:
-        self._usable_layout = None
-        for name in sets_of_run(self._running_trainer.state.fn, self.sets):
-            if name not in self._stores:
-                self._stores[name] = self._load_tokens(name)
+        self._load_sets()
+        build_model(self._running_trainer)
 
     def train_dataloader(self) -> PlannedLoader:
         return self._loader(epoch_size(len(self.training_tokens), self._step_shape)[2], self._open_training_epoch)
@@ -242,6 +242,12 @@ class SFTDataModule(LightningDataModule):
     def _step_shape(self) -> StepShape:
         num_replicas, _ = replicas(self._running_trainer)
         return StepShape(self.batch_size, self._running_trainer.accumulate_grad_batches, num_replicas)
+
+    def _load_sets(self) -> None:
+        self._usable_layout = None
+        for name in sets_of_run(self._running_trainer.state.fn, self.sets):
+            if name not in self._stores:
+                self._stores[name] = self._load_tokens(name)
 
     def _load_tokens(self, name: SetName) -> TokenStore:
         settings, tokenizer = self.settings(name), self.tokenizer

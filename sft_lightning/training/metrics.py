@@ -33,9 +33,10 @@ class TokenMetrics(Metric):
             nll: Shape [M], negative log-likelihood of each label, in nats.
             correct: Shape [M], bool, whether the most likely token is the label.
         """
-        self.nll_sum += nll.to(SUM_DTYPE).sum()
-        self.num_correct += correct.sum()
-        self.num_tokens += nll.numel()
+        # Not in place: a state that validate or test has reset is an inference tensor, which fit may not change.
+        self.nll_sum = self.nll_sum + nll.to(SUM_DTYPE).sum()
+        self.num_correct = self.num_correct + correct.sum()
+        self.num_tokens = self.num_tokens + nll.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Returns ``loss`` in nats per label token, ``perplexity`` and ``token_accuracy``; NaN over an empty set."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -19,11 +18,12 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
+from sft_lightning.lightning_compat.averaging import check_averaging
 from sft_lightning.lightning_compat.fsdp_strategy import check_sharded, load_for_strategy
 from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
 from sft_lightning.lightning_compat.signals import StopRequest
+from sft_lightning.lightning_compat.support import check_parameter_groups
 from sft_lightning.lightning_compat.trainer import (
-    callbacks_of,
     datamodule_of,
     replicas,
     steps_per_epoch,
@@ -162,11 +162,6 @@ class SFTModule(LightningModule):
         return module if map_location is None else module.to(map_location)
 
     def setup(self, stage: str) -> None:
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
-            raise UserError(
-                "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "
-                "batch_size x accumulate_grad_batches, which must not change in a run: take it out"
-            )
         # A module may be trained more than once. A checkpoint, if any, is loaded after this.
         self.nonfinite.num_skipped, self.spikes = 0, NormSpikes()
         self.stop_request.clear()
@@ -227,6 +222,9 @@ class SFTModule(LightningModule):
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
         self.step.clear()  # an earlier fit may have stopped in mid-step
+
+    def on_train_epoch_start(self) -> None:
+        check_parameter_groups(self.trainer)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         _require_micro_batch(batch)
@@ -326,6 +324,7 @@ class SFTModule(LightningModule):
                 "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
                 "--model.model_path"
             )
+        check_averaging(self.trainer, checkpoint)
         check_resumable(self._trajectory(), checkpoint["trajectory"], override=self.resume_override)
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])

@@ -106,7 +106,7 @@ def test_a_class_that_breaks_is_told_with_the_place(error_of, tmp_path, monkeypa
         ("trainer.accelerator=cpuu", "trainer: You selected an invalid accelerator name: `accelerator='cpuu'`"),
         ("trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("trainer.barebones=true", "trainer.barebones true turns off checkpoints, logging and callbacks"),
-        ("trainer.strategy=ddp_spawn", "trainer.strategy would train in processes that do not hand back the weights"),
+        ("trainer.strategy=ddp_spawn", "trainer.strategy DDPStrategy with start_method spawn trains copies"),
         ("trainer.strategy=ddp_notebook", "trainer.strategy would train in processes that do not hand back the weight"),
     ],
 )

@@ -15,6 +15,7 @@ from sft_lightning.checkpointing import io as checkpoint_io
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.generation.base import Generation, Generator
+from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.training.module import SFTModule
 
 # 42 rows, at most 2 in each of the 4 micro-batches of a step: five steps of 8 rows and a last one of 2.
@@ -536,3 +537,34 @@ def test_a_checkpoint_of_another_version_is_refused(
     monkeypatch.setattr(checkpoint_io, "_read_state", without_trajectory)
     with pytest.raises(UserError, match="another version of sft-lightning wrote this checkpoint; start from its weig"):
         resume(make_trainer, make_data(train_file), model_folder, checkpoint)
+
+
+# Several runs of one module
+
+
+@pytest.mark.parametrize("function", ["validate", "test", "predict"])
+def test_a_fit_after_another_run_is_that_of_a_new_module(
+    make_trainer, make_data, model_folder, train_file, val_file, function
+):
+    used, new = (SFTModule(model_folder, generator=TransformersGenerator(max_new_tokens=2)) for _ in range(2))
+    getattr(make_trainer(), function)(used, make_data(val_path=val_file))
+    losses = []
+    for module in (used, new):
+        trainer = make_trainer(max_steps=2, val_check_interval=8)
+        trainer.fit(module, make_data(train_file, val_file))
+        losses.append(float(trainer.callback_metrics["val/loss"]))
+    assert losses[0] == losses[1]
+    for name, weight in new.model.named_parameters():
+        assert torch.equal(weight, used.model.get_parameter(name)), name
+    (validated,) = make_trainer().validate(used, make_data(val_path=val_file))
+    assert validated["val/loss"] == losses[0]
+
+
+def test_a_second_fit_starts_from_the_weights_of_the_first(make_trainer, make_data, train_file, model_folder, tmp_path):
+    module = SFTModule(model_folder, learning_rate=1e-3)
+    make_trainer(HFCheckpoint(str(tmp_path)), max_steps=2).fit(module, make_data(train_file))
+    of_folder = SFTModule(str(tmp_path / "final"), learning_rate=1e-3)
+    for each in (module, of_folder):
+        make_trainer(max_steps=2).fit(each, make_data(train_file))
+    for name, weight in of_folder.model.named_parameters():
+        assert torch.equal(weight, module.model.get_parameter(name)), name

@@ -17,6 +17,7 @@ from sft_lightning.evaluation.metrics import answer_metrics
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
+from sft_lightning.lightning_compat.averaging import averaged_weights
 from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
 from sft_lightning.training.oom_advice import generation_oom_advice
@@ -165,7 +166,7 @@ class GenerationEvaluation(Callback):
         records = [self._records[name][index] for index in indices]
         model: Any = pl_module.model
         memory = generation_oom_advice(trainer, self.generator, len(records))
-        with memory, trainer.precision_plugin.forward_context():
+        with memory, averaged_weights(trainer), trainer.precision_plugin.forward_context():
             result = evaluate(
                 model,
                 [record.prompt for record in records],
