@@ -260,8 +260,8 @@ def test_an_answer_without_end_has_a_deadline(kind, note_fault):
     note_fault(
         "server whose answers never end",
         provoked="a byte of the body, the headers or a chunk now and then, and endless interim answers",
-        outcome="an answer has timeout_seconds in all, however its parts arrive; then it is asked for again, in the end "
-        "exit 2 in one line",
+        outcome="an answer has timeout_seconds in all, however its parts arrive; then it is asked for again, "
+        "and in the end the command ends with one line (exit 2)",
         tries=len(WITHOUT_END),
     )
 
@@ -285,7 +285,8 @@ def test_the_size_of_an_answer_is_limited(kind, note_fault):
     note_fault(
         "server whose answers are too large",
         provoked="bodies, chunks and error messages without an end, and absurd Content-Lengths",
-        outcome="no more than 16 MiB of an answer are read; then it is asked for again, in the end exit 2 in one line",
+        outcome="no more than 16 MiB of an answer are read; then it is asked for again, and in the end the "
+        "command ends with one line (exit 2)",
         tries=len(TOO_LARGE),
     )
 
