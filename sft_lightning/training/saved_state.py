@@ -36,14 +36,15 @@ def check_trainer_state(saved: Mapping[str, Any], trainer: Trainer) -> None:
         require(len(saved[name]) == 1, name, f"holds {len(saved[name])} states, not 1")
     check_loops(trainer, saved["loops"])
     callbacks = [one for one in callbacks_of(trainer) if _is_known(one) and one.state_key in saved["callbacks"]]
-    states = {"callbacks": {one.state_key: one.state_dict() for one in callbacks}}
+    states: dict[str, Any] = {"callbacks": {one.state_key: one.state_dict() for one in callbacks}}
     data = datamodule_of(trainer)
-    own_steps = data.state_dict() if _is_known(data) else {}
-    states |= {type(data).__qualname__: dict.fromkeys(own_steps, {})} if own_steps else {}
+    own = data.state_dict() if _is_known(data) else {}
+    of_data: dict[str, Any] = {name: {} for name, value in own.items() if isinstance(value, Mapping)}
+    states |= {type(data).__qualname__: of_data} if of_data else {}
     require_form(saved, states, "the content")
     _require_comparable(saved["hyper_parameters"], trainer.lightning_module.hparams, "hyper_parameters")
-    for name, own in own_steps.items():
-        _require_comparable(saved[type(data).__qualname__][name], own, name)
+    for name in of_data:
+        _require_comparable(saved[type(data).__qualname__][name], own[name], name)
     for place, like in _OPTIONAL.items():
         value: Any = saved
         for key in place:
