@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "flash_attn_interface": {"models.attention"},
     "math_verify": {"grading.math_worker"},
 }
+# What loads a model, a config or a tokenizer with transformers, and with it the code that a folder may bring.
+LOADERS = {"from_pretrained", "from_config", "_from_config", "from_model_config", "pipeline"}
 # What the Trainer keeps for itself, although it has no underscore in front.
 TRAINER_INTERNALS = {"fit_loop", "validate_loop", "test_loop", "predict_loop", "epoch_loop", "batch_progress"}
 
@@ -127,6 +129,17 @@ def touches_of_lightning_internals(tree):
                 yield ast.unparse(node)
 
 
+def calls_that_may_run_remote_code(tree):
+    """Yields loaders of transformers that are not handed to without_remote_code, and names that import such code."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    guarded = {node.args[0] for node in calls if ast.unparse(node.func) == "without_remote_code" and node.args}
+    for node in ast.walk(tree):
+        named = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if named in LOADERS and node not in guarded:
+            yield ast.unparse(node)
+    yield from (name for name in imported_names(tree) if name.rpartition(".")[2] in LOADERS | {"dynamic_module_utils"})
+
+
 def test_the_rules_detect_planted_violations():
     tree = ast.parse(
         "from lightning.pytorch.cli import _private\n"
@@ -153,6 +166,14 @@ def test_the_rules_detect_planted_violations():
         "trainer.fit_loop",
     ]
     assert set(imported_names(WithoutAnnotationImports().visit(tree))) == names - {"transformers"}
+    loads = (
+        "from transformers import pipeline\n"
+        "without_remote_code(A.from_pretrained, path)\n"
+        "load = Auto.from_pretrained\n"
+        "f(type(model).from_config(config), getattr(x, name))\n"
+    )
+    found = ["Auto.from_pretrained", "type(model).from_config", "transformers.pipeline"]
+    assert list(calls_that_may_run_remote_code(ast.parse(loads))) == found
     assert [depth_of(name) for name in ("cli.main", "data.batch", "errors", "stray")] == [1, 8, 11, -1]
     assert {"__init__", "data", "data.batch", "losses.functional"} <= TREES.keys()
 
@@ -205,6 +226,12 @@ def test_third_party_packages_stay_in_their_rooms():
             if rooms is not None and not within(name, rooms):
                 wrong.append((name, imported))
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_every_loader_of_transformers_goes_through_one_place():
+    wrong = {name: list(calls_that_may_run_remote_code(tree)) for name, tree in TREES.items()}
+    assert {name: calls for name, calls in wrong.items() if calls} == {}
+    assert sum(source.count("trust_remote_code=") for source in SOURCES.values()) == 1
 
 
 def test_only_lightning_compat_touches_private_names_of_lightning():

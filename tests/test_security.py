@@ -184,7 +184,10 @@ def put_code_into(folder, marker):
         (folder / name).write_text(json.dumps(values))
 
 
-def test_code_beside_a_model_is_not_run(options, own_model, val_file, tmp_path, marker, capsys, note_fault):
+def test_code_beside_a_model_is_not_run(
+    options, own_model, val_file, tmp_path, marker, capsys, monkeypatch, note_fault
+):
+    monkeypatch.setattr("builtins.input", lambda *arguments: "y")  # to a question whether the code may run
     put_code_into(own_model, marker)
     small = ["--model.model_path", str(own_model)]
     assert main(["check", *options, *small]) in (0, 1)
@@ -198,15 +201,17 @@ def test_code_beside_a_model_is_not_run(options, own_model, val_file, tmp_path, 
 
     config = json.loads((own_model / "config.json").read_text())
     (own_model / "config.json").write_text(json.dumps(config | {"model_type": "own", "architectures": ["M"]}))
-    assert "has no usable config" in error_of(capsys, ["fit", *options, *small, "--overwrite"])
+    for command in (["fit", "--overwrite"], ["check"], ["selftest"]):
+        assert "has no usable config" in error_of(capsys, [*command, *options, *small])
     error_of(capsys, ["evaluate", *arguments])
     assert not marker.exists()
     note_fault(
         "model folder that brings code",
         provoked="auto_map in config.json, tokenizer_config.json and generation_config.json, custom_generate, a chat "
-        "template that makes a folder; also with a model type that only that code knows",
-        outcome="the code is not run; a model that needs it is refused in one line (exit 2)",
-        tries=5,
+        "template that makes a folder; also with a model type that only that code knows, and a user who answers yes to "
+        "every question",
+        outcome="nobody is asked, the code is not run; a model that needs it is refused in one line (exit 2)",
+        tries=7,
     )
 
 

@@ -1,5 +1,6 @@
 """Write and read checkpoints of Lightning as model folders that plain transformers loads."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from sft_lightning.lightning_compat.trainer import datamodule_of
 from sft_lightning.models.loading import save_model
 from sft_lightning.system.disk_space import require_space, size_bytes
 from sft_lightning.system.files import remove_atomically
+from sft_lightning.system.saved_values import require, require_form
 
 _WEIGHTS_PREFIX = "model."
+# What Lightning reads before the hooks of a checkpoint. It converts those of older versions.
+_NEEDED = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": ""}
+_VERSION = re.compile(r"2\.\d+(\.\d+)*((a|b|rc)\d+)?(\.(post|dev)\d+)*")
 
 
 class HFCheckpointIO(CheckpointIO):
@@ -76,13 +81,19 @@ def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> N
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle may raise anything
         # The message of torch suggests weights_only=False, which would run any code in the file.
         raise UserError(
             f"checkpoint '{path.parent}': {path.name} holds something else than tensors and plain values, or is "
             "damaged; it is not loaded"
         ) from error
+    require_form(state, _NEEDED, "the content")
+    for name in ("epoch", "global_step"):
+        require(type(state[name]) is int and state[name] >= 0, name, "is not a count")
+    version = state["pytorch-lightning_version"]
+    require(_VERSION.fullmatch(version) is not None, "pytorch-lightning_version", "is not a version of Lightning 2")
+    return state
 
 
 def _read_weights(trainer: Trainer, folder: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from sft_lightning.data.load_report import LoadReport
 from sft_lightning.data.settings import DataSettings
 from sft_lightning.errors import UserError
 from sft_lightning.system.files import user_path
+from sft_lightning.system.remote_code import without_remote_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"tokenizer path '{path}' is a file; give the folder that holds it")
     local = Path(path).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local, trust_remote_code=False)
+        tokenizer = without_remote_code(AutoTokenizer.from_pretrained, path, local_files_only=local)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
         place = "in the folder" if local else "under that name: it is not a local folder and the hub did not provide it"
         reason = " ".join(str(error).split())[:200]

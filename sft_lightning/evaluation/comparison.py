@@ -98,7 +98,8 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
             rates[name] = _paired_rate(values)
     earlier = {(sample["index"], sample["sample"]): rewarded(sample) for sample in before}
     # A sample that the first evaluation did not draw is compared with its first sample of that prompt.
-    was_right = [earlier.get((one["index"], one["sample"]), earlier[one["index"], 0]) for one in after]
+    first = {sample["index"]: rewarded(sample) for sample in reversed(before)}
+    was_right = [earlier.get((one["index"], one["sample"]), first[one["index"]]) for one in after]
     return Comparison(rates, [_change(old, rewarded(sample)) for old, sample in zip(was_right, after, strict=True)])
 
 
@@ -131,7 +132,7 @@ def _pairs(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[list
         )
     pairs = list(zip(*sides, strict=True))
     for number, (old, new) in enumerate(pairs):
-        for field in ("prompt", "ground_truth"):
+        for field in ("index", "prompt", "ground_truth"):
             if old[0][field] != new[0][field]:
                 raise UserError(
                     f"the evaluations differ in the {field} of sample {number}: compare evaluations of the same data"

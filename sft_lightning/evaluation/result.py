@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,13 +174,65 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             try:
                 sample = json.loads(line)
-                missing = [name for name in _NEEDED if name not in sample]
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not a sample ({error}); evaluate again") from None
-            if missing:
+            if not isinstance(sample, dict):
+                raise UserError(f"{path}:{number}: not a sample but a {type(sample).__name__}; evaluate again")
+            if missing := [name for name in _NEEDED if name not in sample]:
                 raise UserError(f"{path}:{number}: a sample without {', '.join(missing)}; evaluate again")
+            if wrong := wrong_fields(sample):
+                raise UserError(f"{path}:{number}: a sample with a wrong type of {', '.join(wrong)}; evaluate again")
             samples.append(sample)
     return samples
+
+
+def wrong_fields(sample: Mapping[str, Any]) -> list[str]:
+    """Returns the names of a sample's fields whose values an evaluation does not write, by their types."""
+    return [name for name, is_right in _FIELDS.items() if name in sample and not is_right(sample[name])]
+
+
+def wrong_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the same for the fields of a ``metrics.json``."""
+    return [name for name, is_right in _METRICS.items() if name in metrics and not is_right(metrics[name])]
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, float) or _is_count(value)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _all(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("index", "sample"), _is_count),
+    "num_tokens": lambda value: value is None or _is_count(value),
+    **dict.fromkeys(("prompt", "response"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("format_correct", "answer_correct"), lambda value: isinstance(value, bool)),
+    "strict_format_correct": lambda value: value is None or isinstance(value, bool),
+    **dict.fromkeys(("failure", "stop_reason"), _is_text),
+    "mean_entropy": _is_number,
+}
+_METRICS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("num_examples", "num_samples"), _is_count),
+    **dict.fromkeys(RATES, lambda value: value is None or _is_share(value)),
+    "intervals": _all(lambda bounds: isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_share, bounds))),
+    **dict.fromkeys(("failures", "stop_reasons"), _all(_is_count)),
+    "mean_num_tokens": _all(_is_number),
+    "mean_entropy": _is_number,
+}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -24,6 +24,7 @@ _OWN_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "stop", 
 _OTHER_ANSWERS = {"n", "best_of", "echo", "stream", "suffix"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUM_PROBE_TOKENS = 4
+_MAX_TOKENS = 2**31
 _MAX_PROBED_PROMPTS = 4
 
 
@@ -234,7 +235,7 @@ def _read_completion(data: Any) -> _Completion:
         raise TemporaryError(f"no completion: {type(error).__name__} {error}") from None
     if not isinstance(text, str):
         raise TemporaryError(f"no completion: its text is {type(text).__name__}")
-    if type(num_tokens) is not int or num_tokens < 0:
+    if type(num_tokens) is not int or not 0 <= num_tokens < _MAX_TOKENS:
         raise TemporaryError("no completion: usage.completion_tokens is not a count")
     if finish_reason not in ("stop", "length"):
         raise TemporaryError(f"no completion: its finish_reason is {str(finish_reason)[:40]!r}")

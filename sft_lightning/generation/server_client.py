@@ -1,4 +1,4 @@
-"""Exchange JSON over HTTP with a server that may be slow, busy or not ready: time-outs, retries, immediate stop."""
+"""Exchange JSON over HTTP with a server that may be slow, busy or hostile: limits of time and size, retries, stop."""
 
 import http.client
 import json
@@ -6,8 +6,10 @@ import logging
 import random
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -23,6 +25,8 @@ Answer = TypeVar("Answer")
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 30.0
+# A completion of 100,000 tokens has about 1 MB, also with each character escaped.
+MAX_ANSWER_BYTES = 16 * 2**20
 _TEMPORARY_STATUS = {408, 425, 429}
 _MAX_MESSAGE_CHARACTERS = 300
 
@@ -49,7 +53,7 @@ class ServerClient:
         base_url: Prefix of every path: ``http://127.0.0.1:8000/v1``.
         api_key: Sent as a bearer token; None sends none.
         num_retries: How often a request is sent again after a temporary fault, with pauses that double.
-        timeout_seconds: How long to wait for the next part of an answer.
+        timeout_seconds: How long to wait for a whole answer, however its parts arrive.
 
     Raises:
         UserError: If ``base_url`` is not the address of a server.
@@ -78,7 +82,7 @@ class ServerClient:
         self._jitter = random.Random()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._open_connections: set[http.client.HTTPConnection] = set()
+        self._open_sockets: set[socket.socket] = set()
         self._warned: set[str] = set()
 
     def ask(self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], Answer]) -> Answer:
@@ -115,11 +119,8 @@ class ServerClient:
         """Ends every request: connections of those in flight are closed, and later ones fail."""
         self._stopped.set()
         with self._lock:
-            for connection in self._open_connections:
-                try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-                except (OSError, AttributeError):  # it has just ended
-                    continue
+            for opened in self._open_sockets:
+                _end(opened)
 
     def _exchange(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """Sends one request and returns the parsed JSON of its answer."""
@@ -128,29 +129,48 @@ class ServerClient:
         connection = self._connection_class(self._host, self._port, timeout=wait_seconds)
         try:
             connection.connect()
-            wait_seconds = self._timeout_seconds
-            connection.sock.settimeout(wait_seconds)
-            with self._lock:
-                if self._stopped.is_set():
-                    raise CancelledError
-                self._open_connections.add(connection)
-            connection.request("GET" if body is None else "POST", self._path + path, payload, self._headers)
-            response = connection.getresponse()
-            content = response.read()
+            with self._answering(connection.sock):
+                connection.request("GET" if body is None else "POST", self._path + path, payload, self._headers)
+                response = connection.getresponse()
+                content = response.read(MAX_ANSWER_BYTES + 1)
         except TimeoutError:
-            raise TemporaryError(f"no answer within {wait_seconds:g} seconds") from None
+            raise TemporaryError(f"no connection within {wait_seconds:g} seconds") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise TemporaryError(_one_line(reason)) from None
         finally:
-            with self._lock:
-                self._open_connections.discard(connection)
             connection.close()
+        if len(content) > MAX_ANSWER_BYTES:
+            raise TemporaryError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        if response.length:
+            raise TemporaryError(f"the answer ended {response.length} bytes early")
         self._check_status(path, response, content)
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise TemporaryError(f"no JSON but {_one_line(content)!r}") from None
+
+    @contextmanager
+    def _answering(self, opened: socket.socket) -> Iterator[None]:
+        """Ends a connection when ``stop`` is called, or the time for its answer is over; raises TemporaryError then."""
+        # The time-out of a socket is that of each part of an answer, and a part may be one byte.
+        opened.settimeout(self._timeout_seconds)
+        timer = threading.Timer(self._timeout_seconds, _end, [opened])
+        timer.daemon = True
+        deadline = time.monotonic() + self._timeout_seconds
+        with self._lock:
+            if self._stopped.is_set():
+                raise CancelledError
+            self._open_sockets.add(opened)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._lock:
+                self._open_sockets.discard(opened)
+            if time.monotonic() >= deadline:
+                raise TemporaryError(f"no answer within {self._timeout_seconds:g} seconds") from None
 
     def _check_status(self, path: str, response: http.client.HTTPResponse, content: bytes) -> None:
         if response.status in _TEMPORARY_STATUS or response.status >= 500:
@@ -172,6 +192,11 @@ class ServerClient:
                 return
             self._warned.add(problem)
         logger.warning("%s: %s; asking again", self._url, problem)
+
+
+def _end(opened: socket.socket) -> None:
+    with suppress(OSError):  # it has just ended
+        opened.shutdown(socket.SHUT_RDWR)
 
 
 def _asked_pause_seconds(retry_after: str | None) -> float:

@@ -5,6 +5,8 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from sft_lightning.system.saved_values import require_form
+
 
 def is_optimizer_step(trainer: Trainer) -> bool:
     """Returns whether the micro-batch that just ran ended its accumulation window."""
@@ -66,6 +68,13 @@ def fit_loop_kind(trainer: Trainer) -> FitLoopKind:
     return next(kind for kind, loop in _LOOPS.items() if type(trainer.fit_loop) is loop)
 
 
+def check_loops(trainer: Trainer, saved: Any) -> None:
+    """Raises UserError if what a checkpoint holds of ``loops`` does not have the form of the Trainer's own."""
+    require_form(saved, {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
+    loaders = saved["fit_loop"]["state_dict"].get("combined_loader", [])
+    require_form(loaders, [{}], "loops['fit_loop']['state_dict']['combined_loader']")
+
+
 def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoch: int, accumulate: int) -> None:
     """Rewrites saved loop counters so that Lightning continues after ``global_step`` optimizer steps.
 
@@ -90,6 +99,8 @@ def set_loop_position(loops: dict[str, Any], *, global_step: int, steps_per_epoc
         # In mid-epoch the state is that of `on_train_batch_end`, which Lightning itself increments on restart.
         batches[key] = {"ready": done, "started": done, "processed": done, "completed": done - 1 if step else done}
     batches["is_last_batch"] = False
+    # Lightning's own count of optimizer steps.
+    loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] = global_step
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = global_step - 1 if step else global_step
 
 

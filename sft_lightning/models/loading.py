@@ -29,6 +29,7 @@ from sft_lightning.models.attention.selection import AttentionChoice, choose_att
 from sft_lightning.models.precision import Precision
 from sft_lightning.system.files import user_path
 from sft_lightning.system.out_of_memory import is_out_of_memory
+from sft_lightning.system.remote_code import without_remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +70,15 @@ def load_model(
     attention = choose_attention(
         config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
     )
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     missing: Iterable[str] = ()
     unused: Iterable[str] = ()
     try:
         if init == "random":
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = without_remote_code(AutoModelForCausalLM.from_config, config, **options)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model_path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            loaded: Any = without_remote_code(
+                AutoModelForCausalLM.from_pretrained, model_path, config=config, output_loading_info=True, **options
             )
             model, missing, unused = loaded[0], loaded[1]["missing_keys"], loaded[1]["unexpected_keys"]
     except UnpicklingError as error:
@@ -116,7 +118,7 @@ def load_config(model_path: str) -> PretrainedConfig:
     if not folder.is_dir() and (folder.is_absolute() or model_path.startswith(".") or model_path.count("/") > 1):
         raise UserError(f"model.model_path '{model_path}' is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B")
     try:
-        config = AutoConfig.from_pretrained(model_path)
+        config = without_remote_code(AutoConfig.from_pretrained, model_path)
     except Exception as error:  # huggingface_hub raises a bare Exception for a field of the wrong type
         place = "has no usable config" if folder.is_dir() else "is not a local folder and cannot be loaded from the hub"
         raise UserError(f"model.model_path '{model_path}' {place}: {_in_one_line(error)}") from error
@@ -138,7 +140,7 @@ def empty_model(model_path: str) -> PreTrainedModel:
     config = load_config(model_path)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return without_remote_code(AutoModelForCausalLM.from_config, config)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.model_path '{model_path}' cannot be built: {_in_one_line(error)}") from error
 

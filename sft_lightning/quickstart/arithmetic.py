@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_lightning.data.formats.r1_zero import R1Zero
+from sft_lightning.system.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +100,13 @@ def make_problems(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[
 def write_arithmetic(output_dir: str | Path, *, num_train: int = 6400, num_heldout: int = 320, seed: int = 0) -> None:
     """Writes ``train.jsonl`` and ``heldout.jsonl``: rows of prompt, response and ground_truth in r1_zero form.
 
-    Equal arguments give equal bytes. Files with these names are replaced.
+    Equal arguments give equal bytes. Files with these names are replaced, each as a whole.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     train, heldout = make_problems(num_train=num_train, num_heldout=num_heldout, seed=seed)
     for name, problems in (("train", train), ("heldout", heldout)):
         rows = (R1Zero().render({"question": p.question, "answer": p.solution}) for p in problems)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        with write_atomically(Path(output_dir) / f"{name}.jsonl", newline="\n") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _draw_problem(generator: random.Random) -> Problem:

@@ -7,6 +7,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AddedToken, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from sft_lightning.system.files import atomic_folder, sync
+
 PADDING = "<|pad|>"
 CONTEXT_LENGTH = 2048
 
@@ -20,7 +22,8 @@ def write_tiny_model(
     does not change.
 
     Args:
-        output_dir: Folder to write into; created if missing. Files with the same names are replaced.
+        output_dir: Folder to write into. A new one appears with all of its files; in one that is there, files with the
+            same names are replaced, each as a whole.
         texts: Texts like those that the model will see.
         fixed_texts: Long texts that every prompt contains. Each becomes one token, so that a short run does not spend
             most of its time on them.
@@ -46,8 +49,17 @@ def write_tiny_model(
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(**special_ids)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+
+    def replace_files() -> bool:
+        for file in sorted(folder.iterdir()):
+            file.replace(Path(output_dir) / file.name)
+        return False
+
+    with atomic_folder(Path(output_dir), replace_files) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            sync(file)
 
 
 def train_tokenizer(texts: Iterable[str], *, fixed_texts: Iterable[str] = ()) -> Qwen2Tokenizer:

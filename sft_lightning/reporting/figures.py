@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 from sft_lightning.evaluation.comparison import rewarded
@@ -159,7 +159,7 @@ def _entropy(files: RunFiles, evaluations: list[Evaluation]) -> list[Line]:
 
 def _points(evaluations: list[Evaluation], value_of: Any) -> list[tuple[float, float]]:
     values = [(one.step, value_of(one.metrics)) for one in evaluations]
-    return [(step, value) for step, value in values if step is not None and isinstance(value, int | float)]
+    return [(step, x) for step, x in values if step is not None and isinstance(x, int | float) and isfinite(x)]
 
 
 def _length_bars(evaluation: Evaluation | None) -> Iterator[Bars]:

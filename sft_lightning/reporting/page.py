@@ -44,13 +44,16 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
 )
 
 
-def write_report(run: Path, *, state: str | None = None, with_plots: bool = True) -> Path:
+def write_report(
+    run: Path, *, files: RunFiles | None = None, state: str | None = None, with_plots: bool = True
+) -> Path:
     """Writes ``report/index.html`` and the plots of a run from the files in its folder.
 
     Any of the files may be missing, as during training, after a crash, or in the folder of a plain evaluation.
 
     Args:
         run: Folder of the run.
+        files: Its content, if it has been read.
         state: State of the run; None reads it from the folder.
         with_plots: Whether the figures are also written as PNG files, which takes one or two seconds.
 
@@ -60,7 +63,7 @@ def write_report(run: Path, *, state: str | None = None, with_plots: bool = True
     Raises:
         UserError: If the folder has nothing to report.
     """
-    files = read_run(run)
+    files = files or read_run(run)
     contents = Contents(files, before_and_after(files), figures(files), _environment(run))
     page = run / PAGE
     with write_atomically(page) as file:

@@ -34,6 +34,7 @@ EPOCHS_TO_FIND_MEMORIZED = 2
 # Ratio of the standard deviation of a normal distribution to its median absolute deviation.
 _DEVIATIONS_OF_NORMAL = 1.4826
 _EXCERPT_CHARACTERS = 120
+_COLUMNS = ("source", "epoch", "num_labels", "nll_sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class RowLossFindings:
         mislabeled: Rows that look mislabeled; empty before ``EPOCHS_TO_FIND_MISLABELED``.
         num_memorized: How many rows match the rule; the list may have only the first of them.
         num_mislabeled: Likewise.
+        damaged: Files that cannot be read; the rest does not contain their rows.
     """
 
     epochs: tuple[int, ...]
@@ -77,15 +79,24 @@ class RowLossFindings:
     mislabeled: list[RowLossEntry]
     num_memorized: int
     num_mislabeled: int
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """Names the damaged files; empty if there are none."""
+        return f"left out what cannot be read: {', '.join(self.damaged)}" if self.damaged else ""
 
 
 def read_row_losses(run: str | Path, *, most: int = 20) -> RowLossFindings | None:
     """Returns the rows of a run that stand out, at most ``most`` of each kind; None if no losses were recorded.
 
     Raises:
-        UserError: If a file of the losses cannot be read.
+        UserError: If none of the files of the losses can be read.
     """
-    table = _Table.read(Path(run) / FOLDER)
+    tables, damaged = _read_parts(Path(run) / FOLDER)
+    table = _Table.of(tables)
+    if table is None and damaged:
+        raise UserError(f"none of the row losses in '{Path(run) / FOLDER}' can be read; {damaged[0]} is damaged")
     if table is None:
         return None
     ranked = {"hardest": table.hardest(), "memorized": table.memorized(), "mislabeled": table.mislabeled()}
@@ -97,13 +108,15 @@ def read_row_losses(run: str | Path, *, most: int = 20) -> RowLossFindings | Non
         num_rows=len(table.sources),
         num_memorized=len(ranked["memorized"][0]),
         num_mislabeled=len(ranked["mislabeled"][0]),
+        damaged=tuple(damaged),
         **lists,
     )
 
 
 def describe_row_losses(findings: RowLossFindings, *, most: int = 5) -> list[str]:
     """Returns lines for a terminal: at most ``most`` rows of each kind with their nll per label token in each epoch."""
-    lines = [f"row losses: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
+    lines = [f"row losses: {findings.note}"] if findings.note else []
+    lines += [f"row losses: {findings.num_rows} rows, {len(findings.epochs)} epochs, nll in nats per label token"]
     kinds = [
         ("hardest", 1, findings.hardest, findings.num_rows),
         ("memorized", EPOCHS_TO_FIND_MEMORIZED, findings.memorized, findings.num_memorized),
@@ -142,8 +155,8 @@ class _Table:
     num_labels: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path) -> "_Table | None":
-        columns = _read_parts(sorted(folder.glob("epoch-*/step-*.rank-*.parquet")))
+    def of(cls, tables: Sequence[Any]) -> "_Table | None":
+        columns = _join(tables)
         if columns is None:
             return None
         sources, rows = columns["source"]
@@ -199,22 +212,34 @@ class _Table:
         ]
 
 
-def _read_parts(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """Returns the columns of all parts, ``source`` as (distinct values, index of the value of each row)."""
+def _read_parts(folder: Path) -> tuple[list[Any], list[str]]:
+    """Returns the tables that can be read, and the names of the files that cannot."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = []
-    for path in paths:
+    types = (pa.string(), pa.int32(), pa.int32(), pa.float64())
+    schema = pa.schema(list(zip(_COLUMNS, types, strict=True)))
+    tables, damaged = [], []
+    for path in sorted(folder.glob("epoch-*/step-*.rank-*.parquet")):
         try:
-            tables.append(pq.read_table(path, columns=["source", "epoch", "num_labels", "nll_sum"]))
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"row losses file '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+            table = pq.read_table(path, columns=list(_COLUMNS)).cast(schema)
+            if any(column.null_count for column in table.columns):
+                raise ValueError("missing values")
+            tables.append(table)
+        except (OSError, ValueError, pa.ArrowException):
+            damaged.append(path.relative_to(folder.parent).as_posix())
+    return tables, damaged
+
+
+def _join(tables: Sequence[Any]) -> dict[str, Any] | None:
+    """Returns the columns of all tables, ``source`` as (distinct values, index of the value of each row)."""
+    import pyarrow as pa
+
     if not sum(map(len, tables)):
         return None
     table = pa.concat_tables(tables)
     source = table["source"].combine_chunks().dictionary_encode()
-    numbers = {name: table[name].to_numpy() for name in ("epoch", "num_labels", "nll_sum")}
+    numbers = {name: table[name].to_numpy() for name in _COLUMNS[1:]}
     return {"source": (source.dictionary.to_pylist(), source.indices.to_numpy()), **numbers}
 
 

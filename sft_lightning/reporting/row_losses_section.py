@@ -30,7 +30,7 @@ def row_losses_section(contents: Contents) -> Section | None:
         "while that of other rows falls. Memorized: the probability of the whole response has risen above one half, "
         "because the model learned the row or the pattern behind it."
     )
-    html = f'<p class="note">{escape(explanation)}</p>'
+    html = "".join(f'<p class="note">{escape(text)}</p>' for text in (findings.note.capitalize(), explanation) if text)
     html += _list(findings, "Hardest", findings.hardest, findings.num_rows, 1)
     html += _list(
         findings, "Likely mislabeled", findings.mislabeled, findings.num_mislabeled, EPOCHS_TO_FIND_MISLABELED

@@ -1,7 +1,7 @@
 """Read the folder of a run as far as possible, also during training, after a crash, or if files are missing."""
 
-import csv
 import json
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,13 @@ from typing import Any
 import yaml
 
 from sft_lightning.errors import UserError
+from sft_lightning.evaluation.result import wrong_fields, wrong_metrics
+from sft_lightning.reporting.metrics_rows import read_metrics_rows
+
+logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"(?:step|checkpoint)-(\d+)")
-_TEXTS = ("prompt", "response")
-_VERDICTS = ("format_correct", "answer_correct")
+_SHOWN = ("prompt", "response", "format_correct", "answer_correct")
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,16 @@ class Evaluation:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The rows of ``predictions.jsonl`` without an incomplete last line."""
+        """The rows of ``predictions.jsonl`` that are samples. The others are left out with a warning."""
+        path = self.folder / "predictions.jsonl"
         # Not splitlines(): a response may contain U+2028 and similar characters, which do not end a line in JSON.
-        rows = [_parse(line) for line in _read_text(self.folder / "predictions.jsonl").split("\n")]
+        lines = _read_text(path).split("\n")
+        rows = [_parse(line) for line in lines]
+        wrong = [
+            number for number, row in enumerate(rows, start=1) if not _is_sample(row) and lines[number - 1].strip()
+        ]
+        if wrong:
+            logger.warning("'%s': left out %d lines that are no samples, line %d first", path, len(wrong), wrong[0])
         return [{"index": number, "sample": 0, **row} for number, row in enumerate(rows) if _is_sample(row)]
 
 
@@ -127,28 +137,25 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _is_sample(row: dict[str, Any]) -> bool:
-    texts, verdicts = ([row.get(name) for name in names] for names in (_TEXTS, _VERDICTS))
-    return all(isinstance(text, str) for text in texts) and all(isinstance(verdict, bool) for verdict in verdicts)
+    return all(name in row for name in _SHOWN) and not wrong_fields(row)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(_read_text(path))
-    except (yaml.YAMLError, RecursionError):
+        json.dumps(config, default=str, skipkeys=True)  # raises ValueError if it contains itself
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
 
 def _read_series(path: Path) -> dict[str, list[tuple[int, float]]]:
-    # A truncated number is still a number, so a line without its end does not count.
-    lines = _read_text(path).rpartition("\n")[0].splitlines()
     series: dict[str, list[tuple[int, float]]] = {}
-    for row in csv.DictReader(lines):
-        step = _number(row.pop("step", None))
+    for row in read_metrics_rows(path)[1]:
+        step = int(row.pop("step"))
         for name, text in row.items():
-            value = _number(text)
-            if step is not None and value is not None:
-                series.setdefault(name, []).append((int(step), value))
+            if (value := _number(text)) is not None:
+                series.setdefault(name, []).append((step, value))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}
 
 
@@ -162,10 +169,19 @@ def _number(text: Any) -> float | None:
 
 def _read_evaluations(folder: Path) -> list[Evaluation]:
     steps = {int(match[1]): path for path in folder.glob("evaluation/step-*") if (match := _STEP.fullmatch(path.name))}
-    found = [Evaluation(path, step, read_json(path / "metrics.json")) for step, path in sorted(steps.items())]
+    found = [Evaluation(path, step, _read_metrics(path)) for step, path in sorted(steps.items())]
     if not found:
-        found = [Evaluation(folder, None, read_json(folder / "metrics.json"))]
+        found = [Evaluation(folder, None, _read_metrics(folder))]
     return [one for one in found if one.metrics or one.samples]
+
+
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    """Returns the metrics of an evaluation. What has another type than they have is left out with a warning."""
+    metrics = read_json(folder / "metrics.json")
+    wrong = wrong_metrics(metrics)
+    if wrong:
+        logger.warning("'%s': left out what has a wrong type: %s", folder / "metrics.json", ", ".join(wrong))
+    return {name: value for name, value in metrics.items() if name not in wrong}
 
 
 def _best_step(link: Path) -> int | None:

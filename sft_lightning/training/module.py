@@ -37,12 +37,15 @@ from sft_lightning.models.layout_check import LayoutChoice, choose_layout
 from sft_lightning.models.loading import Initialization, check_tokenizer, load_model
 from sft_lightning.models.precision import Precision
 from sft_lightning.optim.factory import OptimizerFactory, adamw, adopt_settings, build_optimizer
+from sft_lightning.optim.saved_state import check_optimizer_state
 from sft_lightning.optim.schedules import Schedule, learning_rate_factor, resolve_warmup_steps
+from sft_lightning.system.saved_values import require, require_form
 from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
 from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity, trajectory
 from sft_lightning.training.saved_module import load_saved_model, read_module
+from sft_lightning.training.saved_state import check_trainer_state
 from sft_lightning.training.spikes import NormSpikes, log_spike
 from sft_lightning.training.step import StepAccumulator, StepStats
 
@@ -324,6 +327,7 @@ class SFTModule(LightningModule):
                 "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
                 "--model.model_path"
             )
+        check_trainer_state(checkpoint, self.trainer)
         check_averaging(self.trainer, checkpoint)
         check_resumable(self._trajectory(), checkpoint["trajectory"], override=self.resume_override)
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
@@ -335,11 +339,26 @@ class SFTModule(LightningModule):
             accumulate=self.trainer.accumulate_grad_batches,
         )
         if type(self).configure_optimizers is SFTModule.configure_optimizers:  # else restored as saved
-            assert self.model is not None
-            (schedule,) = checkpoint["lr_schedulers"]
-            factor = learning_rate_factor(schedule["last_epoch"], **self._schedule_settings())
-            peak = self.hparams["learning_rate"]
-            adopt_settings(checkpoint, self.model, self._optimizer_factory(), learning_rate=peak, factor=factor)
+            self._adopt_settings(checkpoint)
+
+    def _adopt_settings(self, checkpoint: dict[str, Any]) -> None:
+        """Checks the saved optimizer, and gives it and its schedule the settings of this run."""
+        assert self.model is not None
+        factory, peak = self._optimizer_factory(), self.hparams["learning_rate"]
+        check_optimizer_state(checkpoint["optimizer_states"][0], self.model, factory)
+        done = checkpoint["lr_schedulers"][0].get("last_epoch")
+        require(type(done) is int and done >= 0, "lr_schedulers[0]['last_epoch']", "is not a count")
+        factor = learning_rate_factor(done, **self._schedule_settings())
+        # A schedule follows from its step. torch would take any attribute of it from the file.
+        own: Any = self.configure_optimizers()
+        schedule = own["lr_scheduler"]["scheduler"].state_dict()
+        current = {"last_epoch": done, "_step_count": done + 1, "_last_lr": [peak * factor] * len(schedule["base_lrs"])}
+        checkpoint["lr_schedulers"] = [{**schedule, **current}]
+        for number, group in enumerate(checkpoint["optimizer_states"][0]["param_groups"]):
+            options = {name: value for name, value in own["optimizer"].param_groups[number].items() if name != "params"}
+            group.update({**options, **group})
+            require_form(group, options, f"optimizer_states[0]['param_groups'][{number}]")
+        adopt_settings(checkpoint, self.model, factory, learning_rate=peak, factor=factor)
 
     def _trajectory(self) -> dict[str, Any]:
         assert self.model is not None

@@ -10,20 +10,22 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from lightning.pytorch import Trainer
 
 from sft_lightning.checkpointing.run_folder import register_file, run_folder
-from sft_lightning.data.batch import Example
+from sft_lightning.data.batch import Example, Layout
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport, SkippedRows
 from sft_lightning.data.records import read_records
-from sft_lightning.data.settings import DataSettings
+from sft_lightning.data.settings import DataSettings, Overlength
 from sft_lightning.data.tokenization import tokenize_records
 from sft_lightning.distributed.collectives import all_gather_distinct
 from sft_lightning.errors import NonFiniteError, UserError
 from sft_lightning.lightning_compat.trainer import TrainingData, datamodule_of, is_dry_run
+from sft_lightning.models.attention.selection import AttentionChoice
+from sft_lightning.models.loading import Initialization
 from sft_lightning.system.files import write_atomically
 from sft_lightning.training.oom_advice import last_checkpoint
 from sft_lightning.training.step import MicroBatchLosses, StepStats, name_sources
@@ -38,23 +40,23 @@ OnNonFinite = Literal["stop", "skip"]
 FOLDER = "nonfinite"
 ROWS = "rows.jsonl"
 ABOUT = "about.json"
-# Fields of about.json that a replay reads.
-_NEEDED = (
-    "step",
-    "loss",
-    "gradient_norm",
-    "checkpoint",
-    "model_path",
-    "init",
-    "attn_implementation",
-    "tokenizer_path",
-    "max_length",
-    "overlength",
-    "append_eos",
-    "precision",
-    "layout",
-    "seed",
-)
+# Fields of about.json that a replay reads, with the types or the values that they may have.
+_NEEDED: dict[str, tuple[Any, ...]] = {
+    "step": (int,),
+    "loss": (int, float, str),
+    "gradient_norm": (int, float, str),
+    "checkpoint": (str, type(None)),
+    "model_path": (str,),
+    "init": get_args(Initialization),
+    "attn_implementation": get_args(AttentionChoice),
+    "tokenizer_path": (str,),
+    "max_length": (int,),
+    "overlength": get_args(Overlength),
+    "append_eos": (bool,),
+    "precision": (str,),
+    "layout": get_args(Layout),
+    "seed": (int,),
+}
 
 
 class StepRow(NamedTuple):
@@ -205,7 +207,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"'{folder}' holds no {ABOUT} that can be read ({type(error).__name__}); name a folder "
             f"RUN/{FOLDER}/step-<n> of a run with a loss or gradient that was not finite"
@@ -213,6 +215,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     missing = [name for name in _NEEDED if not isinstance(about, dict) or name not in about]
     if missing:
         raise UserError(f"'{folder / ABOUT}' has no '{missing[0]}': it was not written by a run, or was changed")
+    about["rows_not_found"] = about.get("rows_not_found", [])
+    for name, allowed in {**_NEEDED, "rows_not_found": (list,)}.items():
+        value = about[name]
+        if (type(value) not in allowed and value not in allowed) or (type(value) is int and not 0 <= value < 2**63):
+            raise UserError(f"'{folder / ABOUT}': {name} {str(value)[:40]!r} was not written by a run, or was changed")
     return about
 
 
@@ -226,10 +233,9 @@ def read_examples(folder: Path, tokenizer: "PreTrainedTokenizerBase", about: Map
     settings = DataSettings.of_saved_rows(path, about)
     tokenized = tokenize_records(read_records(settings), tokenizer, settings, LoadReport())
     examples = {record.source: example for record, example in tokenized}
-    names = [json.loads(line).get("source", "") for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        examples[place]._replace(source=name)
-        for number, name in enumerate(names, start=1)
+        examples[place]._replace(source=str(json.loads(line).get("source", "")))
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
         if (place := f"{path}:{number}") in examples
     ]
 

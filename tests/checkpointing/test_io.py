@@ -52,15 +52,17 @@ def checkpoint_io(model, *, during="fit", datamodule=None):
     return HFCheckpointIO(SimpleNamespace(state=state, lightning_module=Holder(model), datamodule=datamodule))
 
 
+HEAD = {"epoch": 1, "pytorch-lightning_version": "2.6.0"}
+
+
 def lightning_checkpoint(model):
     """A checkpoint with everything in it that Lightning, torch and our callbacks put there."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.tensor([[1, 2, 5]])).logits.square().sum().backward()
     optimizer.step()
     return {
-        "epoch": 1,
+        **HEAD,
         "global_step": 7,
-        "pytorch-lightning_version": "2.6.0",
         "state_dict": copy.deepcopy(Holder(model).state_dict()),
         "loops": {"fit_loop": {"epoch_progress": {"current": {"ready": 1}}, "state_dict": {}}},
         "callbacks": {"HFCheckpoint": {"best_model_score": torch.tensor(0.1), "best_model_name": "checkpoint-5"}},
@@ -119,7 +121,7 @@ def test_weights_are_stored_once_and_load_strictly(tmp_path, tied, num_stored):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_keep_their_dtype(tmp_path, dtype):
     model = make_model(tied=True, seed=0).to(dtype)
-    checkpoint = {"state_dict": Holder(model).state_dict(), "global_step": 1}
+    checkpoint = {**HEAD, "state_dict": Holder(model).state_dict(), "global_step": 1}
     checkpoint_io(model).save_checkpoint(checkpoint, tmp_path / "checkpoint-1")
     again = checkpoint_io(make_model(tied=True, seed=1).to(dtype)).load_checkpoint(tmp_path / "checkpoint-1")
     assert bits_of(again) == bits_of(checkpoint)
@@ -157,7 +159,7 @@ def test_storage_options_are_the_manifest(tmp_path):
 def test_a_link_is_followed_and_remove_deletes(tmp_path):
     model = make_model(tied=True, seed=0)
     io = checkpoint_io(model)
-    io.save_checkpoint({"state_dict": Holder(model).state_dict(), "global_step": 7}, tmp_path / "checkpoint-7")
+    io.save_checkpoint({**HEAD, "state_dict": Holder(model).state_dict(), "global_step": 7}, tmp_path / "checkpoint-7")
     (tmp_path / "last").symlink_to("checkpoint-7")
     assert io.load_checkpoint(tmp_path / "last")["global_step"] == 7
     io.remove_checkpoint(tmp_path / "checkpoint-7")

@@ -207,6 +207,7 @@ def test_no_prompts_need_no_server():
         ({**completion("x"), "usage": {}}, "no completion: KeyError 'completion_tokens'"),
         (completion("x", num_tokens=True), "no completion: usage.completion_tokens is not a count"),
         (completion("x", num_tokens=-1), "no completion: usage.completion_tokens is not a count"),
+        (completion("x", num_tokens=10**400), "no completion: usage.completion_tokens is not a count"),
         (completion("x", num_tokens=None), "no completion: usage.completion_tokens is not a count"),
         (completion(None), "no completion: its text is NoneType"),
         (completion("x", finish_reason=None), "no completion: its finish_reason is 'None'"),

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import random
 import socket
@@ -206,6 +207,99 @@ def test_a_time_out_is_reported(server):
     server.answer = lambda path, body: (server.closing.wait(10), OK)[1]
     with pytest.raises(UserError, match=r"no answer within 0.2 seconds \(asked 2 times\)"):
         client_of(server, timeout_seconds=0.2, num_retries=1).ask("/completions", {}, same)
+
+
+def raw_server(send):
+    """Starts a server that reads a request and calls ``send(connection)``; returns its address and its socket."""
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            send(connection)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", listener
+
+
+def without_end(beginning, part, pause_seconds=0.0):
+    def send(connection):
+        connection.sendall(beginning)
+        while True:
+            connection.sendall(part)
+            time.sleep(pause_seconds)
+
+    return send
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+WITHOUT_END = {
+    "a body in drops": without_end(HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", 0.02),
+    "a body in drops, of a connection that closes": without_end(HEAD + b"Connection: close\r\n\r\n", b" ", 0.02),
+    "headers in drops": without_end(HEAD, b"x", 0.02),
+    "continue again and again": without_end(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "chunks in drops": without_end(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.02),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_END)
+def test_an_answer_without_end_has_a_deadline(kind, note_fault):
+    url, listener = raw_server(WITHOUT_END[kind])
+    started = time.monotonic()
+    with listener, pytest.raises(UserError, match=r"no answer within 0\.4 seconds \(asked 2 times\)"):
+        client_of(url, timeout_seconds=0.4, num_retries=1).ask("/models", None, same)
+    assert 0.8 <= time.monotonic() - started < 5
+    note_fault(
+        "server whose answers never end",
+        provoked="a byte of the body, the headers or a chunk now and then, and endless interim answers",
+        outcome="an answer has timeout_seconds in all, however its parts arrive; then it is asked for again, "
+        "and in the end the command ends with one line (exit 2)",
+        tries=len(WITHOUT_END),
+    )
+
+
+TOO_LARGE = {
+    "a body that never ends": without_end(HEAD + b"\r\n", b" " * 2**16),
+    "an absurd Content-Length": without_end(HEAD + b"Content-Length: 99999999999999\r\n\r\n", b" " * 2**16),
+    "an absurd chunk": without_end(HEAD + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFF\r\n", b" " * 2**16),
+    "chunks that never end": without_end(
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 2**16 + b"\r\n"
+    ),
+    "an error that never ends": without_end(b"HTTP/1.1 400 Bad\r\n\r\n", b" " * 2**16),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_the_size_of_an_answer_is_limited(kind, note_fault):
+    url, listener = raw_server(TOO_LARGE[kind])
+    with listener, pytest.raises(UserError, match=r"an answer of more than 16,777,216 bytes \(asked once\)"):
+        client_of(url, num_retries=0).ask("/models", None, same)
+    note_fault(
+        "server whose answers are too large",
+        provoked="bodies, chunks and error messages without an end, and absurd Content-Lengths",
+        outcome="no more than 16 MiB of an answer are read; then it is asked for again, and in the end the "
+        "command ends with one line (exit 2)",
+        tries=len(TOO_LARGE),
+    )
+
+
+def test_stop_also_ends_a_connection_that_the_server_will_close():
+    url, listener = raw_server(without_end(HEAD + b"Connection: close\r\n\r\n", b" ", 0.02))
+    client = client_of(url)
+    with listener, ThreadPoolExecutor(1) as executor:
+        future = executor.submit(client.ask, "/models", None, same)
+        time.sleep(0.2)
+        client.stop()
+        with pytest.raises(CancelledError):
+            future.result(5)
 
 
 def test_stop_ends_waiting_and_retrying_requests(server):

@@ -191,10 +191,37 @@ def test_control_characters_do_not_reach_the_terminal(write, tmp_path):
     assert describe_row_losses(read_row_losses(tmp_path))[2].endswith(r"\x1b[2Jgone => \u202eok")
 
 
-def test_a_damaged_part_is_named(write, tmp_path):
-    path = write({"data:1": 1.0}) / "row_losses" / "epoch-0" / "step-1.rank-0.parquet"
+def cut(path):
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match=re.escape(f"row losses file '{path}' cannot be read")):
+
+
+def of_other_types(path):
+    pq.write_table(pa.table({"source": [1], "epoch": ["x"], "num_labels": [1], "nll_sum": [1.0]}), path)
+
+
+def without_a_column(path):
+    pq.write_table(pq.read_table(path).drop_columns(["epoch"]), path)
+
+
+def with_a_missing_value(path):
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "source", pa.array([None], pa.string())), path)
+
+
+@pytest.mark.parametrize("damage", [cut, of_other_types, without_a_column, with_a_missing_value])
+def test_a_damaged_part_is_left_out_and_named(write, tmp_path, damage):
+    folder = write({"data:1": 1.0}) / "row_losses" / "epoch-0"
+    part = folder / "step-1.rank-0.parquet"
+    other = pq.read_table(part).set_column(0, "source", pa.array(["data:2"], pa.string()))
+    pq.write_table(other, folder / "step-2.rank-0.parquet")
+    damage(part)
+    findings = read_row_losses(tmp_path)
+    assert [row.source for row in findings.hardest] == ["data:2"]
+    assert describe_row_losses(findings)[0] == (
+        "row losses: left out what cannot be read: row_losses/epoch-0/step-1.rank-0.parquet"
+    )
+    (folder / "step-2.rank-0.parquet").unlink()
+    with pytest.raises(UserError, match=r"none of the row losses in .* can be read; row_losses/epoch-0/step-1"):
         read_row_losses(tmp_path)
 
 

@@ -38,20 +38,23 @@ def prepare_gsm8k(input_path: str, output_path: str, *, template_path: str | Non
 def prepare_quickstart(output_dir: str | Path, *, seed: int = 0) -> None:
     """Writes ``train.jsonl``, ``heldout.jsonl`` and the folder ``model/``; replaces files with these names.
 
+    Each is there as a whole or not at all, also after an interruption or if another process does the same.
+
     Args:
         output_dir: Folder to write into; created if missing.
         seed: Seed of the problems and of the model's random weights.
 
     Raises:
-        UserError: If ``output_dir`` is a file.
+        UserError: If ``output_dir``, or ``model`` in it, is a file.
     """
     from sft_lightning.data.formats.r1_zero import R1_ZERO_PROMPT
     from sft_lightning.quickstart.arithmetic import write_arithmetic
     from sft_lightning.quickstart.tiny_model import write_tiny_model
 
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output '{folder}' is a file; name a folder to write the quickstart into")
+    for path in (folder, folder / "model"):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output '{path}' is a file; name a folder to write the quickstart into")
     write_arithmetic(folder, seed=seed)
     with (folder / "train.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]

@@ -39,7 +39,7 @@ def run(args: list[str]) -> int:
     for row in replay_rows(model, examples, layout=about["layout"], precision=precision, pad_token_id=padding):
         rows.append(row)
         print(_describe(row), flush=True)
-    for source in about.get("rows_not_found", ()):
+    for source in about["rows_not_found"]:
         print(f"{source}  was not saved: its file had changed")
     print(f"{sum(not row.is_finite for row in rows)} of {len(rows)} rows are not finite alone")
     return 0

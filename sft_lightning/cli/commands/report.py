@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sft_lightning.cli.parser import CommandParser
+from sft_lightning.errors import UserError
 
 
 def run(args: list[str]) -> int:
@@ -17,7 +18,7 @@ def run(args: list[str]) -> int:
     from sft_lightning.reporting.run_files import read_run
 
     files = read_run(folder)
-    page = write_report(folder)
+    page = write_report(folder, files=files)
     changed = before_and_after(files)
     if changed.comparison is not None:
         print(comparison_table(changed.comparison))
@@ -27,8 +28,11 @@ def run(args: list[str]) -> int:
         print("[95% intervals]")
     if changed.note:
         print(changed.note)
-    findings = read_row_losses(folder)
-    if findings is not None:
-        print("\n".join(describe_row_losses(findings)))
+    try:
+        findings = read_row_losses(folder)
+    except UserError as error:  # the rest of the report stands
+        print(error)
+    else:
+        print("\n".join(describe_row_losses(findings) if findings else ()))
     print(f"report: {page}")
     return 0

@@ -1,5 +1,6 @@
 """Record the loss of each training row in each epoch as Parquet."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from sft_lightning.lightning_compat.loops import is_optimizer_step
 from sft_lightning.lightning_compat.trainer import is_dry_run, replicas
 from sft_lightning.reporting.row_losses import FOLDER
 from sft_lightning.system.files import unfinished, write_atomically
+
+logger = logging.getLogger(__name__)
 
 # Largest number of micro-batches in memory. All replicas reach it together, so they write the same parts.
 _MICRO_BATCHES_AT_ONCE = 1024
@@ -55,7 +58,7 @@ class RowLossRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._entries, self._num_micro_batches, self._last_whole_step = [], 0, trainer.global_step
         if trainer.is_global_zero and not is_dry_run(trainer):
-            _drop_steps_after(run_folder(trainer, self.output_dir) / FOLDER, trainer.global_step)
+            _drop_steps_after(run_folder(trainer, self.output_dir), trainer.global_step)
         trainer.strategy.barrier("RowLossRecorder.on_train_start")
 
     def on_train_batch_end(
@@ -136,23 +139,32 @@ def _write_table(table: Any, path: Path) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def _drop_steps_after(folder: Path, step: int) -> None:
-    """Drops the rows that a run which resumes after ``step`` writes again.
+def _drop_steps_after(run: Path, step: int) -> None:
+    """Drops the rows that a run which resumes after ``step`` writes again. Moves a file that cannot be read aside.
 
     A file ends where its run saved a checkpoint, so it is usually kept or deleted whole. It is cut only if the run
     resumes from a checkpoint that an earlier resume had left behind.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    folder = run / FOLDER
     for path in unfinished(folder, "epoch-*/step-*"):
         path.unlink()
     for path in folder.glob("epoch-*/step-*.parquet"):
         match = _PART.fullmatch(path.name)
         if match is None or int(match[1]) <= step:
             continue
-        table = pq.read_table(path)
-        table = table.filter(pc.less_equal(table["step"], step))
+        try:
+            table = pq.read_table(path)
+            table = table.filter(pc.less_equal(table["step"], step))
+        except (OSError, KeyError, pa.ArrowException):
+            aside = path.with_name(f"{path.name}.damaged")
+            register_file(run, aside.relative_to(run).as_posix())
+            path.replace(aside)
+            logger.warning("'%s' cannot be read and was moved to '%s'", path, aside)
+            continue
         if len(table):
             _write_table(table, path.with_name(path.name.replace(f"step-{match[1]}.", f"step-{step}.", 1)))
         path.unlink()

@@ -1,6 +1,7 @@
 """Log metrics to one metrics.csv, which continues across resumes."""
 
 import csv
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from sft_lightning.checkpointing.run_folder import register_file
+from sft_lightning.reporting.metrics_rows import read_metrics_rows
 from sft_lightning.system.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsCSVLogger(Logger):
@@ -79,12 +83,12 @@ class MetricsCSVLogger(Logger):
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _read(self) -> list[dict[str, str]]:
-        if not self._path.exists():
-            return []
-        with self._path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = [row for row in reader if row.get("step")]
-            self._columns = list(reader.fieldnames or [])
+        self._columns, rows = read_metrics_rows(self._path)
+        if not self._columns and self._path.is_file() and self._path.stat().st_size:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            register_file(aside.parent, aside.name)
+            self._path.replace(aside)
+            logger.warning("'%s' was moved to '%s'; metrics go on in a new file", self._path, aside)
         return rows
 
     def _write(self, rows: list[dict[str, str]]) -> None:

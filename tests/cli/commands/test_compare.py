@@ -70,3 +70,36 @@ def test_a_mistake_is_one_line(before, tmp_path, capsys):
     )
     assert main(["compare", before, str(tmp_path / "nothing")]) == 2
     assert "nothing' holds no predictions.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"index": "0"}, "predictions.jsonl:1: a sample with a wrong type of index; evaluate again"),
+        ({"sample": [0]}, "predictions.jsonl:1: a sample with a wrong type of sample; evaluate again"),
+        ({"answer_correct": None}, "predictions.jsonl:1: a sample with a wrong type of answer_correct; evaluate again"),
+        ({"format_correct": 2, "index": -1}, "a sample with a wrong type of index, format_correct; evaluate again"),
+        ({"index": 99}, "the evaluations differ in the index of sample 0: compare evaluations of the same data"),
+        (
+            "index sample prompt ground_truth format_correct answer_correct",
+            "predictions.jsonl:1: not a sample but a str",
+        ),
+        (None, "predictions.jsonl:1: not a sample but a NoneType"),
+    ],
+)
+def test_a_sample_of_another_type_is_one_line(before, after, tmp_path, capsys, change, problem):
+    path = tmp_path / "after" / "predictions.jsonl"
+    first, *lines = path.read_text().splitlines()
+    changed = {**json.loads(first), **change} if isinstance(change, dict) else change
+    path.write_text("\n".join([json.dumps(changed), *lines]) + "\n")
+    assert main(["compare", before, after]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_samples_may_be_numbered_from_another_number(before, after, tmp_path):
+    for folder in ("before", "after"):
+        path = tmp_path / folder / "predictions.jsonl"
+        path.write_text(path.read_text().replace('"sample": 0', '"sample": 1'))
+    assert main(["compare", before, after]) == 0

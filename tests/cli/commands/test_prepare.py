@@ -1,12 +1,17 @@
 """Test the command sft-lightning prepare."""
 
 import json
+import multiprocessing
+import random
+import shutil
+import time
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from sft_lightning.cli.commands.prepare import prepare_quickstart
 from sft_lightning.cli.main import main
+from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.errors import UserError
 
 
@@ -76,3 +81,95 @@ def test_a_file_at_the_output_path_is_kept(tmp_path):
     with pytest.raises(UserError, match="file"):
         prepare_quickstart(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# Interruptions
+
+
+def make_older(folder, output):
+    """Writes files of the same names, which a call replaces, and one of the user's; returns all contents."""
+    shutil.copytree(folder, output)
+    for file in output.rglob("*.*"):
+        file.write_bytes(b"old")
+    (output / "model" / "notes.txt").write_text("mine")
+    return contents(output)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name", "num_calls", "written"),
+    [
+        (R1Zero, "render", 100, set()),
+        (R1Zero, "render", 6500, {"train.jsonl"}),
+        (Qwen2ForCausalLM, "save_pretrained", 1, {"train.jsonl", "heldout.jsonl"}),
+        (Qwen2Tokenizer, "save_pretrained", 1, {"train.jsonl", "heldout.jsonl"}),
+    ],
+)
+def test_an_interrupted_prepare_leaves_whole_files(
+    folder, tmp_path, monkeypatch, note_fault, owner, name, num_calls, written, again
+):
+    output = tmp_path / "quickstart"
+    before = make_older(folder, output) if again else {}
+    call, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == num_calls:
+            raise KeyboardInterrupt
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert main(["prepare", "quickstart", "--output", str(output)]) == 130
+    expected = {path: content for path, content in contents(folder).items() if str(path) in written}
+    assert contents(output) == {**before, **expected}
+    note_fault(
+        "prepare interrupted",
+        provoked="Ctrl-C while rows, the model or its tokenizer are written, into a new folder and into one that "
+        "is there; a slow test kills it at random",
+        outcome="each file, and a new model folder, is there as a whole or not at all",
+        tries=8,
+    )
+
+
+FORK = multiprocessing.get_context("fork")  # transformers is imported already
+
+
+def started(output):
+    process = FORK.Process(target=prepare_quickstart, args=(output,))
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_a_killed_prepare_leaves_whole_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    begun = time.monotonic()
+    started(tmp_path / "whole").join()
+    seconds = time.monotonic() - begun
+    moments = random.Random(0)
+    for attempt in range(12):
+        output = tmp_path / f"output-{attempt % 3}"  # a second attempt meets what the first one left
+        process = started(output)
+        time.sleep(moments.uniform(0, seconds))
+        process.kill()
+        process.join()
+        found = {path: content for path, content in contents(output).items() if ".tmp-" not in str(path)}
+        assert found.items() <= contents(folder).items()
+        assert not (output / "model").exists() or len(found) >= len(contents(folder / "model"))
+    prepare_quickstart(output)
+    assert not list(output.glob(".model.tmp-*"))
+
+
+@pytest.mark.slow
+def test_prepares_at_once_end_with_one_whole_result(folder, tmp_path, monkeypatch, note_fault):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    processes = [started(tmp_path / "output") for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert contents(tmp_path / "output") == contents(folder)
+    note_fault(
+        "two of prepare at once",
+        provoked="three processes write the quickstart into one new folder",
+        outcome="all succeed; the files are those of one",
+    )

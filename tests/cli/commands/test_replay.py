@@ -91,6 +91,20 @@ def test_mistakes_are_one_line(stopped, tmp_path, capsys):
     (folder / "about.json").write_text(json.dumps(about | {"checkpoint": "checkpoint-99"}))
     assert main(["replay", str(folder)]) == 2
     assert "checkpoint-99', is missing: name another with --model" in capsys.readouterr().err
+    wrong = {
+        **{"step": "6", "loss": None, "checkpoint": 5, "model_path": [], "init": "other", "attn_implementation": 1},
+        **{"tokenizer_path": None, "max_length": -1, "overlength": {}, "append_eos": 1, "precision": 32},
+        **{"layout": "flat", "seed": 10**30, "rows_not_found": 3},
+    }
+    for name, value in wrong.items():
+        (folder / "about.json").write_text(json.dumps({**about, name: value}))
+        assert main(["replay", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"about.json': {name} '{value}' was not written by a run" in error
+        assert error.count("\n") == 1
+    (folder / "about.json").write_text("[" * 100_000)
+    assert main(["replay", str(folder)]) == 2
+    assert f"'{folder}' holds no about.json that can be read (RecursionError)" in capsys.readouterr().err
     del about["precision"]
     (folder / "about.json").write_text(json.dumps(about))
     assert main(["replay", str(folder)]) == 2

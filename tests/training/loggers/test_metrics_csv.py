@@ -189,3 +189,40 @@ def test_in_a_trainer_the_steps_are_optimizer_steps(logger, file, tmp_path):
         "4,,7.0",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("damage", [bytes(4096), b"3,\xff\xfe\r\n", b"3"])
+def test_a_resumed_run_keeps_the_whole_rows(logger, file, tmp_path, note_fault, damage):
+    for step in (1, 2, 3):
+        logger.log_metrics({"train/loss": float(step)}, step=step)
+    with file.open("ab") as stream:
+        stream.write(damage)
+    again = MetricsCSVLogger(tmp_path)
+    again.start_after(2)
+    again.log_metrics({"train/loss": 9.0}, step=3)
+    assert lines(file) == ["step,train/loss", "1,1.0", "2,2.0", "3,9.0"]
+    note_fault(
+        "metrics.csv damaged",
+        provoked="NULs at its end, as after a crash of the machine, bytes that are not UTF-8, a row cut short, a "
+        "header of NULs",
+        outcome="a warning names the first damaged line; the others are kept, and the run resumes; without a header "
+        "the file is moved aside",
+        lost="the damaged lines",
+        tries=4,
+    )
+
+
+def test_a_file_without_a_header_is_moved_aside(logger, file, tmp_path, caplog):
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    damaged = bytes(8) + file.read_bytes()[8:]
+    file.write_bytes(damaged)
+    again = MetricsCSVLogger(tmp_path)
+    again.start_after(1)
+    again.log_metrics({"train/loss": 2.0}, step=2)
+    assert lines(file) == ["step,train/loss", "2,2.0"]
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == damaged
+    assert caplog.messages[-1] == f"'{file}' was moved to '{file}.damaged'; metrics go on in a new file"
+    assert "metrics.csv.damaged" in json.loads((tmp_path / run_folder.RUN_FILES).read_text())
