@@ -139,7 +139,7 @@ def _without_delimiters(text: str) -> str:
     for opening, closing in _DELIMITERS:
         inside = text[len(opening) : -len(closing)]
         if text.startswith(opening) and text.endswith(closing) and inside and opening not in inside:
-            return inside.strip().removesuffix(".")
+            text = inside.strip().removesuffix(".")
     return text
 
 

@@ -82,12 +82,16 @@ def _code_digest(cls: type) -> str:
 
 
 def _code(code: CodeType) -> tuple:
-    constants = [_code(constant) if isinstance(constant, CodeType) else constant for constant in code.co_consts]
+    constants = [_code(one) if isinstance(one, CodeType) else _describe(one, _MAX_DEPTH) for one in code.co_consts]
     return code.co_code, code.co_names, constants
 
 
 def _describe(value: Any, depth: int, *, with_private: bool = False) -> str:
     """Returns what ``repr`` would, but without memory addresses and with sets and keys in order."""
+
+    def inner(item: Any) -> str:
+        return _describe(item, depth - 1, with_private=with_private)
+
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
     if hasattr(value, "__qualname__") and getattr(value, "__module__", None):
@@ -95,10 +99,10 @@ def _describe(value: Any, depth: int, *, with_private: bool = False) -> str:
     if depth == 0:
         return public_name(type(value))
     if isinstance(value, dict):
-        pairs = (f"{_describe(key, depth - 1)}: {_describe(item, depth - 1)}" for key, item in value.items())
+        pairs = (f"{inner(key)}: {inner(item)}" for key, item in value.items())
         return "{" + ", ".join(sorted(pairs)) + "}"
     if isinstance(value, list | tuple | set | frozenset):
-        items = [_describe(item, depth - 1) for item in value]
+        items = list(map(inner, value))
         ordered = items if isinstance(value, list | tuple) else sorted(items)
         return f"{type(value).__name__}({', '.join(ordered)})"
     slots = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
@@ -106,4 +110,4 @@ def _describe(value: Any, depth: int, *, with_private: bool = False) -> str:
     public = sorted((name, setting) for name, setting in settings.items() if with_private or not name.startswith("_"))
     if not public and type(value).__repr__ is not object.__repr__:
         return _ADDRESS.sub("", repr(value))
-    return f"{public_name(type(value))}({', '.join(f'{name}={_describe(one, depth - 1)}' for name, one in public)})"
+    return f"{public_name(type(value))}({', '.join(f'{name}={inner(one)}' for name, one in public)})"
