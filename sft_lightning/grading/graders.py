@@ -39,7 +39,7 @@ class R1ZeroGrader(Grader):
     The answer is everything after the last ``<answer>`` without closing tags, so text after the closing tag makes it
     wrong, or the last ``\boxed{}`` in it. It is right if it equals the ground truth, or one of a list: as text; as one
     plain number (sign, separators, one currency sign, one trailing %, which is ignored); or, if the whole answer is
-    one expression, according to math-verify in a separate process.
+    one expression, or a list, set, tuple, interval or matrix of those, according to math-verify in a separate process.
 
     Failures: ``timed_out``, ``crashed``, ``no_answer_tag``, ``no_closing_tag``, ``thought_not_closed``,
     ``text_after_answer``, ``wrong``.
