@@ -7,7 +7,7 @@ from typing import Protocol
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.load_report import LoadReport
 from sft_lightning.grading.graders import Grader, grade_all
-from sft_lightning.system.identity import identity
+from sft_lightning.system.identity import identity_with_code
 
 _RECORDS_AT_ONCE = 1024
 
@@ -35,7 +35,7 @@ class CorrectResponses:
 
     @property
     def identity(self) -> str:
-        return identity(self._grader)
+        return identity_with_code(self._grader)
 
     def faults(self, records: Sequence[Record]) -> list[str | None]:
         """Returns why each record's response gets no reward, or None if it gets one.

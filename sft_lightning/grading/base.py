@@ -4,7 +4,7 @@ import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sft_lightning.errors import UserError
 from sft_lightning.system.identity import public_name
@@ -49,6 +49,8 @@ class Grader(ABC):
         time_limit_seconds: Time limit of one response. Beyond it the answer counts as wrong.
         bounds_itself: Whether ``grade`` returns soon for every response and may be called from several threads. Such
             a grader runs in the calling process.
+        version: Part of the token cache's key where ``data.filter_correct`` is on. Raise it whenever a change of the
+            class changes verdicts.
 
     Example:
         >>> class Shorter:
@@ -60,6 +62,7 @@ class Grader(ABC):
 
     time_limit_seconds: float = 10.0
     bounds_itself: bool = False
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def grade(self, response: str, ground_truth: Any) -> Grade:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sft_lightning.errors import UserError
 from sft_lightning.grading.base import Grade as Grade
@@ -14,16 +14,19 @@ from sft_lightning.grading.base import Grader as Grader
 from sft_lightning.grading.base import grade_row
 from sft_lightning.grading.math_equality import (
     accepted_answers,
-    expressions,
     extract_answer,
-    first_number,
     is_plain_number,
     last_number,
     same_text,
+    stated_number,
+    structures,
     unbox,
+    without_lone_unit,
 )
 from sft_lightning.grading.math_processes import Verdict, close_idle_workers, compare
 from sft_lightning.grading.sandbox import grade_isolated
+
+Units = Literal["strict", "ignore"]
 
 _TAG = re.compile("</?(?:think|answer)>")
 
@@ -36,13 +39,15 @@ class R1ZeroGrader(Grader):
     The answer is everything after the last ``<answer>`` without closing tags, so text after the closing tag makes it
     wrong, or the last ``\boxed{}`` in it. It is right if it equals the ground truth, or one of a list: as text; as one
     plain number (sign, separators, one currency sign, one trailing %, which is ignored); or, if the whole answer is
-    one expression, according to math-verify in a separate process.
+    one expression, or a list, set, tuple, interval or matrix of those, according to math-verify in a separate process.
 
     Failures: ``timed_out``, ``crashed``, ``no_answer_tag``, ``no_closing_tag``, ``thought_not_closed``,
     ``text_after_answer``, ``wrong``.
 
     Args:
         time_limit_seconds: Time limit of math-verify for one answer. Beyond it the answer counts as wrong.
+        units: Whether "18 apples" is wrong where the ground truth is 18, or the truth has a unit that the answer lacks:
+            "strict" or "ignore". Another unit than the truth's is wrong in any case.
 
     Example:
         >>> grade = R1ZeroGrader().grade(" 9 times 8 </think> <answer> $72.00 </answer>", "72")
@@ -53,9 +58,10 @@ class R1ZeroGrader(Grader):
     """
 
     bounds_itself = True
+    version = 2
 
-    def __init__(self, time_limit_seconds: float = 5.0) -> None:
-        self.time_limit_seconds = _checked(time_limit_seconds)
+    def __init__(self, time_limit_seconds: float = 5.0, units: Units = "strict") -> None:
+        self.time_limit_seconds, self.units = _checked(time_limit_seconds, units)
 
     def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
         """Returns the grade of a response.
@@ -64,7 +70,7 @@ class R1ZeroGrader(Grader):
             UserError: If the ground truth is not a text, a number or a list of those.
         """
         answer = extract_answer(response)
-        verdict = _compare(answer, ground_truth, self.time_limit_seconds)
+        verdict = _compare(answer, ground_truth, self.time_limit_seconds, self.units)
         format_failure = _format_failure(response)
         failure = None
         if verdict in (Verdict.TIMED_OUT, Verdict.CRASHED):
@@ -92,6 +98,8 @@ class AnswerGrader(Grader):
 
     Args:
         time_limit_seconds: Time limit of math-verify for one answer. Beyond it the answer counts as wrong.
+        units: Whether "18 apples" is wrong where the ground truth is 18, or the truth has a unit that the answer lacks:
+            "strict" or "ignore". Another unit than the truth's is wrong in any case.
 
     Example:
         >>> AnswerGrader().grade(r"Six a side, so the answer is $\boxed{72}$.", 72).answer_correct
@@ -101,9 +109,10 @@ class AnswerGrader(Grader):
     """
 
     bounds_itself = True
+    version = 2
 
-    def __init__(self, time_limit_seconds: float = 5.0) -> None:
-        self.time_limit_seconds = _checked(time_limit_seconds)
+    def __init__(self, time_limit_seconds: float = 5.0, units: Units = "strict") -> None:
+        self.time_limit_seconds, self.units = _checked(time_limit_seconds, units)
 
     def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
         """Returns the grade of a response.
@@ -112,7 +121,7 @@ class AnswerGrader(Grader):
             UserError: If the ground truth is not a text, a number or a list of those.
         """
         answer = unbox(response)
-        verdict = _compare(answer, ground_truth, self.time_limit_seconds)
+        verdict = _compare(answer, ground_truth, self.time_limit_seconds, self.units)
         failures = {Verdict.EQUAL: None, Verdict.DIFFERENT: "wrong"}
         return Grade(
             format_correct=True,
@@ -126,9 +135,10 @@ class AnswerGrader(Grader):
 class Gsm8kGrader(Grader):
     """Grades responses in the format of the solutions of GSM8K, which end in ``#### 72``.
 
-    The format is right if the response contains ``####``. The answer is the first number after the last ``####``;
-    without one, it is the last number of the response. It is right if it is the same number: separators, one currency
-    sign and the text around the number do not matter.
+    The format is right if the response contains ``####``. The answer is the first number after the first ``####``, or
+    the result of a calculation there, like 42 in ``#### 6 x 7 = 42``; without ``####``, it is the last number of the
+    response. It is right if it is the same number: separators, one currency sign and the text around the number do not
+    matter.
 
     Failures: ``no_marker``, ``no_number``, ``wrong``.
 
@@ -140,6 +150,7 @@ class Gsm8kGrader(Grader):
     """
 
     bounds_itself = True
+    version = 2
 
     def grade(self, response: str, ground_truth: str | int | float | list) -> Grade:
         """Returns the grade of a response.
@@ -150,8 +161,8 @@ class Gsm8kGrader(Grader):
         truths = accepted_answers(ground_truth)
         if not all(map(is_plain_number, truths)):
             raise UserError(f"ground_truth {ground_truth!r} must be a number, or a list of numbers, for Gsm8kGrader")
-        _, marker, end = response.rpartition("####")
-        answer = first_number(end) if marker else last_number(response)
+        _, marker, end = response.partition("####")
+        answer = stated_number(end.partition("####")[0]) if marker else last_number(response)
         is_right = answer is not None and any(same_text(answer, truth) for truth in truths)
         failure = "no_number" if answer is None else None if is_right else "wrong"
         return Grade(bool(marker), is_right, failure=failure if marker else "no_marker", answer=answer)
@@ -218,15 +229,19 @@ def grade_all(
         close_idle_workers()
 
 
-def grader_named(name: str) -> Grader:
-    """Returns a grader with its default settings by its name in this module or its import path.
+def grader_named(name: str, **settings: Any) -> Grader:
+    """Returns a grader by its name in this module or its import path.
+
+    Args:
+        name: For example ``R1ZeroGrader``, or ``my_graders.Rubric``.
+        settings: Arguments; the others have their defaults.
 
     Raises:
-        UserError: If there is no such class, or it requires arguments.
+        UserError: If there is no such class, or it requires other arguments.
     """
     module, _, attribute = name.rpartition(".")
     try:
-        grader = getattr(importlib.import_module(module or __name__), attribute)()
+        grader = getattr(importlib.import_module(module or __name__), attribute)(**settings)
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(f"grader '{name}' cannot be created: {error}") from error
     if not isinstance(grader, Grader):
@@ -234,25 +249,29 @@ def grader_named(name: str) -> Grader:
     return grader
 
 
-def _compare(answer: str, ground_truth: str | int | float | list, time_limit_seconds: float) -> Verdict:
-    truths = accepted_answers(ground_truth)
-    by_text = [same_text(answer, truth) for truth in truths]
+def _compare(answer: str, ground_truth: str | int | float | list, time_limit_seconds: float, units: Units) -> Verdict:
+    pairs = [(answer, unbox(truth)) for truth in accepted_answers(ground_truth)]
+    if units == "ignore":
+        pairs = [without_lone_unit(*pair) for pair in pairs]
+    by_text = [same_text(*pair) for pair in pairs]
     if any(by_text):
         return Verdict.EQUAL
     verdicts = [Verdict.DIFFERENT]
-    for truth, equal in zip(truths, by_text, strict=True):
+    for pair, equal in zip(pairs, by_text, strict=True):
         if equal is None:
-            verdicts.append(compare(*expressions(answer, truth), time_limit_seconds))
+            verdicts.append(compare(*structures(*pair), time_limit_seconds))
             if verdicts[-1] is Verdict.EQUAL:
                 return Verdict.EQUAL
     order = (Verdict.TIMED_OUT, Verdict.CRASHED, Verdict.DIFFERENT)
     return min(verdicts, key=order.index)
 
 
-def _checked(time_limit_seconds: float) -> float:
+def _checked(time_limit_seconds: float, units: Units) -> tuple[float, Units]:
     if not 0 < time_limit_seconds < float("inf"):
         raise UserError(f"time_limit_seconds {time_limit_seconds} must be a positive number of seconds")
-    return time_limit_seconds
+    if units not in get_args(Units):
+        raise UserError(f"units '{units}' is unknown; choose {' or '.join(get_args(Units))}")
+    return time_limit_seconds, units
 
 
 def _format_failure(response: str) -> str | None:

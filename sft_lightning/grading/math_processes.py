@@ -8,6 +8,7 @@ import sys
 from enum import Enum
 from pathlib import Path
 
+from sft_lightning.grading.structure import Structure
 from sft_lightning.grading.worker_process import NoReplyError, WorkerProcess
 
 _PROGRAM = Path(__file__).with_name("math_worker.py")
@@ -25,13 +26,13 @@ class Verdict(Enum):
 _idle_workers: list[WorkerProcess] = []
 
 
-def compare(answer: str, truth: str, time_limit_seconds: float) -> Verdict:
-    """Returns whether two LaTeX expressions are mathematically equal.
+def compare(answer: Structure, truth: Structure, time_limit_seconds: float) -> Verdict:
+    """Returns whether two answers are mathematically equal.
 
     Several threads may call it: each has a process to itself while it waits.
 
     Args:
-        answer: A text as ``math_equality.expressions`` returns it.
+        answer: A structure as ``math_equality.structures`` returns it.
         truth: Likewise.
         time_limit_seconds: The process is killed after this time, which does not include its start.
 

@@ -83,6 +83,7 @@ def test_another_grader_gives_other_verdicts_and_another_identity():
     assert row_filter.faults([Record("p", "a", "a"), Record("p", "b", "a")]) == [None, "wrong"]
     assert row_filter.identity != CorrectResponses(R1ZeroGrader()).identity
     assert CorrectResponses(R1ZeroGrader()).identity == CorrectResponses(R1ZeroGrader()).identity
+    assert CorrectResponses(R1ZeroGrader(units="ignore")).identity != CorrectResponses(R1ZeroGrader()).identity
 
 
 @pytest.mark.slow

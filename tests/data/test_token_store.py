@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import json
 import logging
 import multiprocessing
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data import token_store as cache
 from sft_lightning.data.batch import Example, LabelSpan, TokenSequence
+from sft_lightning.data.filters import CorrectResponses
 from sft_lightning.data.formats.base import Record
 from sft_lightning.data.formats.r1_zero import R1Zero
 from sft_lightning.data.load_report import LoadReport
@@ -438,6 +440,72 @@ def test_a_filter_that_rejects_every_row_is_an_error(data):
         "Look at these rows, name another data.grader, or set data.filter_correct: false"
     )
     assert stores_in(data.parent / "cache") == []
+
+
+# Templates and graders of a user
+
+TEMPLATE = """
+from sft_lightning import Grade, Plain
+
+class Own(Plain):
+    def __init__(self, word="two"):
+        self._word = word
+
+    def render(self, row):
+        return {{**super().render(row), "response": "{first} " + self._word}}
+
+class Judge:
+    def __init__(self, word="three"):
+        self._word = word
+
+    def grade(self, response, ground_truth):
+        return Grade(True, response.startswith("{first}") and ground_truth != self._word)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Returns a new version of a user's module, whose template and grader begin with this word."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def own(first):
+        (tmp_path / "own_classes.py").write_text(TEMPLATE.format(first=first))
+        sys.modules.pop("own_classes", None)
+        importlib.invalidate_caches()
+        return importlib.import_module("own_classes")
+
+    yield own
+    sys.modules.pop("own_classes", None)
+
+
+def test_other_code_or_arguments_make_other_tokens(data, own, monkeypatch, note_fault):
+    responses = []
+    for first, *arguments in (["is"], ["is", "three"], ["plus"]):
+        store = load(data, template=own(first).Own(*arguments))
+        responses.append({tuple(tokens[prompt:]) for tokens, prompt, _ in rows_of(store)})
+    assert responses == [{(4, 2, EOS)}, {(4, 5, EOS)}, {(3, 2, EOS)}]
+    forbid_tokenizing(monkeypatch)
+    assert {tuple(tokens[prompt:]) for tokens, prompt, _ in rows_of(load(data, template=own("is").Own()))} == responses[
+        0
+    ]
+    note_fault(
+        "other code or arguments behind the name of a user's template or grader",
+        provoked="a template's render, a grader's grade and their private arguments are changed; the name stays",
+        outcome="rows are tokenized and filtered anew; unchanged ones come from the cache",
+        tries=4,
+    )
+
+
+def test_other_code_or_arguments_of_a_grader_filter_anew(data, own):
+    write_rows(data, FILTERED_ROWS)
+    kept = [
+        [
+            example.source.rpartition(":")[2]
+            for example in load(data, filter=CorrectResponses(own(first).Judge(*arguments)))
+        ]
+        for first, *arguments in (["three"], ["three", 3], ["is"])
+    ]
+    assert kept == [["4", "5"], ["5"], ["2"]]
 
 
 # The cache

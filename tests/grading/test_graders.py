@@ -105,7 +105,7 @@ ANSWERS = [
     ("2/4", "1/2", True),
     ("-1/2", "-0.5", True),
     ("0.33", "1/3", False),
-    ("1 1/2", "1.5", False),
+    ("1 1/2", "1.5", True),
     (r"72\frac{1}{2}", "72.5", True),
     # LaTeX and whole expressions
     (r"\dfrac{144}{2}", "72", True),
@@ -142,6 +142,7 @@ ANSWERS = [
     ("72", ["71", "72"], True),
     ("72", [71, 72.0], True),
     ("1/2", ["apple", "0.5"], True),
+    ("72", r"so it is $\boxed{72}$", True),
     ("73", ["71", "72"], False),
 ]
 
@@ -150,6 +151,42 @@ ANSWERS = [
 def test_answers(answer, ground_truth, is_right):
     expected = Grade(True, is_right, failure=None if is_right else "wrong", strict_format_correct=True)
     assert R1ZeroGrader().grade(respond(answer), ground_truth) == expected
+
+
+# answer, ground truth, whether it is right where units are ignored
+UNITS = [
+    ("18 apples", "18", True),
+    ("18", "18 apples", True),
+    ("18 apples", 18, True),
+    ("18 miles per hour", "18", True),
+    (r"\frac12 \text{ cup}", "0.5", True),
+    (r"90^\circ", "90", True),
+    ("18 apples", ["17", "18"], True),
+    ("19 apples", "18", False),
+    ("18 pears", "18 apples", False),
+    ("72 cm", "72 m", False),
+    ("18x", "18", False),
+    ("18 x", "18", False),
+    ("18 dozen", "18", False),
+    ("18 million", "18", False),
+    ("18 and a half", "18", False),
+    ("18 or 19", "18", False),
+    ("about 18 apples", "18", False),
+    ("18 apples and 2 pears", "18", False),
+]
+
+
+@pytest.mark.parametrize(("answer", "ground_truth", "is_right"), UNITS)
+def test_units_can_be_ignored(answer, ground_truth, is_right):
+    for grader in (R1ZeroGrader(units="ignore"), AnswerGrader(units="ignore")):
+        assert grader.grade(respond(rf"\boxed{{{answer}}}"), ground_truth).answer_correct is is_right
+    assert not R1ZeroGrader().grade(respond(answer), ground_truth).answer_correct
+
+
+@pytest.mark.parametrize("grader", [R1ZeroGrader, AnswerGrader])
+def test_other_words_for_units_are_refused(grader):
+    with pytest.raises(UserError, match=r"^units 'no' is unknown; choose strict or ignore$"):
+        grader(units="no")
 
 
 # response, format, strictly, answer (the truth is 72), failure
@@ -218,8 +255,13 @@ GSM8K_ANSWERS = [
     ("#### 1234", "1,234", True, True, None),
     ("#### -5", -5, True, True, None),
     ("#### 72 eggs, not 73", "72", True, True, None),
-    ("#### 71\nno\n#### 72", "72", True, True, None),
-    ("#### 72\nno\n#### 71", "72", True, False, "wrong"),
+    ("#### 71\nno\n#### 72", "72", True, False, "wrong"),
+    ("#### 72\n\nQuestion: 1 + 1? #### 2", "72", True, True, None),
+    ("#### 6 x 12 = 72", "72", True, True, None),
+    ("#### 6 boxes * $12 = $72.00", "72", True, True, None),
+    ("#### 72 = 6 x 12", "72", True, True, None),
+    ("#### 72 x 2 = 144", "72", True, False, "wrong"),
+    ("#### 72/5", "72", True, False, "no_number"),
     ("72 #### seventy-two", "72", True, False, "no_number"),
     ("72 ####", "72", True, False, "no_number"),
     ("She has 71 + 1 = 72 eggs.", "72", False, True, "no_marker"),
@@ -374,6 +416,9 @@ def test_graders_are_named_by_class_or_import_path(monkeypatch, tmp_path):
     )
     assert isinstance(grader_named("Gsm8kGrader"), Gsm8kGrader)
     assert type(grader_named("named_graders.Mine")).__name__ == "Mine"
+    assert grader_named("AnswerGrader", units="ignore").units == "ignore"
+    with pytest.raises(UserError, match=r"^grader 'Gsm8kGrader' cannot be created: .*takes no arguments$"):
+        grader_named("Gsm8kGrader", units="ignore")
     for name, reason in [
         ("Gsm9kGrader", "has no attribute 'Gsm9kGrader'"),
         ("absent_graders.Mine", "No module named 'absent_graders'"),

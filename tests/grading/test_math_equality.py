@@ -6,12 +6,12 @@ import pytest
 from sft_lightning.errors import UserError
 from sft_lightning.grading.math_equality import (
     accepted_answers,
-    expressions,
     extract_answer,
-    first_number,
     is_plain_number,
     last_number,
     same_text,
+    stated_number,
+    structures,
     unbox,
 )
 
@@ -75,12 +75,12 @@ BY_TEXT = [
     ("-0", "0", True),
     ("0", "-0.0", True),
     (".5", "0.5", True),
+    ("1e3", "1000", True),
     ("5.", "5", True),
     ("0.50", ".5", True),
     ("72.0000001", "72", False),
     ("9" * 400 + ".0", "9" * 400, True),
     ("9" * 400, "9" * 399 + "8", False),
-    ("7\u00b2", "72", False),
     ("\u0667\u0662", "72", False),  # other scripts' digits
     ("\uff17\uff12", "72", False),
     # separators
@@ -164,7 +164,7 @@ BY_TEXT = [
     ("72)", "72", False),
     ("(72]]", "72", False),
     (r"72 \\ 73", "72", False),
-    (r"\log_2 8", "3", False),
+    (r"72_2 8", "3", False),
     (r"\input{/etc/passwd}", "72", False),
     ("__import__('os')._exit(0)", "72", False),
 ]
@@ -182,33 +182,33 @@ BY_MATHEMATICS = [
     ("--72", "72", ("--72", "72")),
     ("-1/2", "\u22120.5", ("-1/2", "-0.5")),
     ("$1/2", "50%", ("1/2", "50")),
-    (r"\dfrac12", r"$\frac{1}{2}$", (r"\frac12", r"\frac{1}{2}")),
+    (r"\dfrac12", r"$0.5$", (r"\frac{1}{2}", "0.5")),
     (r"$\tfrac{3}{4}$", "0.75", (r"\frac{3}{4}", "0.75")),
     (r"\(\frac{3}{4}\)", "3/4", (r"\frac{3}{4}", "3/4")),
-    (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)", (r"(3, \frac{\pi}{2})", r"(3,\pi/2)")),
+    (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)", (["()", "3", r"\frac{\pi}{2}"], ["()", "3", r"\pi/2"])),
     ("\u03c0", r"2\pi", (r"\pi", r"2\pi")),
     ("sqrt(12)", r"2\sqrt{3}", ("sqrt(12)", r"2\sqrt{3}")),
     ("e^0", "1", ("e^0", "1")),
-    ("1e3", "1000", ("1e3", "1000")),
     ("x = 5", "4", ("5", "4")),
-    ("5", "x=5", ("5", "x=5")),
+    ("10/2", "x=5", ("10/2", "5")),
     ("x^2 + 2x", "(x+1)^2", ("x^2 + 2x", "(x+1)^2")),
     ("2xy", "2yx", ("2xy", "2yx")),
-    ("[1, 2)", "[1,2)", ("[1, 2)", "[1,2)")),
-    (r"\{1, 2\}", r"\{2, 1\}", (r"\{1, 2\}", r"\{2, 1\}")),
-    (r"x \leq 5", "x <= 5", (r"x \leq 5", "x <= 5")),
-    ("(B)", "B", ("(B)", "B")),
+    ("[1, 2)", "[1,2)", (["[)", "1", "2"], ["[)", "1", "2"])),
+    (r"\{1, 2\}", r"\{2, 1\}", (["set", "1", "2"], ["set", "2", "1"])),
+    (r"5 \geq x", "x <= 5", (["in", "x", ["(]", r"-\infty", "5"]],) * 2),
+    ("(B)", "B", ("B", "B")),
     ("6(12)", "72", (r"6 \cdot (12)", "72")),
     (r"\frac{1}{2} \frac{3}{4}", "3/8", (r"\frac{1}{2} \cdot \frac{3}{4}", "3/8")),
     (r"70\frac{2}{1}", "72", (r"70 \cdot \frac{2}{1}", "72")),
     (r"(70)\frac{2}{1}", "72", (r"(70) \cdot \frac{2}{1}", "72")),
     (r"\frac{2}{1}(70)", "72", (r"\frac{2}{1} \cdot (70)", "72")),
-    (r"72 \frac12", "72.5", (r"72\frac12", "72.5")),
+    (r"72 \frac12", "72.5", (r"\frac{145}{2}", "72.5")),
     (r"\sin^2(x)", r"\sin^{2}(x)", (r"\sin^2(x)", r"\sin^{2}(x)")),
     (r"\frac{1,000}{2}", "500", (r"\frac{1000}{2}", "500")),
     ("1,234 + 1", "1235", ("1234 + 1", "1235")),
-    ("(1, 234)", "(1,234)", ("(1, 234)", "(1,234)")),
-    (r"\{1, 234\}", r"\{1,234\}", (r"\{1, 234\}", r"\{1,234\}")),
+    ("(1, 234)", "(1,234)", (["()", "1", "234"],) * 2),
+    (r"\{1, 234\}", r"\{1,234\}", (["set", "1", "234"],) * 2),
+    ("7\u00b2", "72", ("7^2", "72")),
     (r"\alpha + 1", r"1 + \alpha", (r"\alpha + 1", r"1 + \alpha")),
 ]
 
@@ -216,7 +216,7 @@ BY_MATHEMATICS = [
 @pytest.mark.parametrize(("answer", "truth", "pair"), BY_MATHEMATICS)
 def test_math_verify_decides_what_text_comparison_cannot(answer, truth, pair):
     assert same_text(answer, truth) is None
-    assert expressions(answer, truth) == pair
+    assert structures(answer, truth) == pair
 
 
 def test_an_expression_may_have_500_characters():
@@ -232,28 +232,57 @@ def test_an_expression_may_have_10_brackets_in_one_another():
     assert same_text("|" * 21 + "72", "72") is False
 
 
-# text, first number, last number
-NUMBERS = [
-    ("72", "72", "72"),
-    ("9 - 4 = 5", "9", "5"),
-    ("9-4", "9", "4"),
-    ("is -4.", "-4", "-4"),
-    ("\u22127", "-7", "-7"),
-    ("-$4 or $-5", "-$4", "-5"),
-    ("$1,234.50!", "$1,234.50", "$1,234.50"),
-    ("1,2345", "1", "2345"),
-    ("GSM8K and x72", None, None),
-    ("72kg", "72", "72"),
-    (".5 or 5.", ".5", "5"),
-    ("1/2", "1", "2"),
-    ("none", None, None),
-    ("", None, None),
+# text, last number
+LAST_NUMBERS = [
+    ("72", "72"),
+    ("9 - 4 = 5", "5"),
+    ("9-4", "4"),
+    ("is -4.", "-4"),
+    ("\u22127", "-7"),
+    ("-$4 or $-5", "-5"),
+    ("$1,234.50!", "$1,234.50"),
+    ("1,2345", "2345"),
+    ("GSM8K and x72", None),
+    ("72kg", "72"),
+    (".5 or 5.", "5"),
+    ("1/2", "2"),
+    ("none", None),
+    ("", None),
 ]
 
 
-@pytest.mark.parametrize(("text", "first", "last"), NUMBERS)
-def test_numbers_in_a_text(text, first, last):
-    assert (first_number(text), last_number(text)) == (first, last)
+@pytest.mark.parametrize(("text", "number"), LAST_NUMBERS)
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+# text, the number that it states
+STATED_NUMBERS = [
+    ("72", "72"),
+    (" $1,234.50!", "$1,234.50"),
+    ("-$4 or $-5", "-$4"),
+    ("\u22127", "-7"),
+    (".5 or 5.", ".5"),
+    ("1,2345", "1"),
+    ("72 eggs, not 73", "72"),
+    ("72 - so I think", "72"),
+    ("\n\n72\n6 = 6", "72"),
+    ("6 x 7 = 42", "42"),
+    ("6 boxes * $7 = $42 (40 + 2)", "$42"),
+    ("42 = 6 \u00d7 7", "42"),
+    ("3 = 1 + 1 + 1 = 3", "3"),
+    ("x = 42", "42"),
+    ("6 x 7", None),
+    ("1/2", None),
+    ("9-4", None),
+    ("GSM8K and x72", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), STATED_NUMBERS)
+def test_stated_number(text, number):
+    assert stated_number(text) == number
 
 
 @pytest.mark.parametrize(("text", "is_plain"), [("-$1,234.50", True), ("72%", True), ("72 kg", False), ("1/2", False)])

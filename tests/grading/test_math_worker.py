@@ -13,7 +13,7 @@ from sft_lightning.grading.math_worker import are_equal
 
 TOWER = "9^{9^{9^{9}}}"  # its digits would fill the universe
 
-# answer, ground truth, whether they are equal, all as math_equality.expressions returns them
+# answer, ground truth, whether they are equal, all as math_equality.structures returns them
 PAIRS = [
     ("B", "C", False),
     ("(B)", "B", True),
@@ -54,6 +54,35 @@ PAIRS = [
     (r"\{1, 2\}", r"\{2, 1\}", True),
     (r"x \leq 5", "x <= 5", True),
     (r"x \geq 5", "x <= 5", False),
+    ("i^2", "-1", True),
+    # small numbers are not 0, and not each other
+    (r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}", False),
+    (r"\frac{1}{3^{40}}", "3^{-40}", True),
+    (r"\frac{\sqrt{2}}{3^{40}}", r"\frac{\sqrt{3}}{3^{40}}", False),
+    (r"\frac{\sqrt{8}}{3^{40}}", r"\frac{2\sqrt{2}}{3^{40}}", True),
+    (r"\frac{x}{3^{40}}", r"\frac{x}{3^{41}}", False),
+    ("x+y=3^{-40}", "x+y=3^{-41}", False),
+    ("0.00000011", "10^{-7}", False),
+    ("0.0000001", "10^{-7}", True),
+    ("2^{100}+1", "2^{100}", False),
+    (r"\infty^2", r"2\pi", False),
+    (r"2 \cdot \infty", r"\infty", True),
+    # structures
+    (["()", "0.5", "2"], ["()", "1/2", "2"], True),
+    (["()", "2", "1"], ["()", "3", "1"], False),
+    (["()", "1", "2"], ["[]", "1", "2"], False),
+    (["()", "1", "2"], ["list", "1", "2"], False),
+    (["()", r"3^{-40}", "2"], ["()", "3^{-41}", "2"], False),
+    (["list", "2", "1/2"], ["list", "0.5", "2"], True),
+    (["list", "1", "1", "3"], ["list", "1", "2", "3"], False),
+    (["list", "1", "2", "2"], ["list", "1", "1", "2"], False),
+    (["list", "0.5", "1", "1/2"], ["set", "1", "1/2"], True),
+    (["list", "1", "3"], ["set", "1", "2"], False),
+    (["set", "1"], ["set", "1", "2"], False),
+    (["union", ["()", "1", "2"], ["[)", "3", "4"]], ["union", ["[)", "3", "4"], ["()", "1", "2"]], True),
+    (["union", ["()", "1", "2"], ["()", "3", "4"]], ["union", ["()", "1", "4"], ["()", "3", "2"]], False),
+    (["matrix", ["row", "0.5"], ["row", "x"]], ["matrix", ["row", "1/2"], ["row", "x"]], True),
+    ("1", ["list", "1"], False),
 ]
 
 

@@ -1,4 +1,5 @@
 import enum
+import importlib
 import inspect
 import re
 import subprocess
@@ -13,7 +14,7 @@ import sft_lightning
 from sft_lightning import ExactMatchGrader, R1ZeroGrader
 from sft_lightning.grading.math_processes import Verdict
 from sft_lightning.grading.worker_process import WorkerProcess
-from sft_lightning.system.identity import identity, public_name
+from sft_lightning.system.identity import identity, identity_with_code, public_name
 
 EXPORTED = sorted(set(sft_lightning.__all__) - {"__version__"})
 GRADERS = [name for name in EXPORTED if name.endswith("Grader") and name != "Grader"]
@@ -117,4 +118,70 @@ def test_an_identity_is_the_same_in_another_process():
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip
-    assert texts == {"sft_lightning.R1ZeroGrader(tags=set('a', 'b', 'c', 'd'), time_limit_seconds=5.0)\n"}
+    assert texts == {
+        "sft_lightning.R1ZeroGrader(tags=set('a', 'b', 'c', 'd'), time_limit_seconds=5.0, units='strict')\n"
+    }
+
+
+# Identities with code
+
+RUBRIC = """
+class Base:
+    words = ["{word}"]
+
+class Rubric(Base):
+    def __init__(self, at_most=3):
+        self._at_most = at_most
+"""
+
+
+@pytest.fixture
+def rubric(tmp_path, monkeypatch):
+    """Returns a user's class from a module of this content."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def rubric(content, name="rubric_of_a_user"):
+        (tmp_path / f"{name}.py").write_text(content)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module(name).Rubric
+
+    yield rubric
+    for name in ("rubric_of_a_user", "own_rubric_of_a_user"):
+        sys.modules.pop(name, None)
+
+
+def test_code_of_the_package_is_told_by_its_version():
+    assert identity_with_code(ExactMatchGrader()) == "sft_lightning.ExactMatchGrader(ignore_case=False)"
+    assert identity_with_code(R1ZeroGrader()) == (
+        "sft_lightning.R1ZeroGrader(time_limit_seconds=5.0, units='strict')/2"
+    )
+
+
+def test_a_users_class_is_told_by_its_source_and_arguments(rubric):
+    first = rubric(RUBRIC.format(word="one"))
+    text = identity_with_code(first())
+    assert re.fullmatch(r"rubric_of_a_user\.Rubric\(_at_most=3\):[0-9a-f]{16}", text)
+    assert identity_with_code(first(4)) != text
+    assert identity_with_code(rubric(RUBRIC.format(word="one"))()) == text
+    assert identity_with_code(rubric(RUBRIC.format(word="two"))()) != text
+
+
+def test_a_base_class_in_another_file_counts(rubric):
+    own = "from rubric_of_a_user import Base\nfrom sft_lightning import R1ZeroGrader\n"
+    own += "class Rubric(Base, R1ZeroGrader): ...\n"
+    texts = []
+    for word in ("one", "two"):
+        rubric(RUBRIC.format(word=word))
+        texts.append(identity_with_code(rubric(own, "own_rubric_of_a_user")()))
+    assert texts[0] != texts[1]
+    assert texts[0].startswith("own_rubric_of_a_user.Rubric(time_limit_seconds=5.0, units='strict')/2:")
+
+
+def test_code_without_a_file_counts():
+    def made(text):
+        names = {"__name__": "no_file"}
+        exec(f"class Rubric:\n    def grade(self):\n        return [lambda: {text!r}]", names)
+        return identity_with_code(names["Rubric"]())
+
+    assert made("one") == made("one") != made("two")

@@ -86,7 +86,6 @@ FORGED = [
     (("lr_schedulers", 0, "last_epoch"), -1, "lr_schedulers[0]['last_epoch'] is not a count"),
     (("loops", "fit_loop", "epoch_progress", "current"), GONE, "loops['fit_loop']['epoch_progress'] has no 'current'"),
     (("loops", "fit_loop", "state_dict", "combined_loader"), 5, "['combined_loader'] is not a list"),
-    (("callbacks", "HFCheckpoint", "best_model_score"), "0.1", "HFCheckpoint.best_model_score is not a Tensor"),
     (
         ("callbacks", "GenerationEvaluation", "latest"),
         {},

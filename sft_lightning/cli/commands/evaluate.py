@@ -26,11 +26,22 @@ def run(args: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--top_p", type=float, default=1.0, help="default: 1.0")
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument(
+        "--stop",
+        nargs="*",
+        metavar="TEXT",
+        help="an answer ends with the first of these texts; without a text nothing ends it; default: </answer>",
+    )
     parser.add_argument("--seed", type=int, default=0, help="sampling seed; default: 0")
     parser.add_argument(
         "--grader",
         default="R1ZeroGrader",
         help="name of a grader, or module.Class; default: R1ZeroGrader, for <answer> tags",
+    )
+    parser.add_argument(
+        "--units",
+        choices=["strict", "ignore"],
+        help="whether a unit on the answer that the truth lacks, or the reverse, is wrong; default: strict",
     )
     parser.add_argument(
         "--batch_tokens", type=int, default=65536, help="largest number of tokens in a batch; default: 65536"
@@ -69,7 +80,8 @@ def _evaluate(options: argparse.Namespace) -> "EvaluationResult":
 
     if options.num_examples is not None and options.num_examples < 1:
         raise UserError(f"--num_examples must be at least 1, got {options.num_examples}")
-    generator, grader = _generator(options), grader_named(options.grader)
+    grader_settings = {} if options.units is None else {"units": options.units}
+    generator, grader = _generator(options), grader_named(options.grader, **grader_settings)
     template = None if options.template == "auto" else template_named(options.template)
     settings = DataSettings(options.data, template=template)
     records = [record for record in read_records(settings) if record.ground_truth is not None][: options.num_examples]
@@ -97,6 +109,8 @@ def _generator(options: argparse.Namespace) -> Any:
 
     names = ("max_new_tokens", "temperature", "top_p", "greedy", "seed")
     shared = {name: getattr(options, name) for name in names}
+    if options.stop is not None:
+        shared["stop_strings"] = options.stop
     if options.server:
         return OpenAIServerGenerator(options.server, options.model, **shared)
     return TransformersGenerator(**shared, batch_tokens=options.batch_tokens)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sft_lightning.system.identity import public_name
+from sft_lightning.system.identity import identity_with_code, is_built_in, public_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +53,26 @@ class Template(ABC):
 
     @property
     def identity(self) -> str:
-        """Text that differs between instances of one class that render rows differently."""
+        """Text that differs between instances of one class that render rows differently.
+
+        Attributes and the class's source file are seen without it; this is for what they do not show, such as the
+        content of a file that is read.
+        """
         return ""
 
 
 def template_identity(template: Template) -> str:
     """Returns a stable identity of a template's output, for the token cache's key and for checks on resume.
 
-    It holds the class's public name and version, and a digest of the instance's ``identity`` if that is not empty.
+    It holds the class's public name and version, and a digest of the instance's ``identity`` if that is not empty. For
+    a class outside of the package, the digest is also of its attributes and its source file.
 
     Example:
         >>> from sft_lightning import Plain
         >>> template_identity(Plain())
         'sft_lightning.Plain/1'
     """
-    digest = hashlib.sha256(template.identity.encode()).hexdigest()[:16]
-    return f"{public_name(type(template))}/{template.version}" + (f":{digest}" if template.identity else "")
+    cls = type(template)
+    text = template.identity + ("" if is_built_in(cls) else identity_with_code(template))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{public_name(cls)}/{template.version}" + (f":{digest}" if text else "")

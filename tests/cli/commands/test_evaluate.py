@@ -47,6 +47,24 @@ def test_a_server_answers(tmp_path, val_file, server, capsys):
     assert {request[2]["model"] for request in server.requests} == {"tiny"}
 
 
+@pytest.mark.parametrize(
+    ("options", "stop", "is_right"),
+    [
+        ([], ["</answer>"], False),
+        (["--stop", "\n\n", "Q:"], ["\n\n", "Q:"], False),
+        (["--units", "ignore"], ["</answer>"], True),
+    ],
+)
+def test_stop_texts_and_units(tmp_path, val_file, server, options, stop, is_right):
+    choice = {"text": " 1 </think> <answer> 100 eggs </answer>", "finish_reason": "stop", "stop_reason": stop[0]}
+    server.answer = lambda path, body: (200, {}, {"choices": [choice], "usage": {"completion_tokens": 7}})
+    arguments = ["--server", server.url, "--model", "tiny", "--data", val_file, "--output", str(tmp_path)]
+    assert main(["evaluate", *arguments, "--num_examples", "1", "--greedy", *options]) == 0
+    assert server.requests[-1][2]["stop"] == stop
+    sample = json.loads((tmp_path / "predictions.jsonl").read_text())
+    assert sample["answer_correct"] is is_right
+
+
 class EverythingIsRight:
     def grade(self, response, ground_truth):
         return Grade(True, True)
@@ -78,6 +96,7 @@ def test_a_grader_by_its_public_name(tmp_path, model_folder, val_file, name):
         ["--grader", "NoGrader"],
         ["--grader", "no_module.NoGrader"],
         ["--server", "ftp://nowhere"],
+        ["--grader", "Gsm8kGrader", "--units", "ignore"],
     ],
 )
 def test_evaluate_refuses(tmp_path, model_folder, val_file, capsys, change):

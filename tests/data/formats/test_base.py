@@ -1,3 +1,5 @@
+import re
+
 from sft_lightning.data.formats.base import Template, template_identity
 from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.data.formats.r1_zero import R1Zero
@@ -30,8 +32,32 @@ def test_identity_of_built_in_templates_is_name_and_version():
     assert template_identity(R1Zero()) == "sft_lightning.R1Zero/1:845d5beaa32da872"
 
 
-def test_identity_of_another_class_holds_its_module():
-    assert template_identity(Loud()) == f"{__name__}.Loud/3"
+def test_identity_of_another_class_holds_its_module_and_source():
+    assert re.fullmatch(rf"{__name__}\.Loud/3:[0-9a-f]{{16}}", template_identity(Loud()))
+
+
+class Translated(Template):
+    """Knows its language by an attribute alone."""
+
+    required_keys = ("text",)
+
+    def __init__(self, language):
+        self._language = language
+
+    def render(self, row):
+        return {"prompt": self._language, "response": row["text"]}
+
+
+class LoudR1Zero(R1Zero):
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+
+def test_arguments_are_seen_without_an_identity():
+    for class_ in (Translated, LoudR1Zero):
+        assert template_identity(class_("en")) == template_identity(class_("en"))
+        assert template_identity(class_("en")) != template_identity(class_("fr"))
 
 
 def test_identity_differs_between_instances_that_render_differently():
