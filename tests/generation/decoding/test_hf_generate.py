@@ -66,8 +66,8 @@ def test_what_rules_out_the_faster_loop_is_told_once(model, tokenizer, caplog):
         "MambaForCausalLM": "its forward takes no position_ids",
     }[type(model).__name__]
     assert caplog.messages == [
-        f"generation: {type(model).__name__} uses `generate` of transformers, which takes longer than the decoding loop "
-        f"of this package, because {reason}"
+        f"generation: {type(model).__name__} uses `generate` of transformers, which takes longer than the "
+        f"decoding loop of this package, because {reason}"
     ]
 
 
