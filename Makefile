@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 DOCS_INSTALLED := .venv/docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install wheel quickstart test test-all soak lint types check format docs docs-serve audit
+.PHONY: help install wheel quickstart test test-all test-oldest test-newest soak lint types check format docs docs-serve audit
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,6 +24,14 @@ test: $(INSTALLED)  ## run the fast tests
 
 test-all: $(INSTALLED)  ## run the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-oldest: .venv/oldest/installed  ## run the fast tests on the lowest versions that pyproject.toml allows
+	.venv/oldest/bin/python -m pytest -m "not slow and not gpu"
+
+test-newest:  ## run the fast tests on the newest versions that pip finds
+	test -x .venv/newest/bin/pip || $(PYTHON) -m venv .venv/newest
+	.venv/newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[dev]'
+	.venv/newest/bin/python -m pytest -m "not slow and not gpu"
 
 soak: $(INSTALLED)  ## kill 300 runs at random and compare what comes of them: about an hour
 	SFT_SOAK="260 30 10" $(BIN)/python -m pytest -s tests/test_soak.py
@@ -59,4 +67,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+.venv/oldest/installed: pyproject.toml .ci/lowest.py
+	test -x .venv/oldest/bin/pip || $(PYTHON) -m venv .venv/oldest
+	.venv/oldest/bin/python .ci/lowest.py > .venv/oldest/lowest.txt
+	.venv/oldest/bin/python -m pip install --constraint .venv/oldest/lowest.txt --editable '.[dev]'
 	@touch $@

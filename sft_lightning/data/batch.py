@@ -104,7 +104,7 @@ class Segment(NamedTuple):
     parent: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: torch 2.11 would compile again for each value of a frozen one's fields
 class Segments:
     """Which tokens of a packed line attend to which: S segments in depth-first order, which cover it without gaps.
 

@@ -1,7 +1,9 @@
 """Generate answers with a model in this process."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,13 +15,15 @@ from sft_lightning.generation.base import Generation, SamplingGenerator, answer_
 from sft_lightning.generation.decoding.batching import answer_in_batches
 from sft_lightning.generation.decoding.fsdp_sync import synchronize_forwards
 from sft_lightning.generation.decoding.hf_generate import HFGenerate
-from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
+from sft_lightning.generation.decoding.loop import DecodingLoop, decoding_obstacle
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition
 from sft_lightning.system.sdpa import without_cudnn_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersGenerator(SamplingGenerator):
@@ -119,9 +123,14 @@ class TransformersGenerator(SamplingGenerator):
         )
         sampler = TokenSampler(greedy=self.greedy, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
         decoder: DecodingLoop | HFGenerate
-        if can_decode(model):
+        obstacle = decoding_obstacle(model)
+        if obstacle is None:
             decoder = DecodingLoop(model, rows, sampler, stop_condition, padding)
         else:
+            _warn_once(
+                f"generation: {type(model).__name__} uses `generate` of transformers, which takes longer than the "
+                f"decoding loop of this package, because {obstacle}"
+            )
             decoder = HFGenerate(model, sampler, stop_condition, eos_token_ids, padding)
         answers = answer_in_batches(
             rows,
@@ -139,6 +148,11 @@ class TransformersGenerator(SamplingGenerator):
             )
             for answer in answers
         ]
+
+
+@cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def _eos_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

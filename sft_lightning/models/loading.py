@@ -93,7 +93,11 @@ def load_model(
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     _require_all_weights(model_path, missing)
     _refuse_cut_model(model_path, unused, model)
-    wrong = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != dtype}
+    for parameter in model.parameters():
+        # Some families keep the weights of routers in float32, whatever is asked for.
+        if dtype.itemsize > parameter.dtype.itemsize and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype, torch.float32}
     assert not wrong, f"asked for {dtype} parameters, got {wrong}"
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

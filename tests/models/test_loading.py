@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -140,6 +141,26 @@ def test_parameters_have_the_requested_dtype_after_loading(tmp_path, stored, pre
     model = load_model(str(tmp_path), init=init, precision=Precision.named(precision))
     assert {parameter.dtype for parameter in model.parameters()} == {asked}
     assert model.training
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+@pytest.mark.parametrize(
+    ("precision", "asked", "of_routers"),
+    [
+        ("bf16-true", torch.bfloat16, torch.float32),
+        ("bf16-mixed", torch.float32, torch.float32),
+        ("64-true", torch.float64, torch.float64),
+    ],
+)
+def test_routers_that_transformers_keeps_in_float32(tmp_path, precision, asked, of_routers, init):
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_layer_start_index": 0}
+    config = Ernie4_5_MoeConfig(**SHAPE, **experts, num_key_value_heads=2, moe_num_shared_experts=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), init=init, precision=Precision.named(precision))
+    dtypes = {(".gate." in name, parameter.dtype) for name, parameter in model.named_parameters()}
+    assert dtypes == {(True, of_routers), (False, asked)}
+    if precision != "64-true":  # torch has no grouped matrix product in float64
+        assert label_losses(model, make_batch()).weighted_sum.isfinite()
 
 
 def test_pretrained_loads_the_stored_weights(folder):

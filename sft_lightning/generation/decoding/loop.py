@@ -19,7 +19,7 @@ from sft_lightning.generation.decoding.stopping import StopCondition, StopReason
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+_FORWARD_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 # Their angles depend on the length of the longest row, so the keys of a prefix would change later.
 _LENGTH_DEPENDENT_ROTATIONS = {"dynamic", "longrope"}
 
@@ -36,29 +36,43 @@ class Answer:
     mean_entropy: float | None = None
 
 
-def can_decode(model: "PreTrainedModel") -> bool:
-    """Returns whether the loop can run a model: whether its only state is the keys and values of all tokens.
+def decoding_obstacle(model: "PreTrainedModel") -> str | None:
+    """Returns why the loop cannot run a model, or None if it can: its only state is keys and values of all tokens.
 
     Models with sliding windows, recurrent states, or their own inputs or attention use ``generate`` of transformers.
     """
     arguments = inspect.signature(model.forward).parameters.keys()
+    missing = sorted(_FORWARD_ARGUMENTS - arguments)
+    cache_argument = _cache_argument(model)
+    if missing or cache_argument is None:
+        return f"its forward takes no {', '.join(missing) or 'cache'}"
     prepares_inputs = getattr(type(model), "prepare_inputs_for_generation", None)
-    if prepares_inputs is not GenerationMixin.prepare_inputs_for_generation or not arguments >= _FORWARD_ARGUMENTS:
-        return False
+    if prepares_inputs is not GenerationMixin.prepare_inputs_for_generation:
+        return "it prepares its inputs itself"
     # Attention outside of the interface of transformers may count slots instead of using the mask.
     if not getattr(model, "_supports_attention_backend", False):
-        return False
+        return "its attention is not behind transformers' interface"
     config = model.config.get_text_config(decoder=True)
     if _rotations(config) & _LENGTH_DEPENDENT_ROTATIONS:
-        return False
+        return "its rotary angles depend on the longest row"
     layers = DynamicCache(config=config).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-        return False
+        return "its state is not the keys and values of all tokens"
     cache = KVCache(len(layers))
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    inputs = {"input_ids": token, "attention_mask": token + 1, "position_ids": token, cache_argument: cache}
     with torch.no_grad():
-        model(input_ids=token, attention_mask=token + 1, position_ids=token, past_key_values=cache, use_cache=True)
-    return all(layer.get_seq_length() == 1 for layer in cache.row_layers)
+        model(**inputs, use_cache=True)
+    if any(layer.get_seq_length() != 1 for layer in cache.row_layers):
+        return "it does not fill the cache that it is given"
+    return None
+
+
+def _cache_argument(model: "PreTrainedModel") -> str | None:
+    """Returns the name under which a model's forward takes its cache."""
+    arguments = inspect.signature(model.forward).parameters
+    # transformers 5.24 renamed it in its own models. A model of the user's may keep the old name.
+    return next((name for name in ("cache", "past_key_values") if name in arguments), None)
 
 
 def _rotations(config: Any) -> set[str]:
@@ -71,7 +85,7 @@ class DecodingLoop:
     """Answers batches of prompts.
 
     Args:
-        model: One that ``can_decode``, in evaluation mode.
+        model: One without a ``decoding_obstacle``, in evaluation mode.
         prompts: Token ids of all prompts that will be answered. Their common prefix is computed here.
         sampler: Chooses the next tokens.
         stop_condition: Decides when answers end.
@@ -91,6 +105,9 @@ class DecodingLoop:
         self._stop_condition = stop_condition
         self._pad_token_id = pad_token_id
         self._num_layers = len(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+        cache_argument = _cache_argument(model)
+        assert cache_argument is not None
+        self._cache_argument = cache_argument
         # Otherwise a prompt would get logits at all positions.
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits_to_keep else {}
@@ -187,8 +204,8 @@ class DecodingLoop:
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
             **self._options,
         )
         return output.logits[:, -1]

@@ -43,7 +43,9 @@ def choose_attention(
     Raises:
         UserError: If an implementation is asked for by name and cannot run here.
     """
-    without_segments = "sdpa" if choice != "eager" and _supports(config, "sdpa") else "eager"
+    # Without soft-capping: transformers 5.17 runs Gemma 2 on sdpa, which ignores it.
+    takes_sdpa = _supports(config, "sdpa") and _softcap(config) is None
+    without_segments = "sdpa" if choice != "eager" and takes_sdpa else "eager"
     circumstances = {"device_type": device_type, "half_precision": half_precision}
     kernel: str | None = None
     if choice == "auto":
@@ -117,7 +119,7 @@ def _unsuited(kernel: str, config: PretrainedConfig, *, device_type: str, half_p
         return f"it has no deterministic backward for heads of {head_size} dimensions"
     asked_for = {
         "dropout": any(getattr(text_config, name, None) for name in ("attention_dropout", "attn_pdrop")),
-        "softcap": getattr(text_config, "attn_logit_softcapping", None),
+        "softcap": _softcap(config),
     }
     lacking = [text for name, text in NOT_IN_KERNEL[kernel].items() if asked_for[name]]
     return f"it has no {' and no '.join(lacking)}" if lacking else None
@@ -154,6 +156,11 @@ def _head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     num_heads = text_config.num_attention_heads
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
     return num_heads, getattr(text_config, "num_key_value_heads", None) or num_heads, head_size
+
+
+def _softcap(config: PretrainedConfig) -> float | None:
+    """Returns the soft cap of attention scores, None without one."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def _supports(config: PretrainedConfig, feature: str) -> bool:

@@ -36,7 +36,7 @@ for layer in model.model.layers:
     fully_shard(layer)
 fully_shard(model)
 if job["by_transformers"]:
-    generation.can_decode = lambda model: False
+    generation.decoding_obstacle = lambda model: "of a test"
 if job["fails"] is not None and rank == job["fails"]:
     def fail(self, tokens):
         raise ValueError("no text today")

@@ -1,8 +1,11 @@
+import logging
+
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from sft_lightning.generation.decoding.loop import can_decode
+from sft_lightning.generation import transformers_generator
+from sft_lightning.generation.decoding.loop import decoding_obstacle
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 
 PROMPTS = ["1+1=", "What is seven times eight? ", "x", "The number after 41 is ", "a b c d", "1+1="]
@@ -31,7 +34,7 @@ def answer_by_a_plain_loop(model, tokenizer, prompt, max_new_tokens):
 
 
 def test_greedy_answers_equal_a_plain_loop(model, tokenizer):
-    assert not can_decode(model)
+    assert decoding_obstacle(model) is not None
     for rows in (1, 4):
         generator = TransformersGenerator(greedy=True, max_new_tokens=16, stop_strings=(), batch_tokens=rows * 40)
         for prompt, generation in zip(PROMPTS, generator.generate(model, tokenizer, PROMPTS), strict=True):
@@ -51,6 +54,21 @@ def test_samples_follow_from_seed_and_number_alone(model, tokenizer):
     assert together[0] != together[5]
     assert texts(PROMPTS, None, 1) == together
     assert texts([PROMPTS[4], PROMPTS[0]], [4, 0], 4) == [together[4], together[0]]
+
+
+def test_what_rules_out_the_faster_loop_is_told_once(model, tokenizer, caplog):
+    transformers_generator._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="sft_lightning"):
+        for _ in range(2):
+            TransformersGenerator(greedy=True, max_new_tokens=2).generate(model, tokenizer, PROMPTS)
+    reason = {
+        "MistralForCausalLM": "its state is not the keys and values of all tokens",
+        "MambaForCausalLM": "its forward takes no position_ids",
+    }[type(model).__name__]
+    assert caplog.messages == [
+        f"generation: {type(model).__name__} uses `generate` of transformers, which takes longer than the "
+        f"decoding loop of this package, because {reason}"
+    ]
 
 
 def test_the_models_settings_stay_after_an_error(model, tokenizer, monkeypatch):

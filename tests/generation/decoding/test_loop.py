@@ -6,7 +6,8 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sft_lightning.generation.decoding.hf_generate import HFGenerate
-from sft_lightning.generation.decoding.loop import DecodingLoop, can_decode
+from sft_lightning.generation.decoding.kv_cache import KVCache
+from sft_lightning.generation.decoding.loop import DecodingLoop, decoding_obstacle
 from sft_lightning.generation.decoding.sampling import TokenSampler
 from sft_lightning.generation.decoding.stopping import StopCondition
 from sft_lightning.models.loading import load_model
@@ -38,30 +39,29 @@ LOOP = {
         {**GROUPED, **_LATENT, **_GROUPS, "num_key_value_heads": 4, "moe_intermediate_size": 24},
     ),
 }
+_STATE = "its state is not the keys and values of all tokens"
+_ATTENTION = "its attention is not behind transformers' interface"
+_CHUNKED = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
+_HYBRID = {"shared_expert_intermediate_size": 24, "layer_types": ["linear_attention", "full_attention"]}
 GENERATE = {
-    "Mistral, windowed": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
-    "Gemma 3": ("Gemma3TextConfig", {**GROUPED, **_TWO_KINDS, "head_dim": 8}),
-    "Llama 4": (
-        "Llama4TextConfig",
-        {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8},
+    "Mistral, windowed": ("MistralConfig", {**GROUPED, "sliding_window": 8}, _STATE),
+    "Gemma 3": ("Gemma3TextConfig", {**GROUPED, **_TWO_KINDS, "head_dim": 8}, _STATE),
+    "Llama 4": ("Llama4TextConfig", {**GROUPED, **_CHUNKED, "head_dim": 8}, _STATE),
+    "Phi-3": ("Phi3Config", {**GROUPED, "sliding_window": None}, "it prepares its inputs itself"),
+    "Llama, dynamic rotation": (
+        "LlamaConfig",
+        {**GROUPED, "rope_parameters": {**_ROTATION, "rope_type": "dynamic"}},
+        "its rotary angles depend on the longest row",
     ),
-    "Phi-3": ("Phi3Config", {**GROUPED, "sliding_window": None}),  # prepares its inputs itself
-    "Llama, dynamic rotation": ("LlamaConfig", {**GROUPED, "rope_parameters": {**_ROTATION, "rope_type": "dynamic"}}),
-    "BLOOM": ("BloomConfig", {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4}),  # takes no positions
-    "Falcon": ("FalconConfig", {**SMALL, "multi_query": True}),  # implements attention itself
-    "Mamba": ("MambaConfig", {**SMALL, "state_size": 8}),
-    "LFM2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
-    "Qwen3-Next": (
-        "Qwen3NextConfig",
-        {
-            **GROUPED,
-            **_EXPERTS,
-            **_LINEAR,
-            "shared_expert_intermediate_size": 24,
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
+    "BLOOM": (
+        "BloomConfig",
+        {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "its forward takes no position_ids",
     ),
+    "Falcon": ("FalconConfig", {**SMALL, "multi_query": True}, _ATTENTION),
+    "Mamba": ("MambaConfig", {**SMALL, "state_size": 8}, "its forward takes no position_ids"),
+    "LFM2": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}, _STATE),
+    "Qwen3-Next": ("Qwen3NextConfig", {**GROUPED, **_EXPERTS, **_LINEAR, **_HYBRID, "head_dim": 8}, _ATTENTION),
 }
 GREEDY = {"greedy": True, "temperature": 1.0, "top_p": 1.0, "seed": 0}
 PREFIX = list(range(40, 57))
@@ -100,7 +100,7 @@ def shapes_of(model):
 @pytest.mark.parametrize("name", LOOP)
 def test_families_of_full_attention_match_transformers_generate(name, tokenizer):
     model = make(*LOOP[name])
-    assert can_decode(model)
+    assert decoding_obstacle(model) is None
     expected = [by_transformers(model, prompt) for prompt in PROMPTS]
     assert len(set(map(tuple, expected))) > 1
     answers = loop_of(model, tokenizer, stop_strings=(), eos_token_ids=()).answer(PROMPTS, range(5))
@@ -110,7 +110,8 @@ def test_families_of_full_attention_match_transformers_generate(name, tokenizer)
 
 @pytest.mark.parametrize("name", GENERATE)
 def test_other_families_are_left_to_transformers_generate(name):
-    assert not can_decode(make(*GENERATE[name]))
+    config, options, obstacle = GENERATE[name]
+    assert decoding_obstacle(make(config, options)) == obstacle
 
 
 def test_a_model_without_our_cache_uses_transformers_generate(monkeypatch):
@@ -121,8 +122,32 @@ def test_a_model_without_our_cache_uses_transformers_generate(monkeypatch):
             return super().forward(input_ids, attention_mask, position_ids, use_cache=False, **kwargs)
 
     config = Qwen2Config(**GROUPED)
-    assert can_decode(Qwen2ForCausalLM(config))
-    assert not can_decode(Forgetful(config))
+    assert decoding_obstacle(Qwen2ForCausalLM(config)) is None
+    assert decoding_obstacle(Forgetful(config)) == "it does not fill the cache that it is given"
+
+
+class WithOldName(Qwen2ForCausalLM):
+    """Names its cache as transformers did before 5.24."""
+
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **kwargs
+    ):
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs)
+
+
+class WithNewName(Qwen2ForCausalLM):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, cache, use_cache=use_cache, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [WithOldName, WithNewName])
+def test_a_cache_of_either_name_is_used(kind, tokenizer):
+    plain = make(*LOOP["Qwen2"])
+    model = kind(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    assert decoding_obstacle(model) is None
+    answers = loop_of(model, tokenizer, stop_strings=(), eos_token_ids=()).answer(PROMPTS, range(5))
+    assert [answer.tokens for answer in answers] == [by_transformers(plain, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("choice", [GREEDY, {"greedy": False, "temperature": 0.8, "top_p": 0.9, "seed": 3}])
@@ -212,7 +237,7 @@ def test_entropy_is_the_mean_over_an_answers_tokens(tokenizer):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_models_with_our_attention(model_folder, tokenizer, attention, precision):
     model = load_model(model_folder, attn_implementation=attention, precision=Precision.named(precision)).eval()
-    assert can_decode(model)
+    assert decoding_obstacle(model) is None
     answers = loop_of(model, tokenizer, stop_strings=(), eos_token_ids=()).answer(PROMPTS[:1], [0])
     assert answers[0].tokens == by_transformers(model, PROMPTS[0])
 
@@ -222,7 +247,10 @@ def test_the_cache_is_in_the_precision_of_autocast(tokenizer, monkeypatch):
     dtypes = set()
     model.model.layers[1].self_attn.register_forward_hook(
         lambda module, args, kwargs, output: dtypes.update(
-            (layer.keys.dtype, layer.values.dtype) for layer in kwargs["past_key_values"].layers
+            (layer.keys.dtype, layer.values.dtype)
+            for value in kwargs.values()
+            if isinstance(value, KVCache)
+            for layer in value.layers
         ),
         with_kwargs=True,
     )

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, MambaConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import selection
@@ -134,7 +134,9 @@ def test_auto_without_a_gpu(caplog):
     assert caplog.messages == ["attention: sdpa (no FlashAttention: no CUDA device)"]
 
 
-def test_a_model_without_sdpa_falls_back_on_its_eager_attention():
+@pytest.mark.parametrize("claims_sdpa", [False, True])  # as with transformers 5.17, where sdpa ignores the soft cap
+def test_a_model_without_sdpa_falls_back_on_its_eager_attention(monkeypatch, claims_sdpa):
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", claims_sdpa)
     assert choose("auto", "cpu", config=SOFT_CAPPED) == "sft_segments_eager"
     assert choose("eager", "cpu") == "sft_segments_eager"
     assert "'sdpa' is not supported by this model" in message_of("sdpa", "cpu", config=SOFT_CAPPED)

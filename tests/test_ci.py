@@ -1,4 +1,4 @@
-"""Test the verdicts of `make audit` on literal reports of pip-audit 2.10."""
+"""Test the scripts in .ci: the verdicts of `make audit` on reports of pip-audit 2.10, and the lowest versions."""
 
 import importlib.util
 from pathlib import Path
@@ -8,12 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def audit():
-    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def audit():
+    return script("audit")
 
 
 SOUND = {"name": "numpy", "version": "2.4.6", "vulns": []}
@@ -64,3 +68,15 @@ def test_ci_audits_in_a_separate_step():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "- run: make audit" in workflow
     assert "audit" not in (ROOT / ".ci" / "run").read_text()
+
+
+def test_lowest_versions_are_the_bounds_of_all_requirements():
+    text = """
+[project]
+dependencies = ["torch>=2.11", "lightning>=2.6,<2.7", "jsonargparse[signatures]>=4.41"]
+[project.optional-dependencies]
+dev = ["torch>=2.11", "mypy"]
+"""
+    lowest = script("lowest").lowest
+    assert lowest(text) == ["jsonargparse==4.41", "lightning==2.6", "torch==2.11"]
+    assert {"torch==2.11", "transformers==5.17", "lightning==2.6"} < set(lowest((ROOT / "pyproject.toml").read_text()))
