@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether all processes must run a forward pass together (FSDP2, tensor parallelism)."""
-    return any(is_shard(parameter) for parameter in model.parameters())
+    """Returns whether FSDP2 shards the model, so that all processes must run a forward pass together."""
+    return bool(_sharded_modules(model))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -115,11 +115,14 @@ def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[T
     All processes must call it if the model is sharded.
 
     Args:
-        model: A model outside its forward and backward passes, where sharded parameters are shards.
+        model: A model outside its forward and backward passes.
         compute_loss: Runs the model and returns the loss.
     """
+    sharded_modules = _sharded_modules(model)
+    for module in sharded_modules:
+        module.reshard()  # after a forward pass without gradients, the root's parameters are still gathered
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not is_sharded(model):
+    if not sharded_modules:
         # Not backward(): it would run parameter hooks, some of which take optimizer steps.
         gradients = torch.autograd.grad(compute_loss(), trainable, allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
@@ -137,6 +140,15 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Returns the 2-norm over all gradients, without host synchronization. Shape [], equal in all processes."""
     norm = nn.utils.get_total_norm(list(gradients))
     return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Returns the modules whose parameters FSDP2 gathers. Their parameters are no shards while they are gathered."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule  # missing in builds of torch without distributed
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
