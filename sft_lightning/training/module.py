@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sft_lightning.data.batch import Layout, MicroBatch
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.fsdp_strategy import load_for_strategy
@@ -24,6 +24,7 @@ from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_
 from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.trainer import (
     callbacks_of,
+    check_numbers,
     datamodule_of,
     replicas,
     steps_per_epoch,
@@ -107,8 +108,9 @@ class SFTModule(LightningModule):
         resume_override: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate < 0:
-            raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
+        check_at_least(0, "model", learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
+        if not 0.0 <= min_lr_factor <= 1.0:
+            raise UserError(f"model.min_lr_factor must be in [0, 1], a share of the learning rate, got {min_lr_factor}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
         self.save_hyperparameters(ignore=["generator", "loss", "optimizer", "resume_override"])
         self.optimizer, self.loss = optimizer, loss
@@ -131,6 +133,7 @@ class SFTModule(LightningModule):
         self.stop_request = StopRequest()
 
     def setup(self, stage: str) -> None:
+        check_numbers(self.trainer)
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(self.trainer)):
             raise UserError(
                 "trainer.callbacks holds a GradientAccumulationScheduler, but a step's examples follow from "

@@ -22,7 +22,7 @@ from sft_lightning.data.records import read_records
 from sft_lightning.data.settings import DataSettings
 from sft_lightning.data.tokenization import tokenize_records
 from sft_lightning.distributed.collectives import all_gather_distinct
-from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.errors import NonFiniteError, UserError, check_at_least
 from sft_lightning.lightning_compat.trainer import TrainingData, datamodule_of, is_dry_run
 from sft_lightning.system.files import write_atomically
 from sft_lightning.training.oom_advice import last_checkpoint
@@ -79,8 +79,7 @@ class NonFinitePolicy:
     """
 
     def __init__(self, on_nonfinite: OnNonFinite = "stop", max_nonfinite_steps: int = 0) -> None:
-        if max_nonfinite_steps < 0:
-            raise UserError(f"model.max_nonfinite_steps must be at least 0, got {max_nonfinite_steps}")
+        check_at_least(0, "model", max_nonfinite_steps=max_nonfinite_steps)
         self._max_skipped = max_nonfinite_steps if on_nonfinite == "skip" else 0
         self.num_skipped = 0
 

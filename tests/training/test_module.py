@@ -434,7 +434,14 @@ def test_parameters_have_the_dtype_of_the_precision(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"learning_rate": -1.0}, "model.learning_rate must be >= 0, got -1.0"),
+        ({"learning_rate": -1.0}, "model.learning_rate must be at least 0, got -1.0"),
+        ({"learning_rate": math.nan}, "model.learning_rate must be a finite number, got nan"),
+        ({"weight_decay": math.inf}, "model.weight_decay must be a finite number, got inf"),
+        ({"eps": math.inf}, "model.eps must be a finite number, got inf"),
+        ({"min_lr_factor": -1.0}, r"model.min_lr_factor must be in \[0, 1\], .*, got -1.0"),
+        ({"min_lr_factor": 1.5}, r"model.min_lr_factor must be in \[0, 1\], .*, got 1.5"),
+        ({"min_lr_factor": math.nan}, r"model.min_lr_factor must be in \[0, 1\], .*, got nan"),
+        ({"warmup_steps": 0.1}, "warmup_steps 0.1 is not a number of optimizer steps"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "warmup_steps 2 and warmup_ratio 0.1"),
         ({"warmup_ratio": 1.5}, "warmup_ratio 1.5"),
     ],
@@ -442,6 +449,28 @@ def test_parameters_have_the_dtype_of_the_precision(
 def test_impossible_options_are_refused_before_a_model_is_loaded(options, named):
     with pytest.raises(UserError, match=named):
         SFTModule("nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        (
+            {"gradient_clip_val": -1.0, "gradient_clip_algorithm": "value"},
+            "trainer.gradient_clip_val must be at least 0, got -1.0",
+        ),
+        ({"gradient_clip_val": math.nan}, "trainer.gradient_clip_val must be a finite number, got nan"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        ({"check_val_every_n_epoch": -1}, "trainer.check_val_every_n_epoch must be at least 1, got -1"),
+        ({"log_every_n_steps": -10}, "trainer.log_every_n_steps must be at least 0, got -10"),
+    ],
+)
+def test_numbers_that_lightning_accepts_are_refused(
+    make_trainer, make_data, model_folder, train_file, options, message
+):
+    trainer = make_trainer(**options)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        trainer.fit(SFTModule(model_folder), make_data(train_file))
 
 
 def test_the_hyperparameters_in_a_checkpoint_are_plain_values(model_folder):

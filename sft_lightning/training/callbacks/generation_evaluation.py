@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.checkpointing.run_folder import register_file, remove_registered, run_folder
 from sft_lightning.distributed.collectives import all_gather_objects
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.evaluation.comparison import compare, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.metrics import answer_metrics
@@ -53,12 +53,8 @@ class GenerationEvaluation(Callback):
         generator: Generator | None = None,
         output_dir: str | None = None,
     ) -> None:
-        if num_examples < 0:
-            raise UserError(f"evaluation.num_examples must be 0 or more, got {num_examples}")
-        if num_samples < 1:
-            raise UserError(f"evaluation.num_samples must be at least 1, got {num_samples}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"evaluation.every_n_steps must be at least 1, got {every_n_steps}")
+        check_at_least(0, "evaluation", num_examples=num_examples)
+        check_at_least(1, "evaluation", num_samples=num_samples, every_n_steps=every_n_steps)
         self.num_examples = num_examples
         self.num_samples = num_samples
         self.every_n_steps = every_n_steps

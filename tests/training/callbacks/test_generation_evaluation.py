@@ -346,7 +346,7 @@ def test_answers_are_generated_in_the_precision_of_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": -1}, "evaluation.num_examples must be 0 or more, got -1"),
+        ({"num_examples": -1}, "evaluation.num_examples must be at least 0, got -1"),
         ({"every_n_steps": 0}, "evaluation.every_n_steps must be at least 1, got 0"),
     ],
 )
