@@ -192,7 +192,14 @@ class SFTModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
         optimizer = build_optimizer(self.model, self._optimizer_factory(), self.hparams["learning_rate"])
-        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
+        settings = self._schedule_settings()
+        total, warmup, limit = settings["total_steps"], settings["warmup_steps"], self.trainer.max_steps
+        if total < limit:
+            epochs = self.trainer.max_epochs
+            rank_zero_warn(f"trainer.max_epochs {epochs} ends the run after {total} steps, before max_steps {limit}")
+        if warmup > total:
+            rank_zero_warn(f"the warm-up takes {warmup} optimizer steps, but the run has only {total}")
+        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -471,6 +472,26 @@ def test_numbers_that_lightning_accepts_are_refused(
     trainer = make_trainer(**options)
     with pytest.raises(UserError, match=f"^{message}$"):
         trainer.fit(SFTModule(model_folder), make_data(train_file))
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer", "expected"),
+    [
+        (
+            {},
+            {"max_epochs": 1, "max_steps": 100},
+            "trainer.max_epochs 1 ends the run after 6 steps, before max_steps 100",
+        ),
+        ({"warmup_steps": 7}, {"max_epochs": 1}, "the warm-up takes 7 optimizer steps, but the run has only 6"),
+        ({"warmup_steps": 6}, {"max_epochs": 2, "max_steps": 6}, None),
+    ],
+)
+def test_a_limit_that_is_never_reached_is_told(fit, model, trainer, expected):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model=model, **trainer)
+    told = [str(each.message) for each in caught if re.search("ends the run|warm-up", str(each.message))]
+    assert told == ([expected] if expected else [])
 
 
 def test_the_hyperparameters_in_a_checkpoint_are_plain_values(model_folder):
