@@ -109,6 +109,17 @@ def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
+def own_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name of each parameter and the part of it that this process holds, without gradient.
+
+    The parts of all processes are the whole model if it is sharded; otherwise each process holds all of it.
+    """
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        part = parameter.detach()
+        yield name, part.to_local() if is_shard(part) else part  # type: ignore[attr-defined]
+
+
 def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[Tensor]:
     """Returns the gradients of a loss with respect to the parameters, without changing the ``grad`` of any.
 
@@ -118,11 +129,9 @@ def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[T
         model: A model outside its forward and backward passes.
         compute_loss: Runs the model and returns the loss.
     """
-    sharded_modules = _sharded_modules(model)
-    for module in sharded_modules:
-        module.reshard()  # after a forward pass without gradients, the root's parameters are still gathered
+    _reshard(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not sharded_modules:
+    if not is_sharded(model):
         # Not backward(): it would run parameter hooks, some of which take optimizer steps.
         gradients = torch.autograd.grad(compute_loss(), trainable, allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
@@ -149,6 +158,12 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule  # missing in builds of torch without distributed
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees gathered parameters: after a forward pass without gradients, FSDP2 keeps those of the root."""
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 @contextmanager

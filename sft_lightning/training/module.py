@@ -205,6 +205,7 @@ class SFTModule(LightningModule):
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
         self.step.clear()  # an earlier fit may have stopped in mid-step
+        self.nonfinite.watch_weights(self.trainer)
 
     def on_train_batch_start(self, batch: MicroBatch, batch_idx: int) -> None:
         # Dropout then depends on the plan alone: validation and generation may draw random numbers, and a resumed run
@@ -253,6 +254,10 @@ class SFTModule(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.nonfinite.check_weights(self.trainer)
+
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         assert self.model is not None
         with step_oom_advice(self, "validation", batch):
@@ -291,6 +296,7 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.nonfinite.check_weights(self.trainer)
         checkpoint["identities"] = self.identities
         checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
