@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file, remove_registered, run_folder
 from sft_lightning.distributed.collectives import all_gather_objects
 from sft_lightning.errors import UserError, check_at_least
@@ -17,7 +18,7 @@ from sft_lightning.evaluation.metrics import answer_metrics
 from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
-from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
 from sft_lightning.training.oom_advice import generation_oom_advice
 
@@ -119,7 +120,9 @@ class GenerationEvaluation(Callback):
                 print(comparison_table(compare(*map(read_samples, folders))))
             except UserError as error:  # resumed in another folder, or with other prompts
                 print(f"no table of before and after: {error}")
-            print(f"model:   {self._run(trainer) / 'final'}")
+            saving = next((each for each in callbacks_of(trainer) if isinstance(each, HFCheckpoint)), None)
+            if saving is not None and (saving.run / "final").is_dir():
+                print(f"model:   {saving.run / 'final'}")
             print(f"samples: {folders[1] / 'predictions.jsonl'}")
 
     def state_dict(self) -> dict[str, Any]:
