@@ -31,7 +31,7 @@ from sft_lightning.lightning_compat.trainer import (
     total_optimizer_steps,
 )
 from sft_lightning.losses.base import Loss
-from sft_lightning.losses.model_hooks import label_losses
+from sft_lightning.losses.model_hooks import asks_for_router_loss, label_losses
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
@@ -161,6 +161,11 @@ class SFTModule(LightningModule):
         self.model = load_for_strategy(
             self.trainer, partial(load, init=self.hparams["init"]), partial(load, init="random")
         )
+        if self.trainer.state.fn == "fit" and asks_for_router_loss(self.model):
+            rank_zero_warn(
+                "output_router_logits is true in the model's config.json, but the auxiliary loss of the routers is not "
+                "part of the training loss: it would depend on how a step is split into micro-batches"
+            )
         if self.hparams["compile"]:
             compile_layers(self.model)
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)

@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from sft_lightning.checkpointing import io as checkpoint_io
 from sft_lightning.checkpointing.callback import HFCheckpoint
@@ -492,6 +499,17 @@ def test_a_limit_that_is_never_reached_is_told(fit, model, trainer, expected):
         fit(model=model, **trainer)
     told = [str(each.message) for each in caught if re.search("ends the run|warm-up", str(each.message))]
     assert told == ([expected] if expected else [])
+
+
+def test_a_loss_of_routers_that_is_left_out_is_told(fit, tokenizer, tmp_path):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    config.output_router_logits = True
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="^output_router_logits is true .* loss of the routers is not part"):
+        run = fit(model={"model_path": str(tmp_path)}, data={"tokenizer_path": str(tmp_path)}, max_steps=1)
+    assert run.module.model.config.output_router_logits, "checkpoints keep it"
 
 
 def test_the_hyperparameters_in_a_checkpoint_are_plain_values(model_folder):
