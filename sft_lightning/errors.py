@@ -1,4 +1,6 @@
-"""Define the exceptions for user mistakes, failed runs and requested stops."""
+"""Define the exceptions for user mistakes, failed runs and requested stops, and the check of numeric options."""
+
+from math import inf, isfinite
 
 
 class UserError(ValueError):
@@ -32,6 +34,18 @@ class StoppedError(SystemExit):
 
 
 class NonFiniteError(RunFailedError, ArithmeticError):
-    """The loss or the gradient of an optimizer step is NaN or infinite; the step was not applied."""
+    """The loss or gradient of an optimizer step, or a weight after it, is NaN or infinite; nothing of it is saved."""
 
     everywhere = True
+
+
+def check_at_least(minimum: float, section: str, **options: float | None) -> None:
+    """Checks the numeric options of a section of the config. An option that is None is not set.
+
+    Raises:
+        UserError: For the first option that is below ``minimum``, NaN or infinite.
+    """
+    for name, value in options.items():
+        if value is not None and not minimum <= value < inf:
+            wanted = f"at least {minimum}" if isfinite(value) else "a finite number"
+            raise UserError(f"{section}.{name} must be {wanted}, got {value}")

@@ -53,7 +53,7 @@ class ResumableLogger(Protocol):
     def start_afresh(self) -> None:
         """Drops all rows of an earlier run."""
 
-    def start_after(self, step: int, *, validates_again: bool, step_metrics: dict[str, float]) -> None:
+    def start_after(self, step: int, *, step_metrics: dict[str, float]) -> None:
         """Drops the rows that a run resumed after ``step`` will write again."""
 
 
@@ -162,9 +162,7 @@ class HFCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for each in trainer.loggers:
             if isinstance(each, ResumableLogger):
-                each.start_after(
-                    trainer.global_step, validates_again=self._validation_pending, step_metrics=self._step_metrics
-                )
+                each.start_after(trainer.global_step, step_metrics=self._step_metrics)
         self._check_disk_space(trainer, pl_module)
         if self._validation_pending:
             # The checkpoint was written just before a validation, which the run may not have completed.

@@ -32,6 +32,8 @@ _DEFAULTS_TO = {
     "data.tokenizer_path": "model.model_path",
     "model.generator": "evaluation.generator",
 }
+# Without max_epochs and max_steps. Lightning's own default is 1000.
+_MAX_EPOCHS = 3
 # How this one start differs from the next one with the same config.
 _OF_ONE_START = {"ckpt_path": None, "overwrite": False, "resume_override": False}
 _CHECKPOINT_WORDS = ("auto", "last", "best")
@@ -69,6 +71,12 @@ def add_options(parser: LightningArgumentParser) -> None:
         action="store_true",
         help="Resume with another learning rate, schedule, clipping, precision or optimizer options than before.",
     )
+
+
+def resolve_max_epochs(trainer: Any) -> None:
+    """Sets ``max_epochs`` if the user has not: no limit beside ``max_steps``, as in transformers."""
+    if trainer.max_epochs is None:
+        trainer.max_epochs = _MAX_EPOCHS if trainer.max_steps == -1 else -1
 
 
 def config_to_save(parser: LightningArgumentParser, config: Any, command: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sft_lightning.cli.config import (
     add_options,
     check_checkpoint_path,
     config_to_save,
+    resolve_max_epochs,
     resolve_options,
     resolve_start,
 )
@@ -30,7 +31,7 @@ from sft_lightning.training.datamodule import SFTDataModule
 from sft_lightning.training.module import SFTModule
 
 # The reference script's hyperparameters (docs/coming-from.md), where Lightning's own defaults differ.
-_TRAINER_DEFAULTS = {"max_epochs": 3, "accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
+_TRAINER_DEFAULTS = {"accumulate_grad_batches": 8, "gradient_clip_val": 1.0, "log_every_n_steps": 10}
 # The steps of a run have advice of their own.
 _OUTSIDE_STEPS = "loading, moving or saving the model, or reading data"
 _OUTSIDE_STEPS_ADVICE = (
@@ -77,6 +78,7 @@ class SFTCLI(LightningCLI):
 
     def resolve_config(self) -> None:
         """Keeps the config that is saved, then fills in what follows from other options."""
+        resolve_max_epochs(self.config[self.subcommand].trainer)
         self.config_to_save = config_to_save(self.parser, self.config, str(self.subcommand))
         resolve_options(self.config[self.subcommand])
 

@@ -9,7 +9,7 @@ from sft_lightning.data.filters import RowFilter
 from sft_lightning.data.formats.base import Template
 from sft_lightning.data.formats.prompt_response import Plain
 from sft_lightning.data.sources.files import DataFile
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 
 Overlength: TypeAlias = Literal["drop", "error", "truncate_prompt"]
 
@@ -50,7 +50,8 @@ class DataSettings:
     cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(1, max_length=self.max_length, max_train_examples=self.max_examples)
+        check_at_least(1, "data", max_length=self.max_length, max_train_examples=self.max_examples)
+        check_at_least(0, "data", max_bad_rows=self.max_bad_rows)
         if self.overlength not in get_args(Overlength):
             raise UserError(f"data.overlength is {self.overlength!r}; give one of {', '.join(get_args(Overlength))}")
         if self.max_length < 2:
@@ -70,10 +71,3 @@ class DataSettings:
             token_options: From ``token_options``, possibly among other names.
         """
         return cls(path, template=Plain(), **{name: token_options[name] for name in _TOKEN_OPTIONS})
-
-
-def check_at_least(minimum: int, **options: int | None) -> None:
-    """Raises UserError that names the first option below ``minimum``. An option that is None is not set."""
-    for name, value in options.items():
-        if value is not None and value < minimum:
-            raise UserError(f"data.{name} must be at least {minimum}, got {value}")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether all processes must run a forward pass together (FSDP2, tensor parallelism)."""
-    return any(is_shard(parameter) for parameter in model.parameters())
+    """Returns whether FSDP2 shards the model, so that all processes must run a forward pass together."""
+    return bool(_sharded_modules(model))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -109,15 +109,27 @@ def as_shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
+def own_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name of each parameter and the part of it that this process holds, without gradient.
+
+    The parts of all processes are the whole model if it is sharded; otherwise each process holds all of it.
+    """
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        part = parameter.detach()
+        yield name, part.to_local() if is_shard(part) else part  # type: ignore[attr-defined]
+
+
 def gradients_of(model: nn.Module, compute_loss: Callable[[], Tensor]) -> list[Tensor]:
     """Returns the gradients of a loss with respect to the parameters, without changing the ``grad`` of any.
 
     All processes must call it if the model is sharded.
 
     Args:
-        model: A model outside its forward and backward passes, where sharded parameters are shards.
+        model: A model outside its forward and backward passes.
         compute_loss: Runs the model and returns the loss.
     """
+    _reshard(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not is_sharded(model):
         # Not backward(): it would run parameter hooks, some of which take optimizer steps.
@@ -137,6 +149,21 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Returns the 2-norm over all gradients, without host synchronization. Shape [], equal in all processes."""
     norm = nn.utils.get_total_norm(list(gradients))
     return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Returns the modules whose parameters FSDP2 gathers. Their parameters are no shards while they are gathered."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule  # missing in builds of torch without distributed
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees gathered parameters: after a forward pass without gradients, FSDP2 keeps those of the root."""
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 @contextmanager

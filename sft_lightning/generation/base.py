@@ -83,8 +83,10 @@ class SamplingGenerator(Generator):
             raise UserError(f"stop_strings {stop_strings!r} must be a list of texts, none of them empty")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens {max_new_tokens} must be at least 1")
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"temperature {temperature} must be above 0; for the most likely answer set greedy: true")
+        if not 1e-6 <= temperature < float("inf"):  # logits divided by less may overflow
+            raise UserError(
+                f"temperature {temperature} must be finite, at least 1e-6; for the most likely answer set greedy: true"
+            )
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p} must be above 0 and at most 1")
         self.max_new_tokens = max_new_tokens

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from math import isnan
 from typing import TYPE_CHECKING
 
 import torch
 
 from sft_lightning.data.tokenization import encode_prompts, pad_token_id
 from sft_lightning.distributed.fsdp import is_sharded
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.generation.base import Generation, SamplingGenerator, answer_numbers
 from sft_lightning.generation.decoding.batching import answer_in_batches
 from sft_lightning.generation.decoding.fsdp_sync import synchronize_forwards
@@ -86,6 +87,7 @@ class TransformersGenerator(SamplingGenerator):
 
         Raises:
             UserError: If a prompt has no tokens.
+            RunFailedError: If logits are NaN or infinite.
         """
         assert model is not None
         assert tokenizer is not None
@@ -139,6 +141,11 @@ class TransformersGenerator(SamplingGenerator):
             batch_tokens=self.batch_tokens,
             may_retry=not is_sharded(model),  # the other processes would be in the middle of a forward pass
         )
+        if any(isnan(answer.mean_entropy or 0.0) for answer in answers):
+            raise RunFailedError(
+                "the model cannot answer: its logits are NaN or infinite, because its weights are or its activations "
+                "overflow"
+            )
         return [
             Generation(
                 stop_condition.text(answer.tokens, answer.stop_reason),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, Trainer
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.lightning_compat.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -70,6 +70,16 @@ def datamodule_of(trainer: Trainer) -> Any:
     Annotate the result as ``TrainingData`` where only SFTDataModule can be meant; other data modules lack its names.
     """
     return getattr(trainer, "datamodule", None)
+
+
+def check_numbers(trainer: Trainer) -> None:
+    """Raises UserError for a number that Lightning accepts and computes nonsense with.
+
+    A negative limit of the gradient norm, for example, turns descent into ascent.
+    """
+    least = {"gradient_clip_val": 0, "log_every_n_steps": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}
+    for name, minimum in least.items():
+        check_at_least(minimum, "trainer", **{name: getattr(trainer, name)})
 
 
 def is_dry_run(trainer: Trainer) -> bool:

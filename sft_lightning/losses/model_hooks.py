@@ -105,6 +105,15 @@ def makes_logits_in_chunks(model: "PreTrainedModel") -> bool:
     return model._sft_label_loss.chunked  # type: ignore[union-attr, return-value]
 
 
+def asks_for_router_loss(model: "PreTrainedModel") -> bool:
+    """Returns whether the config asks for the auxiliary loss of a mixture of experts, which is not computed here.
+
+    The loss is a product of two means over the tokens of a forward pass. Over the micro-batches of an optimizer step it
+    is therefore no sum, and would depend on how the step is split.
+    """
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
 def label_losses(
     model: "PreTrainedModel", batch: MicroBatch, loss: Loss | None = None, *, with_entropy: bool = False
 ) -> LabelLosses:
@@ -130,6 +139,8 @@ def label_losses(
     else:
         # Padded rows need no mask: padding is on the right, where causal attention does not look.
         inputs = {"attention_mask": None}
+    if asks_for_router_loss(model):
+        inputs["output_router_logits"] = False  # its loss would be computed for nothing, and fails without a mask
     inputs |= {"score_labels_of": batch, "label_loss": loss or TokenLoss(), "with_entropy": with_entropy}
     return model(input_ids=batch.input_ids, use_cache=False, **inputs)
 

@@ -62,8 +62,10 @@ def resolve_warmup_steps(total_steps: int, *, warmup_steps: int = 0, warmup_rati
         raise UserError(
             f"warmup_steps {warmup_steps} and warmup_ratio {warmup_ratio} are both given; set one of them to 0"
         )
-    if warmup_steps < 0:
-        raise UserError(f"warmup_steps {warmup_steps} is negative; give 0 or more optimizer steps")
+    if not warmup_steps >= 0 or warmup_steps % 1:
+        raise UserError(
+            f"warmup_steps {warmup_steps} is not a number of optimizer steps; for a share of them use warmup_ratio"
+        )
     if not 0.0 <= warmup_ratio <= 1.0:
         raise UserError(f"warmup_ratio {warmup_ratio} is outside of [0, 1]; it is a share of the run's steps")
     return warmup_steps or round(warmup_ratio * total_steps)

@@ -27,12 +27,12 @@ from sft_lightning.data.batching.plan import (
 from sft_lightning.data.filters import CorrectResponses
 from sft_lightning.data.formats.base import Record, Template
 from sft_lightning.data.records import read_records
-from sft_lightning.data.settings import DataSettings, Overlength, check_at_least
+from sft_lightning.data.settings import DataSettings, Overlength
 from sft_lightning.data.sources.files import DataFile
 from sft_lightning.data.sources.rows import MemoryRows
 from sft_lightning.data.token_store import TokenStore, load_or_build_tokens
 from sft_lightning.data.tokenization import load_tokenizer, pad_token_id
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.grading.graders import Grader, R1ZeroGrader
 from sft_lightning.lightning_compat.loops import fit_position
 from sft_lightning.lightning_compat.support import build_model, check_support
@@ -116,11 +116,11 @@ class SFTDataModule(LightningDataModule):
         of_sets = {"train_path": train_path, "val_path": val_path, "test_path": test_path}
         in_memory = [name for name, given in of_sets.items() if not isinstance(given, str | None)]
         self.save_hyperparameters(ignore=["template", "grader", *in_memory], logger=False)
-        check_at_least(1, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
-        check_at_least(1, worker_timeout_seconds=worker_timeout_seconds)
-        check_at_least(0, num_workers=num_workers, seed=seed)
-        if normalize_constant <= 0:
-            raise UserError(f"data.normalize_constant must be above 0, got {normalize_constant}")
+        check_at_least(1, "data", batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        check_at_least(1, "data", worker_timeout_seconds=worker_timeout_seconds)
+        check_at_least(0, "data", num_workers=num_workers, seed=seed)
+        if not 0 < normalize_constant < float("inf"):
+            raise UserError(f"data.normalize_constant must be above 0 and finite, got {normalize_constant}")
         self.template, self.grader = template, grader or R1ZeroGrader()
         options = DataSettings(
             "",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sft_lightning.data.batch import Layout, MicroBatch
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 from sft_lightning.lightning_compat.averaging import check_averaging
@@ -24,13 +24,14 @@ from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_
 from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.support import check_parameter_groups
 from sft_lightning.lightning_compat.trainer import (
+    check_numbers,
     datamodule_of,
     replicas,
     steps_per_epoch,
     total_optimizer_steps,
 )
 from sft_lightning.losses.base import Loss
-from sft_lightning.losses.model_hooks import label_losses
+from sft_lightning.losses.model_hooks import asks_for_router_loss, label_losses
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
@@ -111,8 +112,9 @@ class SFTModule(LightningModule):
         resume_override: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate < 0:
-            raise UserError(f"model.learning_rate must be >= 0, got {learning_rate}")
+        check_at_least(0, "model", learning_rate=learning_rate, weight_decay=weight_decay, eps=eps)
+        if not 0.0 <= min_lr_factor <= 1.0:
+            raise UserError(f"model.min_lr_factor must be in [0, 1], a share of the learning rate, got {min_lr_factor}")
         resolve_warmup_steps(1, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
         self.save_hyperparameters(ignore=["generator", "loss", "optimizer", "resume_override"])
         self.optimizer, self.loss = optimizer, loss
@@ -165,6 +167,7 @@ class SFTModule(LightningModule):
         return module if map_location is None else module.to(map_location)
 
     def setup(self, stage: str) -> None:
+        check_numbers(self.trainer)
         # A module may be trained more than once. A checkpoint, if any, is loaded after this.
         self.nonfinite.num_skipped, self.spikes = 0, NormSpikes()
         self.stop_request.clear()
@@ -188,6 +191,11 @@ class SFTModule(LightningModule):
         self.model = load_for_strategy(
             self.trainer, partial(load, init=self.hparams["init"]), partial(load, init="random")
         )
+        if self.trainer.state.fn == "fit" and asks_for_router_loss(self.model):
+            rank_zero_warn(
+                "output_router_logits is true in the model's config.json, but the auxiliary loss of the routers is not "
+                "part of the training loss: it would depend on how a step is split into micro-batches"
+            )
         if self.hparams["compile"]:
             compile_layers(self.model)
         tokenizer = getattr(datamodule_of(self.trainer), "tokenizer", None)
@@ -219,12 +227,20 @@ class SFTModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         assert self.model is not None
         optimizer = build_optimizer(self.model, self._optimizer_factory(), self.hparams["learning_rate"])
-        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **self._schedule_settings()))
+        settings = self._schedule_settings()
+        total, warmup, limit = settings["total_steps"], settings["warmup_steps"], self.trainer.max_steps
+        if total < limit:
+            epochs = self.trainer.max_epochs
+            rank_zero_warn(f"trainer.max_epochs {epochs} ends the run after {total} steps, before max_steps {limit}")
+        if warmup > total:
+            rank_zero_warn(f"the warm-up takes {warmup} optimizer steps, but the run has only {total}")
+        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, **settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         start_epoch_afresh(self.trainer)
         self.step.clear()  # an earlier fit may have stopped in mid-step
+        self.nonfinite.watch_weights(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         check_parameter_groups(self.trainer)
@@ -277,6 +293,10 @@ class SFTModule(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.nonfinite.check_weights(self.trainer)
+
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         _require_micro_batch(batch)
         assert self.model is not None
@@ -316,6 +336,7 @@ class SFTModule(LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.nonfinite.check_weights(self.trainer)
         checkpoint["trajectory"] = self._trajectory()
         checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 

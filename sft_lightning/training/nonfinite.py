@@ -1,4 +1,4 @@
-"""Stop or skip an optimizer step whose loss or gradient is not finite, and save its rows for a replay.
+"""Stop or skip an optimizer step that is not finite and save its rows for a replay; stop a run whose weights are not.
 
 RUN/nonfinite/step-12/
   rows.jsonl    the step's rows as training data: prompt, response, ground_truth, weight; and their source
@@ -12,6 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import torch
 from lightning.pytorch import Trainer
 
 from sft_lightning.checkpointing.run_folder import register_file, run_folder
@@ -21,8 +22,9 @@ from sft_lightning.data.load_report import LoadReport, SkippedRows
 from sft_lightning.data.records import read_records
 from sft_lightning.data.settings import DataSettings, Overlength
 from sft_lightning.data.tokenization import tokenize_records
-from sft_lightning.distributed.collectives import all_gather_distinct
-from sft_lightning.errors import NonFiniteError, UserError
+from sft_lightning.distributed.collectives import SUM_DTYPE, all_gather_distinct
+from sft_lightning.distributed.fsdp import own_parts
+from sft_lightning.errors import NonFiniteError, UserError, check_at_least
 from sft_lightning.lightning_compat.trainer import TrainingData, datamodule_of, is_dry_run
 from sft_lightning.models.attention.selection import AttentionChoice
 from sft_lightning.models.loading import Initialization
@@ -67,7 +69,10 @@ class StepRow(NamedTuple):
 
 
 class NonFinitePolicy:
-    """Prevents optimizer steps with a non-finite loss or gradient from changing the weights.
+    """Keeps NaN and infinity out of a run's weights and its checkpoints.
+
+    A step with a non-finite loss or gradient does not change the weights. An update that itself overflows does; then
+    the run ends before the weights are validated or saved.
 
     Args:
         on_nonfinite: Whether such a step stops the run or is skipped.
@@ -81,10 +86,31 @@ class NonFinitePolicy:
     """
 
     def __init__(self, on_nonfinite: OnNonFinite = "stop", max_nonfinite_steps: int = 0) -> None:
-        if max_nonfinite_steps < 0:
-            raise UserError(f"model.max_nonfinite_steps must be at least 0, got {max_nonfinite_steps}")
+        check_at_least(0, "model", max_nonfinite_steps=max_nonfinite_steps)
         self._max_skipped = max_nonfinite_steps if on_nonfinite == "skip" else 0
         self.num_skipped = 0
+        self._counts_at_start: dict[str, int] | None = None
+
+    def watch_weights(self, trainer: Trainer) -> None:
+        """Counts what is not finite in the weights that a run starts from, such as unused rows of an embedding."""
+        self._counts_at_start = _count_nonfinite(trainer)
+
+    def check_weights(self, trainer: Trainer) -> None:
+        """Checks that training has made no weight NaN or infinite. All processes must call this.
+
+        Raises:
+            NonFiniteError: In all processes.
+        """
+        if self._counts_at_start is None:
+            return
+        counts = _count_nonfinite(trainer)
+        broken = [name for name, count in counts.items() if count > self._counts_at_start[name]]
+        if broken:
+            raise NonFiniteError(
+                f"{len(broken)} of {len(counts)} weights are NaN or infinite after optimizer step "
+                f"{trainer.global_step}, the first is {broken[0]}: they are not saved, and earlier checkpoints are "
+                "untouched. A learning rate that is far too high or an optimizer's eps of 0 does this"
+            )
 
     def stop_or_skip(self, trainer: Trainer, stats: StepStats, micro_batches: Sequence[MicroBatchLosses]) -> None:
         """Saves the rows of a step, then stops the run or skips the step.
@@ -121,6 +147,18 @@ class NonFinitePolicy:
             parameter.grad = None
         if trainer.is_global_zero:
             logger.warning(line)
+
+
+def _count_nonfinite(trainer: Trainer) -> dict[str, int]:
+    """Returns how many numbers of each parameter are not finite, the same in all processes."""
+    parts = dict(own_parts(trainer.lightning_module))
+    # A sum is several times faster than counting. It may overflow, but it is never finite where an element is not.
+    sums = torch.stack([part.sum(dtype=torch.float32) for part in parts.values()]).tolist()
+    suspects = [name for name, total in zip(parts, sums, strict=True) if not isfinite(total)]
+    counts = dict.fromkeys(parts, 0) | {name: int((~parts[name].isfinite()).sum()) for name in suspects}
+    own = torch.tensor([*counts.values()], dtype=SUM_DTYPE, device=trainer.strategy.root_device)
+    total: torch.Tensor = trainer.strategy.reduce(own, reduce_op="sum")
+    return dict(zip(parts, map(int, total.tolist()), strict=True))
 
 
 def rows_of_step(micro_batches: Iterable[MicroBatchLosses]) -> list[StepRow]:

@@ -55,6 +55,30 @@ def test_unset_arguments_take_the_value_of_another(fit_options, model_folder):
     assert built.model.generator.max_new_tokens == 1024
 
 
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [
+        ([], 3),
+        (["--trainer.max_steps", "100"], -1),
+        (["--trainer.max_steps", "100", "--trainer.max_epochs", "2"], 2),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "null"], 3),
+    ],
+)
+def test_epochs_limit_a_run_only_if_set_or_without_steps(model_folder, words, epochs):
+    config, _, saved = parse_fit(["--model.model_path", model_folder, *words])
+    assert config.trainer.max_epochs == saved["trainer"]["max_epochs"] == epochs
+
+
+def test_max_steps_trains_over_more_epochs_than_the_default(fit_options, tmp_path):
+    """Six steps an epoch: the default of three epochs would end after 18."""
+    words = ["--trainer.max_epochs", "null", "--trainer.max_steps", "20", "--evaluation.num_examples", "0"]
+    assert main(["fit", *fit_options, *words]) == 0
+    assert (tmp_path / "run" / "checkpoint-20").is_dir()
+    again = tmp_path / "again"
+    assert main(["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--output_dir", str(again)]) == 0
+    assert (again / "checkpoint-20").is_dir()
+
+
 def test_validation_is_counted_in_optimizer_steps(fit_options):
     trainer = parse_fit([*fit_options, "--validate_every_n_steps", "3"]).config.trainer
     assert (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (6, None)

@@ -1,21 +1,25 @@
 """Test sharding in a process group of one. test_distributed.py tests several processes."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from sft_lightning.distributed.fsdp import (
     as_shard_like,
     gradient_norm,
     gradients_of,
+    is_shard,
     is_sharded,
     load_sharded,
     unsharded,
 )
 from sft_lightning.errors import UserError
+from sft_lightning.models.layout_check import choose_layout
 from sft_lightning.models.loading import load_model
 
 
@@ -91,11 +95,33 @@ def test_a_shard_of_a_whole_tensor(sharded):
     assert as_shard_like(whole, torch.zeros(parameter.shape)) is whole
 
 
-def test_sharded_gradients_equal_unsharded_and_keep_held_ones(sharded, load):
+def test_a_model_is_sharded_even_while_all_of_it_is_gathered(mesh):
+    model = fully_shard(torch.nn.Linear(2, 2), mesh=mesh)
+    assert is_sharded(model)
+    with torch.no_grad():
+        model(torch.zeros(1, 2))
+    assert not is_shard(model.weight)
+    assert is_sharded(model)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_a_sharded_model_gets_every_layout(sharded, layout, caplog):
+    with caplog.at_level("WARNING"):
+        assert choose_layout(sharded, layout, precision=nullcontext) == layout
+        assert choose_layout(sharded, "auto", precision=nullcontext) == "shared_prefix"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_sharded_gradients_equal_unsharded_and_keep_held_ones(sharded, load, gathered):
     whole = load()
     held = [torch.full_like(parameter, 2.0) for parameter in sharded.parameters()]
     for parameter, gradient in zip(sharded.parameters(), held, strict=True):
         parameter.grad = gradient
+    if gathered:
+        with torch.no_grad():
+            loss_of(sharded)  # leaves the root's parameters gathered
+        assert not is_shard(sharded.model.norm.weight)
     found = gradients_of(sharded, lambda: loss_of(sharded))
     expected = gradients_of(whole, lambda: loss_of(whole))
     assert len(found) == len(expected)

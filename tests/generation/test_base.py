@@ -18,8 +18,13 @@ MAKERS = {
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
-        ({"temperature": 0.0}, "temperature 0.0 must be above 0; for the most likely answer set greedy: true"),
-        ({"temperature": float("inf")}, "temperature inf must be above 0"),
+        (
+            {"temperature": 0.0},
+            "temperature 0.0 must be finite, at least 1e-6; for the most likely answer set greedy: true",
+        ),
+        ({"temperature": 1e-39}, "temperature 1e-39 must be finite, at least 1e-6"),
+        ({"temperature": float("nan")}, "temperature nan must be finite"),
+        ({"temperature": float("inf")}, "temperature inf must be finite"),
         ({"top_p": 0.0}, "top_p 0.0 must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p 1.1 must be above 0 and at most 1"),
         ({"stop_strings": "</answer>"}, "stop_strings '</answer>' must be a list of texts, none of them empty"),

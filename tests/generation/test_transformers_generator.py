@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import RunFailedError, UserError
 from sft_lightning.generation.base import Generation
 from sft_lightning.generation.transformers_generator import TransformersGenerator
 
@@ -287,6 +289,15 @@ def test_mean_entropy_does_not_affect_equality_of_answers(random_model, tokenize
     assert Generation("a", 1, "eos", mean_entropy=0.5) == Generation("a", 1, "eos")
     generations = greedy().generate(random_model, tokenizer, PROMPTS)
     assert all(0 < generation.mean_entropy < 5.6 for generation in generations)  # ln 258 = 5.55
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{"greedy": True}, {}, {"top_p": 0.5}])
+def test_a_model_whose_logits_are_not_finite_gives_no_answer(tokenizer, value, settings):
+    model = tiny_model(tokenizer)
+    model.get_output_embeddings().weight.data[5] = value
+    with pytest.raises(RunFailedError, match=r"^the model cannot answer: its logits are NaN"):
+        TransformersGenerator(max_new_tokens=3, **settings).generate(model, tokenizer, ["4+5", "a"])
 
 
 def test_no_prompts(random_model, tokenizer):

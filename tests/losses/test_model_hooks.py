@@ -16,13 +16,16 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     Qwen2Config,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from sft_lightning.data.batch import Example
 from sft_lightning.data.batching.collate import collate
 from sft_lightning.losses.functional import compute_entropy
 from sft_lightning.losses.model_hooks import (
+    asks_for_router_loss,
     install_label_loss,
     label_losses,
     makes_logits_in_chunks,
@@ -107,6 +110,46 @@ def test_the_scaled_and_capped_models_do_scale_and_cap():
         model.get_output_embeddings().register_forward_hook(lambda module, args, out, heads=heads: heads.append(out))
         logits = plain_logits(model, batch)
         assert (logits - heads[0].flatten(0, 1)[POSITIONS]).abs().max() > 1.0, name
+
+
+def make_mixture(**options):
+    """A mixture of experts in float64."""
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        **SHAPE, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **options
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager")
+
+
+def test_the_loss_of_routers_is_what_the_models_own_loss_has_besides():
+    model = make_mixture(output_router_logits=True, router_aux_loss_coef=0.5)
+    tokens = np.array([11, 12, 13, 14, 15], dtype=np.int32)
+    own = model(input_ids=torch.tensor([tokens.tolist()]), labels=torch.tensor([[-100, -100, 13, 14, 15]]))
+    install_label_loss(model)
+    batch = collate([Example.from_prompt(tokens, 2)], [1 / 3], layout="padded", pad_token_id=0)
+    losses = label_losses(model, batch)
+    assert asks_for_router_loss(model)
+    assert own.aux_loss > 1.9  # of two experts for each token: 2 if balanced
+    # transformers computes both of its losses in float32.
+    assert own.loss.item() == pytest.approx(losses.weighted_sum.item() + 0.5 * own.aux_loss.item(), rel=1e-6)
+
+
+def test_asking_for_the_loss_of_routers_changes_no_gradient():
+    asked, silent = make_mixture(output_router_logits=True), make_mixture()
+    rows = [Example.from_prompt(np.arange(3, 3 + size, dtype=np.int32), 2) for size in (5, 9)]
+    for model in (asked, silent):
+        install_label_loss(model)
+        label_losses(model, collate(rows, [0.5, 0.25], layout="padded", pad_token_id=0)).weighted_sum.backward()
+    assert not asks_for_router_loss(silent)
+    for ours, theirs in zip(asked.parameters(), silent.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_loss_of_routers_is_no_sum_over_micro_batches():
+    """Two tokens, two experts, each token sure of another one: alone unbalanced, 2, together balanced, 1."""
+    one, other = torch.tensor([[40.0, -40.0]]), torch.tensor([[-40.0, 40.0]])
+    both = torch.cat([one, other])
+    assert [float(load_balancing_loss_func((logits,), 2, 1)) for logits in (one, other, both)] == [2.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize(("chunked", "num_positions"), [(True, 0), (False, 8)])

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, Mamba2Config, MambaConfig, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Lfm2Config,
+    Mamba2Config,
+    MambaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 from sft_lightning.data.batch import Example, Segments
 from sft_lightning.data.batching.collate import collate
@@ -202,6 +211,16 @@ def load_as(model_class, folder, dtype=torch.float32):
     model = model_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     install_label_loss(model)
     return model.train()
+
+
+def test_a_config_that_asks_for_the_loss_of_routers_keeps_every_layout(tmp_path, caplog):
+    """transformers computes that loss from the mask, which packed rows do not have."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": None}
+    config = MixtralConfig(**sizes, **heads, max_position_embeddings=512, output_router_logits=True)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    assert choose_layout(load_as(MixtralForCausalLM, tmp_path), "auto", precision=nullcontext) == "shared_prefix"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def rows():

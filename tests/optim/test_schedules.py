@@ -81,7 +81,10 @@ def test_warmup_ratio_is_free_of_floating_point_surprises(total_steps):
     ("options", "message"),
     [
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps 5 and warmup_ratio 0.1 are both given"),
-        ({"warmup_steps": -1}, "warmup_steps -1 is negative"),
+        ({"warmup_steps": -1}, "warmup_steps -1 is not a number of optimizer steps"),
+        ({"warmup_steps": 0.1}, "warmup_steps 0.1 is not a number of optimizer steps; .* warmup_ratio"),
+        ({"warmup_steps": math.nan}, "warmup_steps nan is not"),
+        ({"warmup_steps": math.inf}, "warmup_steps inf is not"),
         ({"warmup_ratio": 1.5}, "warmup_ratio 1.5 is outside"),
         ({"warmup_ratio": -0.1}, "warmup_ratio -0.1 is outside"),
         ({"warmup_ratio": math.nan}, "warmup_ratio nan is outside"),

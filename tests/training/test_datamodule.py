@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -422,7 +423,10 @@ def test_tokens_are_built_once_and_cached(fit, make, monkeypatch, tmp_path):
         ({"pad_to_multiple_of": -8}, "data.pad_to_multiple_of must be at least 1, got -8"),
         ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
         ({"seed": -1}, "data.seed must be at least 0, got -1"),
-        ({"normalize_constant": 0.0}, "data.normalize_constant must be above 0, got 0.0"),
+        ({"max_bad_rows": -1}, "data.max_bad_rows must be at least 0, got -1"),
+        ({"normalize_constant": 0.0}, "data.normalize_constant must be above 0 and finite, got 0.0"),
+        ({"normalize_constant": math.nan}, "data.normalize_constant must be above 0 and finite, got nan"),
+        ({"normalize_constant": math.inf}, "data.normalize_constant must be above 0 and finite, got inf"),
     ],
 )
 def test_a_number_out_of_range_is_refused_at_once(options, message):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from sft_lightning.checkpointing import io as checkpoint_io
 from sft_lightning.checkpointing.callback import HFCheckpoint
@@ -446,7 +454,14 @@ def test_parameters_have_the_dtype_of_the_precision(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"learning_rate": -1.0}, "model.learning_rate must be >= 0, got -1.0"),
+        ({"learning_rate": -1.0}, "model.learning_rate must be at least 0, got -1.0"),
+        ({"learning_rate": math.nan}, "model.learning_rate must be a finite number, got nan"),
+        ({"weight_decay": math.inf}, "model.weight_decay must be a finite number, got inf"),
+        ({"eps": math.inf}, "model.eps must be a finite number, got inf"),
+        ({"min_lr_factor": -1.0}, r"model.min_lr_factor must be in \[0, 1\], .*, got -1.0"),
+        ({"min_lr_factor": 1.5}, r"model.min_lr_factor must be in \[0, 1\], .*, got 1.5"),
+        ({"min_lr_factor": math.nan}, r"model.min_lr_factor must be in \[0, 1\], .*, got nan"),
+        ({"warmup_steps": 0.1}, "warmup_steps 0.1 is not a number of optimizer steps"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, "warmup_steps 2 and warmup_ratio 0.1"),
         ({"warmup_ratio": 1.5}, "warmup_ratio 1.5"),
     ],
@@ -454,6 +469,59 @@ def test_parameters_have_the_dtype_of_the_precision(
 def test_impossible_options_are_refused_before_a_model_is_loaded(options, named):
     with pytest.raises(UserError, match=named):
         SFTModule("nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        (
+            {"gradient_clip_val": -1.0, "gradient_clip_algorithm": "value"},
+            "trainer.gradient_clip_val must be at least 0, got -1.0",
+        ),
+        ({"gradient_clip_val": math.nan}, "trainer.gradient_clip_val must be a finite number, got nan"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        ({"check_val_every_n_epoch": -1}, "trainer.check_val_every_n_epoch must be at least 1, got -1"),
+        ({"log_every_n_steps": -10}, "trainer.log_every_n_steps must be at least 0, got -10"),
+    ],
+)
+def test_numbers_that_lightning_accepts_are_refused(
+    make_trainer, make_data, model_folder, train_file, options, message
+):
+    trainer = make_trainer(**options)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        trainer.fit(SFTModule(model_folder), make_data(train_file))
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer", "expected"),
+    [
+        (
+            {},
+            {"max_epochs": 1, "max_steps": 100},
+            "trainer.max_epochs 1 ends the run after 6 steps, before max_steps 100",
+        ),
+        ({"warmup_steps": 7}, {"max_epochs": 1}, "the warm-up takes 7 optimizer steps, but the run has only 6"),
+        ({"warmup_steps": 6}, {"max_epochs": 2, "max_steps": 6}, None),
+    ],
+)
+def test_a_limit_that_is_never_reached_is_told(fit, model, trainer, expected):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model=model, **trainer)
+    told = [str(each.message) for each in caught if re.search("ends the run|warm-up", str(each.message))]
+    assert told == ([expected] if expected else [])
+
+
+def test_a_loss_of_routers_that_is_left_out_is_told(fit, tokenizer, tmp_path):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    config.output_router_logits = True
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="^output_router_logits is true .* loss of the routers is not part"):
+        run = fit(model={"model_path": str(tmp_path)}, data={"tokenizer_path": str(tmp_path)}, max_steps=1)
+    assert run.module.model.config.output_router_logits, "checkpoints keep it"
 
 
 def test_the_hyperparameters_in_a_checkpoint_are_plain_values(model_folder):

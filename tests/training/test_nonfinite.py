@@ -285,6 +285,67 @@ def test_a_full_disk_does_not_hide_why_the_run_stops(fit, tmp_path, caplog):
     assert "the rows could not be saved" in caplog.text
 
 
+class BreaksAWeightAtTheEnd(Callback):
+    """As an update that overflows does, in the last of the run's steps."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == trainer.max_steps:
+            module.model.model.norm.weight.data[3] = NAN
+
+
+def test_an_update_that_overflows_leaves_no_checkpoint(fit, tmp_path, note_fault):
+    with pytest.raises(NonFiniteError) as raised:
+        fit(tmp_path, model={"learning_rate": 1e39}, max_steps=1)
+    assert str(raised.value) == (
+        "26 of 26 weights are NaN or infinite after optimizer step 1, the first is model.model.embed_tokens.weight: "
+        "they are not saved, and earlier checkpoints are untouched. A learning rate that is far too high or an "
+        "optimizer's eps of 0 does this"
+    )
+    assert not list(tmp_path.glob("checkpoint-*")) + list(tmp_path.glob("final"))
+    note_fault(
+        "an update makes weights infinite",
+        provoked="a learning rate of 1e39, in the last step of a run",
+        outcome="exit code 1 in one line; the weights become neither a checkpoint nor `final`",
+        lost="the steps since the last checkpoint",
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "saved"), [(4, {"checkpoint-2", "last"}), (5, {"checkpoint-2", "checkpoint-4", "last"})]
+)
+def test_weights_that_break_in_the_last_step_are_not_saved(fit, tmp_path, max_steps, saved):
+    """Step 4 is saved as a multiple of 2, step 5 because it is the last."""
+    with pytest.raises(NonFiniteError, match=rf"^1 of 26 .* step {max_steps}, the first is model.model.norm.weight:"):
+        fit(tmp_path, callbacks=(BreaksAWeightAtTheEnd(),), checkpoint={"every_n_train_steps": 2}, max_steps=max_steps)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == saved
+    checkpoint_folder.verify(tmp_path / "last")
+
+
+def test_broken_weights_are_not_validated(fit, tmp_path, val_file):
+    validated = []
+
+    class Watch(BreaksAWeightAtTheEnd):
+        def on_validation_batch_start(self, trainer, *args):
+            validated.append(trainer.global_step)
+
+    with pytest.raises(NonFiniteError, match="step 4, the first is"):
+        fit(
+            callbacks=(Watch(),),
+            data={"val_path": val_file},
+            max_steps=4,
+            val_check_interval=4,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+        )
+    assert set(validated) == {2}
+
+
+def test_weights_that_were_not_finite_at_the_start_may_stay(fit, broken, train_file):
+    run = fit(broken / "run", model={"model_path": str(broken / "broken")}, max_steps=2)
+    assert run.weights["model.embed_tokens.weight"].isnan().sum() == 32
+    assert (broken / "run" / "final").is_dir()
+
+
 # Two processes
 
 
@@ -307,13 +368,12 @@ def broken(tmp_path, tokenizer, model_folder):
     return tmp_path
 
 
-def command_line_fit(folder, run, *options, devices=2):
+def command_line_fit(folder, run, *options, devices=2, strategy=("--trainer.strategy", "ddp")):
     command = [sys.executable, "-m", "sft_lightning", "fit", "--model.model_path", "broken", "--output_dir", run]
     command += ["--data.train_path", "rows.jsonl", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "2"]
     command += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)]
     command += ["--trainer.log_every_n_steps", "1", "--checkpoint.every_n_train_steps", "1", *options]
-    if devices > 1:
-        command += ["--trainer.strategy", "ddp"]
+    command += strategy if devices > 1 else ()
     options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 300, "check": False}
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
@@ -339,6 +399,22 @@ def test_a_bad_row_stops_both_of_two_processes(broken, note_fault):
         provoked="a token whose embedding is NaN, in one row on one of two DDP ranks, in mid-run",
         outcome="both ranks stop before the step; exit 1, one line; the rows of all ranks are kept for replay",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_refuse_to_save_weights_that_are_not_finite(broken, model_folder, strategy):
+    """One rank holds the weight that breaks, or all do."""
+    sharded = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    sharded["init_args"] = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    overlay = {"trainer": {"strategy": strategy if strategy == "ddp" else sharded}}
+    (broken / "overlay.yaml").write_text(json.dumps(overlay))
+    words = ["--config", "overlay.yaml", "--model.model_path", model_folder, "--model.learning_rate", "1e39"]
+    done = command_line_fit(broken, "run", *words, strategy=())
+    assert done.returncode == 1, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "26 of 26 weights are NaN or infinite after optimizer step 1" in error
+    assert not list((broken / "run").glob("checkpoint-*")) + list((broken / "run").glob("final"))
 
 
 @pytest.mark.slow

@@ -48,14 +48,16 @@ class TokenSampler:
             random_numbers: Shape [B], float32, in [0, 1).
 
         Returns:
-            Tokens, shape [B], int64, and entropies in nats, shape [B], float32.
+            Tokens, shape [B], int64, and entropies in nats, shape [B], float32. Where the logits are no distribution,
+            because one of them is NaN or +inf, the entropy is NaN and the token arbitrary.
         """
         logits = logits.float()
         if self._temperature != 1.0:
             logits = logits / self._temperature
         log_probabilities = logits.log_softmax(-1)
         probabilities = log_probabilities.exp()
-        entropies = -(probabilities * log_probabilities).nansum(-1)  # 0 log 0 = 0
+        # 0 log 0 = 0, while NaN stays NaN.
+        entropies = -(probabilities * log_probabilities.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
         if self._greedy:
             return logits.argmax(-1), entropies
         if self._top_p < 1.0:
@@ -82,4 +84,5 @@ def _sample(probabilities: Tensor, random_numbers: Tensor) -> Tensor:
     total = running[:, -1:]
     # Rounding may give the total itself, which no cumulative sum exceeds.
     wanted = torch.minimum(random_numbers[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(running, wanted, right=True).squeeze(-1)
+    tokens = torch.searchsorted(running, wanted, right=True).squeeze(-1)
+    return tokens.clamp(max=probabilities.shape[-1] - 1)  # where all are NaN, no sum exceeds the number

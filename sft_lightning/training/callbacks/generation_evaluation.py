@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file, remove_registered, run_folder
 from sft_lightning.distributed.collectives import all_gather_objects
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.evaluation.comparison import compare, comparison_table
 from sft_lightning.evaluation.evaluate import evaluate
 from sft_lightning.evaluation.metrics import answer_metrics
@@ -18,7 +19,7 @@ from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.averaging import averaged_weights
-from sft_lightning.lightning_compat.trainer import datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
 from sft_lightning.training.oom_advice import generation_oom_advice
 
@@ -54,12 +55,8 @@ class GenerationEvaluation(Callback):
         generator: Generator | None = None,
         output_dir: str | None = None,
     ) -> None:
-        if num_examples < 0:
-            raise UserError(f"evaluation.num_examples must be 0 or more, got {num_examples}")
-        if num_samples < 1:
-            raise UserError(f"evaluation.num_samples must be at least 1, got {num_samples}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"evaluation.every_n_steps must be at least 1, got {every_n_steps}")
+        check_at_least(0, "evaluation", num_examples=num_examples)
+        check_at_least(1, "evaluation", num_samples=num_samples, every_n_steps=every_n_steps)
         self.num_examples = num_examples
         self.num_samples = num_samples
         self.every_n_steps = every_n_steps
@@ -124,7 +121,9 @@ class GenerationEvaluation(Callback):
                 print(comparison_table(compare(*map(read_samples, folders))))
             except UserError as error:  # resumed in another folder, or with other prompts
                 print(f"no table of before and after: {error}")
-            print(f"model:   {self._run(trainer) / 'final'}")
+            saving = next((each for each in callbacks_of(trainer) if isinstance(each, HFCheckpoint)), None)
+            if saving is not None and (saving.run / "final").is_dir():
+                print(f"model:   {saving.run / 'final'}")
             print(f"samples: {folders[1] / 'predictions.jsonl'}")
 
     def state_dict(self) -> dict[str, Any]:

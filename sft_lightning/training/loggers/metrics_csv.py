@@ -27,6 +27,8 @@ class MetricsCSVLogger(Logger):
         super().__init__()
         self._path = Path(directory) / "metrics.csv"
         self._columns: list[str] = []
+        # Rows of the step that the run resumed after, until the run writes them again.
+        self._repeatable: list[dict[str, str]] = []
 
     @property
     def name(self) -> str:
@@ -48,35 +50,33 @@ class MetricsCSVLogger(Logger):
     def start_afresh(self) -> None:
         """Drops all rows, which a run that died before its first checkpoint may have left."""
         self._path.unlink(missing_ok=True)
-        self._columns = []
+        self._columns, self._repeatable = [], []
 
     @rank_zero_only
-    def start_after(
-        self, step: int, *, validates_again: bool = False, step_metrics: dict[str, float] | None = None
-    ) -> None:
+    def start_after(self, step: int, *, step_metrics: dict[str, float] | None = None) -> None:
         """Drops the rows that a run which resumes after ``step`` writes again.
+
+        Rows of that step itself were written before or after its checkpoint. They stay, until the run writes one of
+        their metrics again: a validation, the learning rate, or answers at the end of training.
 
         Args:
             step: Completed optimizer steps.
-            validates_again: Whether the run repeats the validation at that step.
             step_metrics: Metrics of that step, in case the interrupted run died before it wrote them.
         """
-
-        def stays(row: dict[str, str]) -> bool:
-            is_validation = any(value for name, value in row.items() if name.startswith("val/"))
-            return int(row["step"]) < step + (not (validates_again and is_validation))
-
-        rows = [row for row in self._read() if stays(row)]
+        rows = [row for row in self._read() if int(row["step"]) <= step]
         self._write(rows)
-        if step_metrics and not any(int(row["step"]) == step for row in rows):
+        self._repeatable = [row for row in rows if int(row["step"]) == step] if step else []
+        if step_metrics and not any(step_metrics.keys() & row for row in self._repeatable):
             self.log_metrics(step_metrics, step)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step or 0, **{name: value for name, value in metrics.items() if name != "epoch"}}
+        old = [each for each in self._repeatable if int(each["step"]) == row["step"] and metrics.keys() & each]
         new = [name for name in row if name not in self._columns]
-        if new or not self._path.exists():
-            rows = self._read()
+        if new or old or not self._path.exists():
+            rows = [each for each in self._read() if each not in old]
+            self._repeatable = [each for each in self._repeatable if each not in old]
             self._columns = [*self._columns, *[name for name in row if name not in self._columns]]
             self._write(rows)
         with self._path.open("a", newline="", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ class MetricsCSVLogger(Logger):
             register_file(aside.parent, aside.name)
             self._path.replace(aside)
             logger.warning("'%s' was moved to '%s'; metrics go on in a new file", self._path, aside)
-        return rows
+        return [{name: value for name, value in row.items() if value} for row in rows]
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         register_file(self._path.parent, self._path.name)

@@ -75,7 +75,7 @@ def test_a_fit_is_evaluated_before_during_and_after(
     for key in KEYS:
         assert trainer.logger.series(key) == [(0, 0.0), (2, 0.25), (4, 0.75), (5, 1.0)]
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["step-0", "step-2", "step-4", "step-5"]
-    assert capsys.readouterr().out.splitlines()[-9:] == [
+    assert capsys.readouterr().out.splitlines()[-8:] == [
         "         before               after                difference            p",
         # Four of four: 1 / (1 + z^2 / 4) = 0.510. All four changed: 2 / 2^4.
         "format   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
@@ -84,9 +84,21 @@ def test_a_fit_is_evaluated_before_during_and_after(
         "reward   0.000 [0.000 0.490]  1.000 [0.510 1.000]  +1.000 [1.000 1.000]  0.125",
         "4 prompts: 4 fixed, 0 broken",
         "[95% intervals], p of McNemar's exact test",
-        f"model:   {run / 'final'}",
         f"samples: {run / 'evaluation' / 'step-5' / 'predictions.jsonl'}",
     ]
+
+
+@pytest.mark.parametrize("saves_to", ["run", "another", None])
+def test_the_model_is_named_where_it_is(
+    make_trainer, make_data, model_folder, train_file, prompts_file, run, tmp_path, capsys, saves_to
+):
+    (run / "final").mkdir(parents=True)  # of an earlier run
+    evaluation = GenerationEvaluation(generator=Scripted(0, 1), output_dir=str(run))
+    saving = [] if saves_to is None else [HFCheckpoint(str(tmp_path / saves_to), overwrite=True)]
+    trainer = make_trainer(evaluation, *saving, max_steps=1)
+    trainer.fit(SFTModule(model_folder), make_data(train_file, prompts_file))
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model:")]
+    assert named == ([] if saves_to is None else [f"model:   {tmp_path / saves_to / 'final'}"])
 
 
 def test_format_and_answer_are_graded_separately(make_trainer, make_data, model_folder, train_file, prompts_file, run):
@@ -346,7 +358,7 @@ def test_answers_are_generated_in_the_precision_of_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": -1}, "evaluation.num_examples must be 0 or more, got -1"),
+        ({"num_examples": -1}, "evaluation.num_examples must be at least 0, got -1"),
         ({"every_n_steps": 0}, "evaluation.every_n_steps must be at least 1, got 0"),
     ],
 )

@@ -8,8 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from sft_lightning.checkpointing import run_folder
+from sft_lightning.checkpointing import callback, run_folder
+from sft_lightning.cli.main import main
 from sft_lightning.training.loggers.metrics_csv import MetricsCSVLogger
+from sft_lightning.training.module import SFTModule
 
 
 @pytest.fixture
@@ -65,36 +67,103 @@ def test_a_resumed_run_drops_what_it_will_write_again(logger, file, tmp_path):
     for step in (1, 2, 3, 10):
         logger.log_metrics({"train/loss": float(step)}, step=step)
     again = MetricsCSVLogger(tmp_path)
-    again.start_after(2, validates_again=False)
+    again.start_after(2)
     assert lines(file) == ["step,train/loss", "1,1.0", "2,2.0"]
     again.log_metrics({"train/loss": 9.0}, step=3)
     assert lines(file) == ["step,train/loss", "1,1.0", "2,2.0", "3,9.0"]
 
 
 @pytest.mark.parametrize(
-    ("validates_again", "kept"), [(False, ["1,,5.0", "2,2.5,", "2,,3.0"]), (True, ["1,,5.0", "2,2.5,"])]
+    "again",
+    [
+        {"val/loss": 3.0, "val/perplexity": 20.0},  # a validation after the checkpoint
+        {"lr-AdamW": 0.25},  # LearningRateMonitor, before each micro-batch of the next step
+        {"val/answer_accuracy": 0.5},  # answers at the end of training
+    ],
 )
-def test_a_repeated_validation_drops_its_old_row(logger, file, tmp_path, validates_again, kept):
-    logger.log_metrics({"val/loss": 5.0}, step=1)
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_resumed_run_writes_again_replaces_the_old_rows(logger, file, tmp_path, again, times):
+    logger.log_metrics(again, step=1)
+    logger.log_metrics({"train/loss": 2.5}, step=2)
+    for _ in range(times):
+        logger.log_metrics(again, step=2)
+    before = lines(file)
+    resumed = MetricsCSVLogger(tmp_path)
+    resumed.start_after(2, step_metrics={"train/loss": 2.5})
+    assert lines(file) == before
+    for _ in range(times):
+        resumed.log_metrics(again, step=2)
+    assert lines(file) == before
+    resumed.log_metrics(again, step=3)
+    assert len(lines(file)) == len(before) + 1
+
+
+def test_a_new_column_before_the_repeated_row_does_not_hide_it(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=2)
     logger.log_metrics({"val/loss": 3.0}, step=2)
-    logger.log_metrics({"train/loss": 1.5}, step=3)
-    MetricsCSVLogger(tmp_path).start_after(2, validates_again=validates_again)
-    assert lines(file)[0] in ("step,val/loss,train/loss", "step,train/loss,val/loss")
-    with file.open(newline="") as stream:
-        rows = [f"{row['step']},{row['train/loss']},{row['val/loss']}" for row in csv.DictReader(stream)]
-    assert rows == kept
+    resumed = MetricsCSVLogger(tmp_path)
+    resumed.start_after(2, step_metrics={"train/loss": 2.5})
+    resumed.log_metrics({"lr": 0.5}, step=2)
+    resumed.log_metrics({"val/loss": 3.0}, step=2)
+    assert lines(file) == ["step,train/loss,val/loss,lr", "2,2.5,,", "2,,,0.5", "2,,3.0,"]
+
+
+def test_metrics_of_the_step_are_written_beside_other_rows_of_it(logger, file, tmp_path):
+    logger.log_metrics({"lr": 0.5}, step=2)
+    MetricsCSVLogger(tmp_path).start_after(2, step_metrics={"train/loss": 2.5})
+    assert lines(file) == ["step,lr,train/loss", "2,0.5,", "2,,2.5"]
+
+
+def metrics_of(run):
+    """Returns the rows without what depends on the clock."""
+    with (run / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    timed = {name for name in rows[0] if "second" in name or "utilization" in name or "memory" in name}
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+@pytest.mark.slow
+def test_rows_of_killed_and_resumed_runs_are_those_of_one(command, val_file, tmp_path, monkeypatch, note_fault):
+    """Dies in the step after a checkpoint, and again while ``final`` is written."""
+    words = [*command, "--data.val_path", val_file, "--trainer.callbacks", "LearningRateMonitor"]
+    words += ["--evaluation.num_examples", "3", "--trainer.max_steps", "5"]  # no validation at the end
+    assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
+    resumes = [*words, "--ckpt_path", "auto"]
+    with monkeypatch.context() as patch:
+        step = SFTModule.training_step
+
+        def dies(module, batch, index):
+            return 1 / 0 if module.global_step == 2 else step(module, batch, index)
+
+        patch.setattr(SFTModule, "training_step", dies)
+        with pytest.raises(ZeroDivisionError):
+            main(resumes)
+    with monkeypatch.context() as patch:
+        patch.setattr(callback, "write_model", lambda *arguments: 1 / 0)  # of final
+        with pytest.raises(ZeroDivisionError):
+            main(resumes)
+    assert not (tmp_path / "run" / "final").exists()
+    assert main(resumes) == 0
+    assert (tmp_path / "run" / "final").is_dir()
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "one")
+    note_fault(
+        "a run dies between a checkpoint and the metrics of the next step",
+        provoked="in the step after a checkpoint, and while `final` is written, with LearningRateMonitor",
+        outcome="`--ckpt_path auto` goes on; metrics.csv has the rows of a run that never died, each once",
+        lost="the steps since the last checkpoint",
+        tries=2,
+    )
 
 
 def test_a_fresh_run_keeps_only_the_row_before_training(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=7)
     logger.log_metrics({"val/answer_accuracy": 0.125}, step=0)
-    MetricsCSVLogger(tmp_path).start_after(0, validates_again=False)
+    MetricsCSVLogger(tmp_path).start_after(0)
     assert lines(file) == ["step,train/loss,val/answer_accuracy", "0,,0.125"]
 
 
 def test_a_fresh_run_without_a_file_starts_one(logger, file):
-    logger.start_after(0, validates_again=False)
+    logger.start_after(0)
     logger.log_metrics({"train/loss": 2.5}, step=1)
     assert lines(file) == ["step,train/loss", "1,2.5"]
 
@@ -103,7 +172,7 @@ def test_a_fresh_run_without_a_file_starts_one(logger, file):
 def test_a_truncated_last_row_is_tolerated(file, tmp_path, tail):
     file.write_text(f"step,train/loss,val/loss\r\n1,2.5,\r\n{tail}")
     again = MetricsCSVLogger(tmp_path)
-    again.start_after(1, validates_again=False)
+    again.start_after(1)
     again.log_metrics({"train/loss": 2.0}, step=2)
     assert lines(file) == ["step,train/loss,val/loss", "1,2.5,", "2,2.0,"]
 
@@ -139,7 +208,7 @@ def test_the_folder_is_created(tmp_path):
 def test_only_the_first_process_writes(logger, tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     logger.log_metrics({"train/loss": 2.5}, step=1)
-    logger.start_after(0, validates_again=False)
+    logger.start_after(0)
     assert list(tmp_path.iterdir()) == []
 
 
