@@ -70,29 +70,7 @@ def load_model(
     attention = choose_attention(
         config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
     )
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    missing: Iterable[str] = ()
-    unused: Iterable[str] = ()
-    try:
-        if init == "random":
-            model = without_remote_code(AutoModelForCausalLM.from_config, config, **options)
-        else:
-            loaded: Any = without_remote_code(
-                AutoModelForCausalLM.from_pretrained, model_path, config=config, output_loading_info=True, **options
-            )
-            model, missing, unused = loaded[0], loaded[1]["missing_keys"], loaded[1]["unexpected_keys"]
-    except UnpicklingError as error:
-        # torch's own text proposes weights_only=False, which would run any code in the file.
-        raise UserError(
-            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle file that is damaged or holds "
-            "more than tensors, possibly code; use a folder with model.safetensors"
-        ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
-    _require_all_weights(model_path, missing)
-    _refuse_cut_model(model_path, unused, model)
+    model = _build(model_path, config, init, {"dtype": dtype, "attn_implementation": attention})
     for parameter in model.parameters():
         # Some families keep the weights of routers in float32, whatever is asked for.
         if dtype.itemsize > parameter.dtype.itemsize and parameter.is_floating_point():
@@ -104,6 +82,30 @@ def load_model(
     _freeze_other_modalities(model)
     install_label_loss(model)
     return model.train()
+
+
+def _build(model_path: str, config: PretrainedConfig, init: Initialization, options: dict[str, Any]) -> PreTrainedModel:
+    """Returns the model with its weights. Raises UserError if they cannot be read or do not fit the config."""
+    try:
+        if init == "random":
+            return without_remote_code(AutoModelForCausalLM.from_config, config, **options)
+        loaded: Any = without_remote_code(
+            AutoModelForCausalLM.from_pretrained, model_path, config=config, output_loading_info=True, **options
+        )
+    except UnpicklingError as error:
+        # torch's own text proposes weights_only=False, which would run any code in the file.
+        raise UserError(
+            f"model.model_path '{model_path}' cannot be loaded: its weights are a pickle file that is damaged or holds "
+            "more than tensors, possibly code; use a folder with model.safetensors"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
+    model, report = loaded
+    _require_all_weights(model_path, report["missing_keys"])
+    _refuse_cut_model(model_path, report["unexpected_keys"], model)
+    return model
 
 
 def load_config(model_path: str) -> PretrainedConfig:

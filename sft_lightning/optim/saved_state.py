@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from sft_lightning.optim.factory import OptimizerFactory, parameter_groups
+from sft_lightning.optim.factory import OptimizerFactory, adopt_settings, parameter_groups
 from sft_lightning.system.saved_values import require, require_form
 
 # Of parameters that stand in for the model's: each dimension can be told from the others.
@@ -42,6 +43,43 @@ def check_optimizer_state(saved: Any, model: nn.Module, factory: OptimizerFactor
         return
     for number, values in saved["state"].items():
         _check_values(values, expected[number], parameters[number], f"{name}['state'][{number}]")
+
+
+def prepare_saved_state(
+    checkpoint: dict[str, Any],
+    model: nn.Module,
+    factory: OptimizerFactory,
+    schedule: LambdaLR,
+    *,
+    learning_rate: float,
+) -> None:
+    """Checks the saved optimizer of a checkpoint, and gives it and its schedule the settings of this run.
+
+    Args:
+        checkpoint: As Lightning passes it to ``on_load_checkpoint``, changed in place.
+        model: The module to train.
+        factory: The run's optimizer.
+        schedule: The run's schedule, of a new optimizer.
+        learning_rate: Peak learning rate.
+
+    Raises:
+        UserError: If the saved state does not fit.
+    """
+    (saved,) = checkpoint["optimizer_states"]
+    check_optimizer_state(saved, model, factory)
+    done = checkpoint["lr_schedulers"][0].get("last_epoch")
+    require(type(done) is int and done >= 0, "lr_schedulers[0]['last_epoch']", "is not a count")
+    factor = schedule.lr_lambdas[0](done)
+    # A schedule follows from its step. torch would take any attribute of it from the file.
+    own = schedule.state_dict()
+    current = {"last_epoch": done, "_step_count": done + 1, "_last_lr": [learning_rate * factor] * len(own["base_lrs"])}
+    checkpoint["lr_schedulers"] = [{**own, **current}]
+    for number, group in enumerate(saved["param_groups"]):
+        groups = schedule.optimizer.param_groups
+        options = {name: value for name, value in groups[number].items() if name != "params"}
+        group.update({**options, **group})
+        require_form(group, options, f"optimizer_states[0]['param_groups'][{number}]")
+    adopt_settings(checkpoint, model, factory, learning_rate=learning_rate, factor=factor)
 
 
 def _state_after_a_step(groups: Sequence[Mapping[str, Any]], factory: OptimizerFactory) -> list[dict[str, Any]] | None:

@@ -18,16 +18,14 @@ from sft_lightning.data.batch import Layout, MicroBatch
 from sft_lightning.errors import UserError, check_at_least
 from sft_lightning.generation.base import Generator
 from sft_lightning.generation.transformers_generator import TransformersGenerator
-from sft_lightning.lightning_compat.averaging import check_averaging
 from sft_lightning.lightning_compat.fsdp_strategy import check_sharded, load_for_strategy
-from sft_lightning.lightning_compat.loops import set_loop_position, start_epoch_afresh
+from sft_lightning.lightning_compat.loops import start_epoch_afresh
 from sft_lightning.lightning_compat.signals import StopRequest
 from sft_lightning.lightning_compat.support import check_parameter_groups
 from sft_lightning.lightning_compat.trainer import (
     check_numbers,
     datamodule_of,
     replicas,
-    steps_per_epoch,
     total_optimizer_steps,
 )
 from sft_lightning.losses.base import Loss
@@ -37,16 +35,14 @@ from sft_lightning.models.compilation import compile_layers, try_compiled
 from sft_lightning.models.layout_check import LayoutChoice, choose_layout
 from sft_lightning.models.loading import Initialization, check_tokenizer, load_model
 from sft_lightning.models.precision import Precision
-from sft_lightning.optim.factory import OptimizerFactory, adamw, adopt_settings, build_optimizer
-from sft_lightning.optim.saved_state import check_optimizer_state
+from sft_lightning.optim.factory import OptimizerFactory, adamw, build_optimizer
+from sft_lightning.optim.saved_state import prepare_saved_state
 from sft_lightning.optim.schedules import Schedule, learning_rate_factor, resolve_warmup_steps
-from sft_lightning.system.saved_values import require, require_form
 from sft_lightning.training.metrics import TokenMetrics
 from sft_lightning.training.nonfinite import NonFinitePolicy, OnNonFinite
 from sft_lightning.training.oom_advice import generation_oom_advice, step_oom_advice
-from sft_lightning.training.resume import check_resumable, loss_identity, optimizer_identity, trajectory
+from sft_lightning.training.resume import check_checkpoint, loss_identity, optimizer_identity, trajectory
 from sft_lightning.training.saved_module import load_saved_model, read_module
-from sft_lightning.training.saved_state import check_trainer_state
 from sft_lightning.training.spikes import NormSpikes, log_spike
 from sft_lightning.training.step import StepAccumulator, StepStats
 
@@ -150,11 +146,11 @@ class SFTModule(LightningModule):
 
         Args:
             checkpoint_path: A folder: ``checkpoint-<step>``, ``final`` or any model; or a ``.ckpt`` file that
-                Lightning's ModelCheckpoint wrote, whose ``model_path`` must still hold the model's config.
+                Lightning's ModelCheckpoint wrote, whose ``model_path`` must still hold the config.
             map_location: Device of the weights, by default the CPU.
             hparams_file: Not used: the checkpoint has the arguments.
             strict: Whether a ``.ckpt`` file must have exactly the model's weights, which is the default.
-            weights_only: Not used: nothing but tensors and plain values is ever loaded.
+            weights_only: Not used: code is never loaded.
             **kwargs: Arguments of the module that replace saved ones; ``loss``, ``optimizer`` and ``generator`` are
                 never saved.
 
@@ -337,54 +333,19 @@ class SFTModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.nonfinite.check_weights(self.trainer)
-        checkpoint["trajectory"] = self._trajectory()
+        checkpoint["trajectory"] = trajectory(self)
         checkpoint["steps"] = {"num_skipped": self.nonfinite.num_skipped, "grad_norms": self.spikes.norms}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        if "trajectory" not in checkpoint:
-            raise UserError(
-                "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
-                "--model.model_path"
-            )
-        check_trainer_state(checkpoint, self.trainer)
-        check_averaging(self.trainer, checkpoint)
-        check_resumable(self._trajectory(), checkpoint["trajectory"], override=self.resume_override)
+        check_checkpoint(self, checkpoint)
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
-        set_loop_position(
-            checkpoint["loops"]["fit_loop"],
-            global_step=checkpoint["global_step"],
-            steps_per_epoch=steps_per_epoch(self.trainer),
-            accumulate=self.trainer.accumulate_grad_batches,
-        )
         if type(self).configure_optimizers is SFTModule.configure_optimizers:  # else restored as saved
-            self._adopt_settings(checkpoint)
-
-    def _adopt_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Checks the saved optimizer, and gives it and its schedule the settings of this run."""
-        assert self.model is not None
-        factory, peak = self._optimizer_factory(), self.hparams["learning_rate"]
-        check_optimizer_state(checkpoint["optimizer_states"][0], self.model, factory)
-        done = checkpoint["lr_schedulers"][0].get("last_epoch")
-        require(type(done) is int and done >= 0, "lr_schedulers[0]['last_epoch']", "is not a count")
-        factor = learning_rate_factor(done, **self._schedule_settings())
-        # A schedule follows from its step. torch would take any attribute of it from the file.
-        own: Any = self.configure_optimizers()
-        schedule = own["lr_scheduler"]["scheduler"].state_dict()
-        current = {"last_epoch": done, "_step_count": done + 1, "_last_lr": [peak * factor] * len(schedule["base_lrs"])}
-        checkpoint["lr_schedulers"] = [{**schedule, **current}]
-        for number, group in enumerate(checkpoint["optimizer_states"][0]["param_groups"]):
-            options = {name: value for name, value in own["optimizer"].param_groups[number].items() if name != "params"}
-            group.update({**options, **group})
-            require_form(group, options, f"optimizer_states[0]['param_groups'][{number}]")
-        adopt_settings(checkpoint, self.model, factory, learning_rate=peak, factor=factor)
-
-    def _trajectory(self) -> dict[str, Any]:
-        assert self.model is not None
-        identities = {f"model.{name}": text for name, text in self.identities.items()}
-        return {**identities, **trajectory(self, self.model.config, self.trainer)}
+            own: Any = self.configure_optimizers()
+            schedule, peak = own["lr_scheduler"]["scheduler"], self.hparams["learning_rate"]
+            prepare_saved_state(checkpoint, self.model, self._optimizer_factory(), schedule, learning_rate=peak)
 
     @property
     def _precision(self) -> Precision:

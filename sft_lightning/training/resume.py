@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import AdamW
 
 from sft_lightning.errors import UserError
+from sft_lightning.lightning_compat.averaging import check_averaging
+from sft_lightning.lightning_compat.loops import set_loop_position
+from sft_lightning.lightning_compat.trainer import steps_per_epoch
 from sft_lightning.losses.base import Loss
 from sft_lightning.losses.token_loss import TokenLoss
 from sft_lightning.optim.factory import OptimizerFactory, arguments_of, target_of
 from sft_lightning.system.identity import identity, public_name
+from sft_lightning.training.saved_state import check_trainer_state
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from transformers import PretrainedConfig
+
+    from sft_lightning.training.module import SFTModule
 
 # Hyperparameters of SFTModule that a resumed run may change: they decide how a result is computed, not which one, or
 # what a run does about steps that cannot be taken.
@@ -68,23 +73,50 @@ def model_identity(config: "PretrainedConfig") -> dict[str, Any]:
     return {name: value for name, value in entries.items() if name not in _BOOKKEEPING}
 
 
-def trajectory(module: "LightningModule", config: "PretrainedConfig", trainer: "Trainer") -> dict[str, Any]:
+def trajectory(module: "SFTModule") -> dict[str, Any]:
     """Returns everything, beside the data, that decides how a run's weights change, by name.
 
-    Args:
-        module: Its hyperparameters count, except for those that a resumed run may change.
-        config: The model's.
-        trainer: Its precision and its clipping count.
+    That is the module's hyperparameters except for those that a resumed run may change, its optimizer and loss, the
+    model's config, and the precision and clipping of its Trainer.
     """
+    assert module.model is not None
+    trainer = module.trainer
     clips, algorithm = trainer.gradient_clip_val or None, trainer.gradient_clip_algorithm
     return {
+        **{f"model.{name}": text for name, text in module.identities.items()},
         **{f"model.{name}": _plain(value) for name, value in module.hparams.items() if name not in _FREE},
-        **{f"{name} in the model's config.json": value for name, value in model_identity(config).items()},
+        **{f"{name} in the model's config.json": value for name, value in model_identity(module.model.config).items()},
         "trainer.precision": trainer.precision,
         "trainer.gradient_clip_val": clips,
         "trainer.gradient_clip_algorithm": None if clips is None else getattr(algorithm, "value", "norm"),
         "trainer.overfit_batches": getattr(trainer, "overfit_batches", 0),
     }
+
+
+def check_checkpoint(module: "SFTModule", checkpoint: dict[str, Any]) -> None:
+    """Checks that a run may resume from a checkpoint, before any of it is loaded, and sets its place in the loops.
+
+    Args:
+        module: Of the run.
+        checkpoint: As Lightning passes it to ``on_load_checkpoint``. Its loop counters are changed in place.
+
+    Raises:
+        UserError: If something is missing or malformed, or the run has other settings.
+    """
+    if "trajectory" not in checkpoint:
+        raise UserError(
+            "cannot resume: another version of sft-lightning wrote this checkpoint; start from its weights with "
+            "--model.model_path"
+        )
+    check_trainer_state(checkpoint, module.trainer)
+    check_averaging(module.trainer, checkpoint)
+    check_resumable(trajectory(module), checkpoint["trajectory"], override=module.resume_override)
+    set_loop_position(
+        checkpoint["loops"]["fit_loop"],
+        global_step=checkpoint["global_step"],
+        steps_per_epoch=steps_per_epoch(module.trainer),
+        accumulate=module.trainer.accumulate_grad_batches,
+    )
 
 
 def check_resumable(own: Mapping[str, Any], saved: Mapping[str, Any], *, override: bool = False) -> None:
