@@ -25,6 +25,7 @@ from sft_lightning.lightning_compat.support import check_parameter_groups
 from sft_lightning.lightning_compat.trainer import (
     check_numbers,
     datamodule_of,
+    is_dry_run,
     replicas,
     total_optimizer_steps,
 )
@@ -225,7 +226,7 @@ class SFTModule(LightningModule):
         optimizer = build_optimizer(self.model, self._optimizer_factory(), self.hparams["learning_rate"])
         settings = self._schedule_settings()
         total, warmup, limit = settings["total_steps"], settings["warmup_steps"], self.trainer.max_steps
-        if total < limit:
+        if total < limit and not is_dry_run(self.trainer):
             epochs = self.trainer.max_epochs
             rank_zero_warn(f"trainer.max_epochs {epochs} ends the run after {total} steps, before max_steps {limit}")
         if warmup > total:

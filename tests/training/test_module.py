@@ -503,6 +503,7 @@ def test_numbers_that_lightning_accepts_are_refused(
         ),
         ({"warmup_steps": 7}, {"max_epochs": 1}, "the warm-up takes 7 optimizer steps, but the run has only 6"),
         ({"warmup_steps": 6}, {"max_epochs": 2, "max_steps": 6}, None),
+        ({}, {"fast_dev_run": 3}, None),
     ],
 )
 def test_a_limit_that_is_never_reached_is_told(fit, model, trainer, expected):
