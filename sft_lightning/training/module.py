@@ -146,14 +146,13 @@ class SFTModule(LightningModule):
         """Returns a module whose ``model`` has the weights of a checkpoint, in float32.
 
         Args:
-            checkpoint_path: A folder: ``checkpoint-<step>``, ``final`` or any model; or a ``.ckpt`` file that
-                Lightning's ModelCheckpoint wrote, whose ``model_path`` must still hold the config.
+            checkpoint_path: A model folder, such as ``checkpoint-<step>``; or a ``.ckpt`` file of Lightning, whose
+                ``model_path`` must still hold the config.
             map_location: Device of the weights, by default the CPU.
             hparams_file: Not used: the checkpoint has the arguments.
-            strict: Whether a ``.ckpt`` file must have exactly the model's weights, which is the default.
+            strict: Whether a ``.ckpt`` file must have exactly the model's weights, the default.
             weights_only: Not used: code is never loaded.
-            **kwargs: Arguments of the module that replace saved ones; ``loss``, ``optimizer`` and ``generator`` are
-                never saved.
+            **kwargs: Arguments that replace saved ones; ``loss``, ``optimizer`` and ``generator`` are never saved.
 
         Raises:
             UserError: If the checkpoint is missing or damaged, or holds another model.
@@ -344,6 +343,7 @@ class SFTModule(LightningModule):
         self.nonfinite.num_skipped = checkpoint["steps"]["num_skipped"]
         self.spikes = NormSpikes(checkpoint["steps"]["grad_norms"])
         if type(self).configure_optimizers is SFTModule.configure_optimizers:  # else restored as saved
+            assert self.model is not None
             own: Any = self.configure_optimizers()
             schedule, peak = own["lr_scheduler"]["scheduler"], self.hparams["learning_rate"]
             prepare_saved_state(checkpoint, self.model, self._optimizer_factory(), schedule, learning_rate=peak)
