@@ -50,9 +50,6 @@ from sft_lightning.training.step import StepAccumulator, StepStats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Options of the default optimizer, AdamW; another optimizer has its own.
-_ADAMW_OPTIONS = ("weight_decay", "betas", "eps")
-
 
 class SFTModule(LightningModule):
     """Response-masked supervised fine-tuning of a Hugging Face causal language model.
@@ -117,7 +114,7 @@ class SFTModule(LightningModule):
         self.optimizer, self.loss = optimizer, loss
         # Checkpoints hold plain values only, so they name these two.
         self.identities = {"optimizer": optimizer_identity(optimizer), "loss": loss_identity(loss)}
-        for name in _ADAMW_OPTIONS if optimizer is not None else ():
+        for name in ("weight_decay", "betas", "eps") if optimizer is not None else ():
             value, default = self.hparams[name], inspect.signature(SFTModule).parameters[name].default
             if (tuple(value) if name == "betas" else value) != default:
                 raise UserError(
@@ -151,7 +148,7 @@ class SFTModule(LightningModule):
             map_location: Device of the weights, by default the CPU.
             hparams_file: Not used: the checkpoint has the arguments.
             strict: Whether a ``.ckpt`` file must have exactly the model's weights, the default.
-            weights_only: Not used: code is never loaded.
+            weights_only: Not used.
             **kwargs: Arguments that replace saved ones; ``loss``, ``optimizer`` and ``generator`` are never saved.
 
         Raises:
