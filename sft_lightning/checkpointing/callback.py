@@ -41,7 +41,7 @@ from sft_lightning.lightning_compat.trainer import (
     total_optimizer_steps,
 )
 from sft_lightning.system.disk_space import describe_shortage, require_space, size_bytes
-from sft_lightning.system.lock import unlock_folders
+from sft_lightning.system.lock import holds_lock, unlock_folders
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +258,8 @@ class HFCheckpoint(ModelCheckpoint):
         self._link_best_and_prune()
 
     def _close(self, trainer: Trainer) -> None:
-        """Gives the folder of the run back to other processes."""
-        if trainer.is_global_zero and not is_dry_run(trainer) and self.run.is_dir():
+        """Gives the folder of the run back to other processes, and the run that it held to the user, if this failed."""
+        if trainer.is_global_zero and holds_lock(self.run):
             put_back(self.run)
             unlock_folders()
 

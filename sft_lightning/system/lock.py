@@ -52,6 +52,11 @@ def lock_folder(folder: Path) -> None:
     _held[path] = file
 
 
+def holds_lock(folder: Path) -> bool:
+    """Returns whether this process locked a folder."""
+    return folder.resolve() / LOCK in _held
+
+
 def unlock_folders() -> None:
     """Releases all locks that this process holds."""
     while _held:

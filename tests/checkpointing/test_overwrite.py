@@ -1,5 +1,6 @@
 """Test that --overwrite keeps the old run until the new one has a checkpoint, and touches nothing outside of it."""
 
+import fcntl
 import json
 import os
 import signal
@@ -206,6 +207,18 @@ def test_a_run_that_fails_early_leaves_the_old_run(fit, tmp_path, val_file, mist
         outcome="the old run is back, to the last byte",
         tries=4,
     )
+
+
+def test_a_second_fit_does_not_undo_the_overwrite_of_the_first(fit, tmp_path):
+    old_run(tmp_path)
+    start_new_run(tmp_path)
+    before = content(tmp_path)
+    unlock_folders()
+    with (tmp_path / ".lock").open("a+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as by another process
+        with pytest.raises(UserError, match="is in use by another process"):
+            fit(tmp_path, max_steps=1)
+    assert content(tmp_path) == before
 
 
 def test_a_run_that_succeeds_replaces_the_old_run(fit, tmp_path):
