@@ -223,7 +223,8 @@ def test_two_processes_equal_one_and_resume_as_one(run, tmp_path):
     assert losses_of_both[1] == pytest.approx(losses_of_both[0], rel=1e-6)
     names = {path.name for path in (tmp_path / "two" / "row_losses" / "epoch-0").iterdir()}
     assert names == {f"step-{step}.rank-{rank}.parquet" for step in (5, 6) for rank in (0, 1)}
-    run_folder.clear(tmp_path / "two")
+    run_folder.begin_new_run(tmp_path / "two", overwrite=True)
+    run_folder.delete_replaced(tmp_path / "two")
     assert not (tmp_path / "two" / "row_losses").exists()
 
 

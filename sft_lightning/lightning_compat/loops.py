@@ -70,7 +70,9 @@ def fit_loop_kind(trainer: Trainer) -> FitLoopKind:
 
 def check_loops(trainer: Trainer, saved: Any) -> None:
     """Raises UserError if what a checkpoint holds of ``loops`` does not have the form of the Trainer's own."""
-    require_form(saved, {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
+    own = trainer.fit_loop.state_dict()
+    own["state_dict"].pop("combined_loader", None)  # only there while the data is loaded
+    require_form(saved, {"fit_loop": own}, "loops")
     loaders = saved["fit_loop"]["state_dict"].get("combined_loader", [])
     require_form(loaders, [{}], "loops['fit_loop']['state_dict']['combined_loader']")
 

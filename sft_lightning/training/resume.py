@@ -19,8 +19,6 @@ from sft_lightning.training.saved_state import check_trainer_state
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from sft_lightning.training.module import SFTModule
-
 # Hyperparameters of SFTModule that a resumed run may change: they decide how a result is computed, not which one, or
 # what a run does about steps that cannot be taken.
 _FREE = frozenset(
@@ -73,10 +71,10 @@ def model_identity(config: "PretrainedConfig") -> dict[str, Any]:
     return {name: value for name, value in entries.items() if name not in _BOOKKEEPING}
 
 
-def trajectory(module: "SFTModule") -> dict[str, Any]:
-    """Returns everything, beside the data, that decides how a run's weights change, by name.
+def trajectory(module: Any) -> dict[str, Any]:
+    """Returns everything, beside the data, that decides how the weights of an SFTModule change, by name.
 
-    That is the module's hyperparameters except for those that a resumed run may change, its optimizer and loss, the
+    That is its hyperparameters except for those that a resumed run may change, its optimizer and loss, the
     model's config, and the precision and clipping of its Trainer.
     """
     assert module.model is not None
@@ -93,11 +91,11 @@ def trajectory(module: "SFTModule") -> dict[str, Any]:
     }
 
 
-def check_checkpoint(module: "SFTModule", checkpoint: dict[str, Any]) -> None:
+def check_checkpoint(module: Any, checkpoint: dict[str, Any]) -> None:
     """Checks that a run may resume from a checkpoint, before any of it is loaded, and sets its place in the loops.
 
     Args:
-        module: Of the run.
+        module: The SFTModule of the run.
         checkpoint: As Lightning passes it to ``on_load_checkpoint``. Its loop counters are changed in place.
 
     Raises:

@@ -237,7 +237,7 @@ def test_filter_correct_defaults_to_the_evaluation_grader(command, tmp_path, tra
         run = tmp_path / f"run-{number}"
         assert main([*command, *options, *grader, "--output_dir", str(run), "--trainer.max_steps", "1"]) == 0
         digest = json.loads((run / "checkpoint-1" / "manifest.json").read_text())["digest"]
-        grader = f"sft_lightning.R1ZeroGrader(time_limit_seconds={number}.0)"
+        grader = f"sft_lightning.R1ZeroGrader(time_limit_seconds={number}.0, "
         assert grader in digest["the grader of data.filter_correct"]
         assert digest["examples per epoch (under trainer.limit_train_batches)"] == 40
     saved = yaml.safe_load((run / "config.yaml").read_text())

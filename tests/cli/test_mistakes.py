@@ -42,7 +42,7 @@ CALLBACKS = "lightning.pytorch.callbacks"
         (
             "evaluation.generator",
             instance("TransformersGenerator", temperature=-1),
-            "TransformersGenerator: temperature -1.0 must be above 0; for the most likely answer set greedy: true",
+            "TransformersGenerator: temperature -1.0 must be finite, at least 1e-6; for the most likely answer set greedy: true",
         ),
         (
             "evaluation.generator",
@@ -107,7 +107,7 @@ def test_a_class_that_breaks_is_told_with_the_place(error_of, tmp_path, monkeypa
         ("trainer.devices=x", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("trainer.barebones=true", "trainer.barebones true turns off checkpoints, logging and callbacks"),
         ("trainer.strategy=ddp_spawn", "trainer.strategy DDPStrategy with start_method spawn trains copies"),
-        ("trainer.strategy=ddp_notebook", "trainer.strategy would train in processes that do not hand back the weight"),
+        ("trainer.strategy=ddp_notebook", "trainer.strategy DDPStrategy with start_method fork trains copies"),
     ],
 )
 def test_values_of_the_trainer_are_told_with_their_field(error_of, note_fault, option, message):

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from sft_lightning.data.formats.prompt_response import Plain
-from sft_lightning.data.settings import DataSettings, check_at_least
-from sft_lightning.errors import UserError
+from sft_lightning.data.settings import DataSettings
+from sft_lightning.errors import UserError, check_at_least
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,6 @@ def test_saved_rows_are_tokenized_with_the_options_of_the_run():
 
 
 def test_an_option_below_the_minimum_is_named():
-    check_at_least(1, batch_size=1, max_train_examples=None)
+    check_at_least(1, "data", batch_size=1, max_train_examples=None)
     with pytest.raises(UserError, match=r"^data\.max_length must be at least 1, got 0$"):
-        check_at_least(1, batch_size=4, max_length=0)
+        check_at_least(1, "data", batch_size=4, max_length=0)

@@ -332,14 +332,26 @@ def test_a_resumed_run_validates_when_the_straight_one_does(straight_run, tmp_pa
     assert_equal_logging_steps(again, straight_run, step)
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("whole", 4), ("with_end", 4), ("nothing", 2)])
+def test_nothing_leaves_out_the_steps_that_are_left(tmp_path, kind, steps):
+    trainer = make_trainer(SetsPosition(), max_steps=2)
+    trainer.fit(Line(), Data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    ends = Ends(kind)
+    resumed = make_trainer(SetsPosition(), ends, max_steps=4, max_epochs=5)
+    resumed.fit(Line(), Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.global_step == steps
+    assert ends.hooks == ([] if kind == "nothing" else ["start", "end"])
+
+
 class Ends(Callback):
-    def __init__(self, reruns_end):
-        self.reruns_end = reruns_end
+    def __init__(self, kind):
+        self.kind = kind
         self.hooks = []
 
     def on_fit_start(self, trainer, module):
-        compat.set_reruns_end(trainer, self.reruns_end)
-        assert compat.reruns_end(trainer) is self.reruns_end
+        compat.set_fit_loop(trainer, self.kind)
+        assert compat.fit_loop_kind(trainer) == self.kind
 
     def on_train_start(self, trainer, module):
         self.hooks.append("start")
@@ -349,12 +361,12 @@ class Ends(Callback):
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": 5}])
-@pytest.mark.parametrize(("reruns_end", "hooks"), [(True, ["start", "end"]), (False, [])])
-def test_a_finished_run_reruns_its_end_only_if_set(tmp_path, limits, reruns_end, hooks):
+@pytest.mark.parametrize(("kind", "hooks"), [("with_end", ["start", "end"]), ("whole", []), ("nothing", [])])
+def test_a_finished_run_reruns_its_end_only_if_set(tmp_path, limits, kind, hooks):
     trainer = make_trainer(SetsPosition(), **limits)
     trainer.fit(Line(), Data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    ends, module = Ends(reruns_end), Line()
+    ends, module = Ends(kind), Line()
     resumed = make_trainer(SetsPosition(), ends, **limits)
     resumed.fit(module, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert ends.hooks == hooks

@@ -106,8 +106,9 @@ def test_reading_stops_when_all_rows_are_found():
 
 def test_saved_rows_are_training_data_and_registered_with_the_run(tmp_path, tokenizer):
     options = {"max_length": 64, "overlength": "drop", "append_eos": True}
-    names = ("checkpoint", "model_path", "init", "attn_implementation", "tokenizer_path", "precision", "layout", "seed")
-    about = {"step": 7, "gradient_norm": 2.0, **options, **dict.fromkeys(names, "as in the run")}
+    names = ("checkpoint", "model_path", "tokenizer_path", "precision")
+    chosen = {"init": "random", "attn_implementation": "sdpa", "layout": "padded", "seed": 1}
+    about = {"step": 7, "gradient_norm": 2.0, **options, **chosen, **dict.fromkeys(names, "as in the run")}
     save_step(tmp_path, RECORDS[:2], {**about, "loss": float("nan")})
     folder = tmp_path / "nonfinite" / "step-7"
     assert read_about(folder) == {**about, "loss": "nan"}
@@ -209,7 +210,8 @@ def test_one_more_than_allowed_stops_the_run(fit, tmp_path):
     assert json.loads((tmp_path / "nonfinite/step-6/about.json").read_text())["checkpoint"] == "checkpoint-5"
     three, four = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (3, 4))
     assert equal(three, four)
-    run_folder.clear(tmp_path)
+    run_folder.begin_new_run(tmp_path, overwrite=True)
+    run_folder.delete_replaced(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

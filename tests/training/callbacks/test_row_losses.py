@@ -235,7 +235,8 @@ def test_only_unfinished_files_of_a_killed_process_are_deleted(fit, tmp_path):
 def test_overwriting_a_run_deletes_its_row_losses(fit, tmp_path):
     fit(tmp_path, callbacks=(RowLossRecorder(),))
     assert len(parts(tmp_path)) == 2
-    run_folder.clear(tmp_path)
+    run_folder.begin_new_run(tmp_path, overwrite=True)
+    run_folder.delete_replaced(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -196,7 +196,8 @@ def test_the_file_is_registered_with_the_run(logger, file, tmp_path):
     logger.log_metrics({"train/loss": 2.5}, step=1)
     assert json.loads((tmp_path / "run_files.json").read_text()) == ["metrics.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "run_files.json"]
-    run_folder.clear(tmp_path)
+    run_folder.begin_new_run(tmp_path, overwrite=True)
+    run_folder.delete_replaced(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
