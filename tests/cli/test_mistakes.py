@@ -42,7 +42,8 @@ CALLBACKS = "lightning.pytorch.callbacks"
         (
             "evaluation.generator",
             instance("TransformersGenerator", temperature=-1),
-            "TransformersGenerator: temperature -1.0 must be finite, at least 1e-6; for the most likely answer set greedy: true",
+            "TransformersGenerator: temperature -1.0 must be finite, at least 1e-6; for the most likely answer set "
+            "greedy: true",
         ),
         (
             "evaluation.generator",

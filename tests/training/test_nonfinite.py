@@ -107,7 +107,7 @@ def test_reading_stops_when_all_rows_are_found():
 def test_saved_rows_are_training_data_and_registered_with_the_run(tmp_path, tokenizer):
     options = {"max_length": 64, "overlength": "drop", "append_eos": True}
     names = ("checkpoint", "model_path", "tokenizer_path", "precision")
-    chosen = {"init": "random", "attn_implementation": "sdpa", "layout": "padded", "seed": 1}
+    chosen = {"init": "random", "attn_implementation": "sdpa", "layout": "padded", "seed": 1, "rows_not_found": []}
     about = {"step": 7, "gradient_norm": 2.0, **options, **chosen, **dict.fromkeys(names, "as in the run")}
     save_step(tmp_path, RECORDS[:2], {**about, "loss": float("nan")})
     folder = tmp_path / "nonfinite" / "step-7"
