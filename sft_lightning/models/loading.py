@@ -86,12 +86,7 @@ def load_model(
             raise
         raise UserError(f"model.model_path '{model_path}' cannot be loaded: {_in_one_line(error)}") from error
     _require_all_weights(model_path, missing)
-    for parameter in model.parameters():
-        # Some families keep the weights of routers in float32, whatever is asked for.
-        if dtype.itemsize > parameter.dtype.itemsize and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype, torch.float32}
-    assert not wrong, f"asked for {dtype} parameters, got {wrong}"
+    _require_dtype(model, dtype)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     install_label_loss(model)
@@ -227,6 +222,18 @@ def _require_all_weights(model_path: str, missing: Iterable[str]) -> None:
             f"model.model_path '{model_path}' lacks {len(missing)} weights that its config.json defines, "
             f"{missing[0]} first, which would start random; use a config.json that fits the weights"
         )
+
+
+def _require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Checks the dtype of the parameters. Those that a model keeps in float32, such as routers, may stay so in 16 bits.
+
+    If float64 is asked for, these are widened.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32 and dtype == torch.float64:
+            parameter.data = parameter.data.to(dtype)
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype, torch.float32}
+    assert not wrong, f"asked for {dtype} parameters, got {wrong}"
 
 
 def _in_one_line(error: BaseException) -> str:
