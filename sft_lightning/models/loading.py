@@ -71,12 +71,7 @@ def load_model(
         config, attn_implementation, device_type=device_type, half_precision=precision.is_16_bit
     )
     model = _build(model_path, config, init, {"dtype": dtype, "attn_implementation": attention})
-    for parameter in model.parameters():
-        # Some families keep the weights of routers in float32, whatever is asked for.
-        if dtype.itemsize > parameter.dtype.itemsize and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype, torch.float32}
-    assert not wrong, f"asked for {dtype} parameters, got {wrong}"
+    _require_dtype(model, dtype)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _freeze_other_modalities(model)
@@ -281,6 +276,18 @@ def _refuse_cut_model(model_path: str, unused: Iterable[str], model: PreTrainedM
             f"model.model_path '{model_path}' holds {len(dropped)} weights of layers that its config.json does not "
             f"define, {dropped[0]} first; use a config.json that fits the weights"
         )
+
+
+def _require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Checks the dtype of the parameters. Those that a model keeps in float32, such as routers, may stay so in 16 bits.
+
+    If float64 is asked for, these are widened.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32 and dtype == torch.float64:
+            parameter.data = parameter.data.to(dtype)
+    wrong = {p.dtype for p in model.parameters() if p.is_floating_point()} - {dtype, torch.float32}
+    assert not wrong, f"asked for {dtype} parameters, got {wrong}"
 
 
 def _in_one_line(error: BaseException) -> str:

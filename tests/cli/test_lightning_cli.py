@@ -277,7 +277,10 @@ def test_environment_variables_and_later_configs_override(command, tmp_path, mon
 
 
 def mistakes():
-    yield ["--model.learning_ratee", "1"], "unrecognized arguments: --model.learning_ratee 1"
+    yield (
+        ["--model.learning_ratee", "1"],
+        "nrecognized arguments: --model.learning_ratee 1",
+    )  # jsonargparse 4.41 writes a capital
     yield ["--model.learning_rate", "abc"], 'Parser key "model.learning_rate": Expected a float. Got value: abc'
     yield ["--data.train_path", "nope.jsonl"], "data.train_path: data path 'nope.jsonl' is not a file"
     yield ["--data.batch_size", "0"], "data.batch_size must be at least 1, got 0"

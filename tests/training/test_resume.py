@@ -223,11 +223,18 @@ def test_an_adamw_option_beside_another_optimizer_names_both(name, value):
     [
         (
             {"class_path": f"{__name__}.WithoutLearningRate"},
-            "WithoutLearningRate cannot be called with (params, lr=...)",
+            r"WithoutLearningRate cannot be called with \(params, lr=...\)",
         ),
-        ({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, "Option 'lr' is not accepted"),
-        ({"class_path": "torch.optim.SGD", "init_args": {"momentun": 0.1}}, "Option 'momentun' is not accepted"),
-        ({"class_path": "torch.nn.Linear"}, "to be a subclass of Optimizer"),
+        # The second wording is that of jsonargparse 4.41.
+        (
+            {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+            "Option 'lr' is not accepted|Key 'lr' is not expected",
+        ),
+        (
+            {"class_path": "torch.optim.SGD", "init_args": {"momentun": 0.1}},
+            "Option 'momentun' is not accepted|Key 'momentun' is not expected",
+        ),
+        ({"class_path": "torch.nn.Linear"}, r"to be a subclass of Optimizer|torch\.nn\.Linear.* is not accepted"),
         ({"class_path": "torch.optim.LBFGS"}, "the optimizer refuses its options"),
     ],
 )
@@ -236,7 +243,7 @@ def test_a_wrong_optimizer_is_one_line_and_code_2(command, tmp_path, capsys, opt
     overlay.write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     assert main([*command, "--config", str(overlay)]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft-lightning: error:")]
-    assert message in error
+    assert re.search(message, error)
 
 
 def test_a_config_names_the_loss_by_short_class_path(command, tmp_path):
