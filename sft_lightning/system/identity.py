@@ -37,7 +37,7 @@ def identity(value: Any) -> str:
     Example:
         >>> from sft_lightning import R1ZeroGrader
         >>> identity(R1ZeroGrader())
-        'sft_lightning.R1ZeroGrader(time_limit_seconds=5.0)'
+        "sft_lightning.R1ZeroGrader(time_limit_seconds=5.0, units='strict')"
     """
     return _describe(value, _MAX_DEPTH)
 
