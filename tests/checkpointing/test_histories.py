@@ -249,7 +249,7 @@ def test_every_history_leaves_what_the_model_says(fit, tmp_path, val_file, in_ch
             refused = True
         seen = seen_in(run)
         assert code in ((1, 9) if refused else (0, 9)), story
-        assert code == 9 or one.kill_at is None or one.kill_at > 20
+        assert refused or code == 9 or one.kill_at is None or one.kill_at > 20, story
         possible = states if code == 9 else states[-1:]
         matching = [state for state in possible if state.looks_like(seen, digests)]
         assert matching, (story, disk, seen)
