@@ -20,7 +20,7 @@ from sft_lightning.checkpointing.run_folder import (
     starts_new_run,
 )
 from sft_lightning.checkpointing.run_state import Lineage, RunState, scheduler_job
-from sft_lightning.errors import StoppedError, UserError
+from sft_lightning.errors import StoppedError, UserError, check_at_least
 from sft_lightning.lightning_compat.fsdp_strategy import use_full_state_dicts
 from sft_lightning.lightning_compat.loops import (
     FitLoopKind,
@@ -80,8 +80,7 @@ class HFCheckpoint(ModelCheckpoint):
         keep_last: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        if every_n_train_steps < 1:
-            raise UserError(f"checkpoint.every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        check_at_least(1, "checkpoint", every_n_train_steps=every_n_train_steps)
         if keep_last is not None and keep_last < 1:
             raise UserError(f"checkpoint.keep_last must be at least 1, got {keep_last}; set it to null to keep all")
         super().__init__(
@@ -206,7 +205,6 @@ class HFCheckpoint(ModelCheckpoint):
             self._save_step(trainer, metrics)
         elif is_saved and trainer.is_global_zero:
             folders.add_metrics(folder, metrics)
-        if trainer.is_global_zero:
             self._link_best_and_prune()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

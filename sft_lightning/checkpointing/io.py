@@ -1,6 +1,7 @@
 """Write and read checkpoints of Lightning as model folders that plain transformers loads."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ def write_model(trainer: Trainer, folder: Path, weights: dict[str, Tensor]) -> N
     datamodule = datamodule_of(trainer)
     tokenizer = getattr(datamodule, "tokenizer", None)
     supervised_stop = tokenizer.eos_token_id if tokenizer is not None and datamodule.append_eos else None
-    own = {name.removeprefix(_WEIGHTS_PREFIX): w for name, w in weights.items() if name.startswith(_WEIGHTS_PREFIX)}
     model: Any = trainer.lightning_module.model
-    save_model(model, tokenizer, folder, state_dict=own, eos_token_id=supervised_stop)
+    save_model(model, tokenizer, folder, state_dict=model_weights(weights), eos_token_id=supervised_stop)
+
+
+def model_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state dict of ``module.model`` from that of the LightningModule."""
+    return {name.removeprefix(_WEIGHTS_PREFIX): w for name, w in weights.items() if name.startswith(_WEIGHTS_PREFIX)}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Read the state of a Trainer's run, including attributes that Lightning does not declare."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import Callback, Trainer
 
@@ -10,6 +10,9 @@ from sft_lightning.lightning_compat.signals import StopRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 @runtime_checkable
@@ -96,6 +99,11 @@ def logs_this_step(trainer: Trainer, step: int | None = None) -> bool:
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Returns the callbacks of a Trainer, which Lightning does not declare."""
     return list(getattr(trainer, "callbacks", []))
+
+
+def callback_of(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    """Returns the first callback of a class among those of a Trainer, or None."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def repeats_one_epoch(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sft_lightning.checkpointing import folder as folders
+from sft_lightning.checkpointing.io import model_weights
 from sft_lightning.errors import UserError
 from sft_lightning.models.compilation import compile_layers
 from sft_lightning.models.loading import load_model
@@ -15,8 +16,6 @@ from sft_lightning.system.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_WEIGHTS_PREFIX = "model."
 
 
 def read_module(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
@@ -44,12 +43,7 @@ def read_module(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor] | N
     content = _load(place)
     if not {"hyper_parameters", "state_dict"} <= content.keys():
         raise UserError(f"checkpoint '{path}' has no hyper_parameters or no state_dict: Lightning did not write it")
-    weights = {
-        name.removeprefix(_WEIGHTS_PREFIX): weight
-        for name, weight in content["state_dict"].items()
-        if name.startswith(_WEIGHTS_PREFIX)
-    }
-    return content["hyper_parameters"], weights
+    return content["hyper_parameters"], model_weights(content["state_dict"])
 
 
 def load_saved_model(

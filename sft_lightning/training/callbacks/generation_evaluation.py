@@ -19,7 +19,7 @@ from sft_lightning.evaluation.result import EvaluationResult, read_samples
 from sft_lightning.generation.base import Generator
 from sft_lightning.grading.graders import Grader
 from sft_lightning.lightning_compat.averaging import averaged_weights
-from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run, replicas, resume_path
+from sft_lightning.lightning_compat.trainer import callback_of, datamodule_of, is_dry_run, replicas, resume_path
 from sft_lightning.training.loggers.sample_tables import log_samples
 from sft_lightning.training.oom_advice import generation_oom_advice
 
@@ -121,7 +121,7 @@ class GenerationEvaluation(Callback):
                 print(comparison_table(compare(*map(read_samples, folders))))
             except UserError as error:  # resumed in another folder, or with other prompts
                 print(f"no table of before and after: {error}")
-            saving = next((each for each in callbacks_of(trainer) if isinstance(each, HFCheckpoint)), None)
+            saving = callback_of(trainer, HFCheckpoint)
             if saving is not None and (saving.run / "final").is_dir():
                 print(f"model:   {saving.run / 'final'}")
             print(f"samples: {folders[1] / 'predictions.jsonl'}")

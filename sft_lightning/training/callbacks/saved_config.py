@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from sft_lightning.checkpointing.callback import HFCheckpoint
 from sft_lightning.checkpointing.run_folder import register_file
-from sft_lightning.lightning_compat.trainer import callbacks_of, datamodule_of, is_dry_run
+from sft_lightning.lightning_compat.trainer import callback_of, callbacks_of, datamodule_of, is_dry_run
 from sft_lightning.optim.factory import target_of
 from sft_lightning.system.files import write_atomically
 from sft_lightning.system.identity import public_name
@@ -92,8 +92,8 @@ def config_of_run(trainer: Trainer, module: LightningModule) -> tuple[dict[str, 
     parts = (
         ("data", SFTDataModule, datamodule_of(trainer)),
         ("model", SFTModule, module),
-        ("checkpoint", HFCheckpoint, _callback(trainer, HFCheckpoint) or HFCheckpoint()),
-        ("evaluation", GenerationEvaluation, _callback(trainer, GenerationEvaluation) or GenerationEvaluation(0)),
+        ("checkpoint", HFCheckpoint, callback_of(trainer, HFCheckpoint) or HFCheckpoint()),
+        ("evaluation", GenerationEvaluation, callback_of(trainer, GenerationEvaluation) or GenerationEvaluation(0)),
     )
     for section, expected, part in parts:
         if type(part) is not expected:
@@ -119,10 +119,6 @@ def _seed() -> int | bool:
     """Returns the seed of ``seed_everything``, False if it was not called."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return False if seed is None else int(seed)
-
-
-def _callback(trainer: Trainer, kind: type[Callback]) -> Callback | None:
-    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def _arguments(part: Any, signature_of: type, place: str, not_repeated: list[str]) -> dict[str, Any]:
